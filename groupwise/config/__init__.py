@@ -1,0 +1,66 @@
+"""The one config tree: typed, frozen, torch-free. See `groupwise.config.loading` for files and overrides."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from groupwise.config.algorithm import AlgorithmConfig
+from groupwise.config.base import Section
+from groupwise.config.data import DataConfig
+from groupwise.config.eval import EvalConfig
+from groupwise.config.model import ModelConfig
+from groupwise.config.optim import OptimConfig
+from groupwise.config.reward import RewardConfig
+from groupwise.config.rollout import RolloutConfig
+from groupwise.config.sft import SftConfig
+from groupwise.config.tracking import TrackingConfig
+from groupwise.config.train import TrainConfig
+
+__all__ = [
+    "AlgorithmConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "SftConfig",
+    "TrackingConfig",
+    "TrainConfig",
+]
+
+
+class Config(Section):
+    """Everything that decides a run.
+
+    Example:
+        Config.model_validate({"model": {"path": "Qwen/Qwen3-0.6B"}, "data": {"train": "train.jsonl"},
+                               "reward": [{"name": "gsm8k"}], "optim": {"lr": 1e-6}})
+    """
+
+    model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
+    data: DataConfig = DataConfig()  # type: ignore[call-arg]
+    reward: tuple[RewardConfig, ...] = Field(())
+    rollout: RolloutConfig = RolloutConfig()  # type: ignore[call-arg]
+    algorithm: AlgorithmConfig = AlgorithmConfig()  # type: ignore[call-arg]
+    optim: OptimConfig = OptimConfig()  # type: ignore[call-arg]
+    train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
+    sft: SftConfig = SftConfig()  # type: ignore[call-arg]
+    eval: EvalConfig = EvalConfig()  # type: ignore[call-arg]
+    tracking: TrackingConfig = TrackingConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        rollout = self.rollout
+        if rollout.min_completion_tokens > rollout.max_completion_tokens:
+            raise ValueError(
+                f"rollout.min_completion_tokens = {rollout.min_completion_tokens} is more than "
+                f"rollout.max_completion_tokens = {rollout.max_completion_tokens}; lower the first"
+            )
+        if self.optim.steps_per_batch > rollout.prompts_per_step * max(rollout.group_size, 1):
+            raise ValueError(
+                f"optim.steps_per_batch = {self.optim.steps_per_batch} is more than the batch's "
+                f"{rollout.prompts_per_step * rollout.group_size} samples; lower it"
+            )
+        return self

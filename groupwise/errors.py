@@ -1,0 +1,47 @@
+"""Every error that Groupwise raises on purpose, and the exit code of each.
+
+`ConfigError` and `DataError` are the user's to mend (exit code 2). The boundary errors name the part of the system
+that failed (exit code 1). A bad *rollout* is none of these: it is data with a status, see `groupwise.types.Rollout`.
+"""
+
+from __future__ import annotations
+
+EXIT_FAILURE = 1
+EXIT_USER = 2
+EXIT_INTERRUPTED = 130
+
+
+class GroupwiseError(Exception):
+    """Base of all errors raised on purpose; its message is complete without a traceback."""
+
+    exit_code = EXIT_FAILURE
+
+
+class ConfigError(GroupwiseError, ValueError):
+    """A setting is wrong: says what was got, what was expected and what to do."""
+
+    exit_code = EXIT_USER
+
+
+class DataError(GroupwiseError, ValueError):
+    """A data file or row is wrong: names the file and the line."""
+
+    exit_code = EXIT_USER
+
+
+class EngineError(GroupwiseError, RuntimeError):
+    """An inference engine failed."""
+
+
+class RewardError(GroupwiseError, RuntimeError):
+    """A reward function raised, hung or returned something that is not a reward."""
+
+
+class CheckpointError(GroupwiseError, RuntimeError):
+    """A checkpoint could not be written or read."""
+
+
+class Interrupted(GroupwiseError):
+    """The user interrupted the run, and a checkpoint was saved."""
+
+    exit_code = EXIT_INTERRUPTED
