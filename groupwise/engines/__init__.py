@@ -1,0 +1,34 @@
+"""Engines: prompts in, completions out, behind one protocol (`groupwise.types.Engine`). Adapters are loaded by name."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from groupwise.errors import ConfigError
+
+if TYPE_CHECKING:
+    from groupwise.config import RolloutConfig
+    from groupwise.model.loading import LoadedModel
+    from groupwise.types import Engine
+
+ENGINES = ("native",)
+
+
+def build_engine(config: RolloutConfig, loaded: LoadedModel) -> Engine:
+    """The engine that `rollout.engine` names.
+
+    Raises:
+        ConfigError: no such engine.
+    """
+    check_engine(config.engine)
+    from groupwise.engines.native import NativeEngine
+
+    return NativeEngine(loaded, config)
+
+
+def check_engine(name: str) -> None:
+    """Refuse an unknown name before anything is loaded."""
+    if name not in ENGINES:
+        near = difflib.get_close_matches(name, ENGINES, 1, 0.0)[0]
+        raise ConfigError(f"rollout.engine = {name!r} is unknown; did you mean {near!r}? Known: {', '.join(ENGINES)}")

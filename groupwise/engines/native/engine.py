@@ -1,0 +1,236 @@
+"""The built-in engine: continuous batching in this process, over the policy's own module and weights, nothing copied.
+
+One step admits waiting samples (their prompts are computed once each), feeds one token of every running sample through the
+model, and draws the next. The forward is the trainer's (`groupwise.model`), so the log-probs it records are the trainer's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from groupwise.config import RolloutConfig
+from groupwise.engines.native.cache import CacheShape, DecodeLayout, DecodeRows
+from groupwise.engines.native.sampling import RowParams, choose
+from groupwise.engines.native.scheduler import Outbox, Sample, Scheduler, blocks_of
+from groupwise.engines.native.stopping import find_finish
+from groupwise.errors import EngineError
+from groupwise.model.exact import TILE
+from groupwise.model.forward import hidden_states, packed_hidden_states
+from groupwise.model.head import token_scores
+from groupwise.model.loading import LoadedModel
+from groupwise.model.packing import pack, pack_prompts
+from groupwise.types import Completion, EngineCaps, FinishReason, SampleRequest, TrainingRow
+
+_PREFILL_TOKENS = 16_384
+
+
+class NativeEngine:
+    """Samples from `loaded.model` as it is at each moment; see `groupwise.types.Engine` for the methods' contract.
+
+    Example:
+        engine = NativeEngine(load_model(config.model), config.rollout)
+        async for completion in engine.generate([SampleRequest(prompt, 0, SamplingParams(max_tokens=64))]):
+            print(completion.text)
+    """
+
+    def __init__(self, loaded: LoadedModel, config: RolloutConfig) -> None:
+        self._loaded = loaded
+        self._model = loaded.model
+        self._version = 0
+        self._worker: asyncio.Task[None] | None = None
+        shape = _cache_shape(loaded)
+        self._scheduler = Scheduler(
+            shape, max_samples=config.max_concurrent_samples, max_bytes=_cache_bytes(config, shape.device)
+        )
+
+    @property
+    def caps(self) -> EngineCaps:
+        return EngineCaps(name="native", exact_logprobs=True, seeded=True)
+
+    async def generate(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Completion]:
+        outbox: Outbox = asyncio.Queue()
+        samples = [Sample(request, outbox) for request in requests]
+        for sample in samples:
+            self._check(sample.request)
+        self._scheduler.waiting.extend(samples)
+        if samples and (self._worker is None or self._worker.done()):
+            self._worker = asyncio.get_running_loop().create_task(self._work())
+        arrived = 0
+        try:
+            while arrived < len(samples):
+                completion = await outbox.get()
+                if isinstance(completion, BaseException):
+                    raise completion
+                arrived += 1
+                yield completion
+        finally:
+            if arrived < len(samples):
+                self._scheduler.remove([sample.request.id for sample in samples])
+
+    def _check(self, request: SampleRequest) -> None:
+        if not request.prompt.token_ids:
+            raise EngineError(f"prompt {request.prompt.uid} has no tokens")
+        if request.policy_version != self._version:
+            raise EngineError(f"asked for policy version {request.policy_version}, but this engine holds {self._version}")
+
+    async def _work(self) -> None:
+        """Step until nothing is left; other tasks (rewards) run between steps."""
+        while self._scheduler.busy:
+            try:
+                with torch.inference_mode():
+                    self._step()
+            except BaseException as error:
+                for sample in self._scheduler.remove(None):
+                    sample.outbox.put_nowait(error)
+                raise
+            await asyncio.sleep(0)
+
+    def _step(self) -> None:
+        admitted = self._scheduler.admit()
+        if admitted:
+            self._prefill(admitted)
+        if self._scheduler.running:
+            self._decode(self._scheduler.running)
+
+    def _prefill(self, admitted: list[Sample]) -> None:
+        """Compute the new prompts, and draw the first token of every admitted sample."""
+        fresh = [(lane, prompt) for lane, prompt in enumerate(self._scheduler.prompts) if prompt.hidden is None]
+        while fresh:
+            batch = [fresh.pop(0)]
+            while fresh and sum(len(prompt.token_ids) for _, prompt in batch) < _PREFILL_TOKENS:
+                batch.append(fresh.pop(0))
+            packed = pack_prompts([prompt.token_ids for _, prompt in batch]).to(self._loaded.device)
+
+            def keep(layer: int, key: Tensor, value: Tensor, lanes: list[int] = [lane for lane, _ in batch]) -> None:
+                for lane, segment in zip(lanes, packed.segments, strict=True):
+                    span = slice(segment.start, segment.stop)
+                    self._scheduler.prompt_cache.put(layer, lane, key[span], value[span])
+
+            hidden = packed_hidden_states(self._model, packed, on_keys=keep)[packed.predictors]
+            for (_, prompt), row in zip(batch, hidden, strict=True):
+                prompt.hidden = row
+        prompts = list({id(sample.prompt): sample.prompt for sample in admitted}.values())
+        place = {id(prompt): index for index, prompt in enumerate(prompts)}
+        rows = torch.stack([prompt.hidden for prompt in prompts if prompt is not None and prompt.hidden is not None])
+        logits = self._loaded.head.logits(rows)
+        self._draw(admitted, logits[[place[id(sample.prompt)] for sample in admitted]])
+
+    def _decode(self, running: list[Sample]) -> None:
+        """Feed every running sample's last token, and draw its next."""
+        device = self._loaded.device
+        prompts = self._scheduler.prompts
+        lane_of = {id(prompt): lane for lane, prompt in enumerate(prompts)}
+        width = max(prompt.members for prompt in prompts)
+        position = torch.tensor([len(sample.tokens) - 1 for sample in running])
+        longest = int(position.max()) + 1
+        self._scheduler.sample_cache.reserve(longest)
+        missing = -len(running) % TILE
+        start = torch.tensor([len(sample.request.prompt.token_ids) for sample in running])
+        rows = DecodeRows(
+            used=len(running),
+            position=pad(position, (0, missing)).to(device),
+            member=torch.tensor([lane_of[id(s.prompt)] * width + s.member for s in running], device=device),
+            width=width,
+            prompt_lengths=torch.tensor([len(prompt.token_ids) for prompt in prompts], device=device),
+            num_blocks=blocks_of(longest),
+        )
+        tokens = pad(torch.tensor([sample.tokens[-1] for sample in running]), (0, missing)).to(device)
+        layout = DecodeLayout(self._scheduler.prompt_cache, self._scheduler.sample_cache, rows)
+        hidden = hidden_states(self._model, tokens, pad(start + position, (0, missing)).to(device), layout)
+        self._draw(list(running), self._loaded.head.logits(hidden)[: len(running)])
+
+    def _draw(self, samples: list[Sample], logits: Tensor) -> None:
+        """Draw one token for each sample from `logits [B, V]`, and release those that it ends."""
+        device = logits.device
+        sampling = [sample.request.sampling for sample in samples]
+        uniform = torch.tensor([sample.uniform[len(sample.tokens)] for sample in samples], device=device)
+        params = RowParams.of(sampling, device)
+        seen = None if params.penalty is None else self._seen(samples, logits)
+        choice = choose(logits, uniform, params, seen=seen, forbidden=self._forbidden(samples, logits))
+        for sample, token, logprob in zip(samples, choice.tokens.tolist(), choice.logprobs.tolist(), strict=True):
+            sample.tokens.append(token)
+            sample.logprobs.append(logprob)
+            if sample.seen is not None:
+                sample.seen[token] = True
+            reason = find_finish(sample, self._loaded)
+            if reason is not None:
+                self._scheduler.release(sample)
+                sample.outbox.put_nowait(self._completion(sample, reason))
+
+    def _seen(self, samples: list[Sample], logits: Tensor) -> Tensor:
+        for sample in samples:
+            if sample.seen is None:
+                sample.seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+                sample.seen[list(sample.request.prompt.token_ids)] = True
+        return torch.stack([sample.seen for sample in samples if sample.seen is not None])
+
+    def _forbidden(self, samples: list[Sample], logits: Tensor) -> Tensor | None:
+        early = [i for i, sample in enumerate(samples) if len(sample.tokens) < sample.request.sampling.min_tokens]
+        if not early:
+            return None
+        forbidden = torch.zeros_like(logits, dtype=torch.bool)
+        for index in early:
+            stops = (*self._loaded.stop_token_ids, *samples[index].request.sampling.stop_token_ids)
+            forbidden[index, list(stops)] = True
+        return forbidden
+
+    def _completion(self, sample: Sample, reason: FinishReason) -> Completion:
+        return Completion(
+            request_id=sample.request.id,
+            sample_index=sample.request.sample_index,
+            token_ids=tuple(sample.tokens),
+            logprobs=tuple(sample.logprobs),
+            policy_versions=(sample.request.policy_version,) * len(sample.tokens),
+            text=self._loaded.decode(sample.tokens),
+            finish_reason=reason,
+        )
+
+    async def abort(self, request_ids: Sequence[str] | None = None) -> None:
+        for sample in self._scheduler.remove(request_ids):
+            sample.outbox.put_nowait(self._completion(sample, "abort"))
+
+    async def update_weights(self, version: int) -> None:
+        if self._scheduler.busy:
+            raise EngineError("weights changed while samples were running; abort them or wait first")
+        self._version = version
+
+    async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[float]:
+        neutral = (0.0,) * len(completion_ids)
+        row = TrainingRow(0, tuple(prompt_ids), tuple(completion_ids), (1,) * len(completion_ids), neutral, neutral)
+        with torch.inference_mode():
+            packed = pack([row]).to(self._loaded.device)
+            hidden = packed_hidden_states(self._model, packed)
+            return token_scores(self._loaded.head, hidden[packed.predictors], packed.targets).logprobs.tolist()
+
+    async def sleep(self) -> None:
+        if self._scheduler.busy:
+            raise EngineError("an engine cannot sleep while samples are running")
+        self._scheduler.drop_caches()
+
+    async def wake(self) -> None:
+        """Nothing to do: caches come back with the first request."""
+
+    async def health(self) -> bool:
+        return self._worker is None or not self._worker.done() or self._worker.exception() is None
+
+
+def _cache_shape(loaded: LoadedModel) -> CacheShape:
+    config = loaded.model.config.get_text_config()
+    settings = config.to_dict()
+    heads = settings.get("num_key_value_heads") or config.num_attention_heads
+    size = settings.get("head_dim") or config.hidden_size // config.num_attention_heads
+    return CacheShape(config.num_hidden_layers, heads, size, loaded.model.dtype, loaded.device)
+
+
+def _cache_bytes(config: RolloutConfig, device: torch.device) -> int:
+    if config.kv_cache_gib is not None:
+        return int(config.kv_cache_gib * 2**30)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * 0.6)
+    return 4 * 2**30

@@ -1,0 +1,129 @@
+"""Logits and one uniform number per row become tokens: filters, then the inverse of the cumulative distribution.
+
+Every operation works on rows alone, and a filter that a row does not use leaves its bits as they are; so a row's token
+does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from groupwise.model.head import scale_by_temperature, target_logprobs
+from groupwise.types import SamplingParams
+
+_SPAN = 128  # tokens whose mass is summed before the search
+
+
+@dataclass(frozen=True, slots=True)
+class RowParams:
+    """Sampling parameters of B rows; a filter that no row uses is None.
+
+    Attributes:
+        temperature: `[B]` float32, 0 for greedy.
+        top_k: `[B]` int64 (0: all). top_p, min_p, penalty: `[B]` float32.
+    """
+
+    temperature: Tensor
+    top_k: Tensor | None
+    top_p: Tensor | None
+    min_p: Tensor | None
+    penalty: Tensor | None
+
+    @staticmethod
+    def of(rows: Sequence[SamplingParams], device: torch.device) -> RowParams:
+        def column(values: list[float], neutral: float, dtype: torch.dtype = torch.float32) -> Tensor | None:
+            if all(value == neutral for value in values):
+                return None
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        return RowParams(
+            temperature=torch.tensor([row.temperature for row in rows], dtype=torch.float32, device=device),
+            top_k=column([row.top_k for row in rows], 0, torch.int64),
+            top_p=column([row.top_p for row in rows], 1.0),
+            min_p=column([row.min_p for row in rows], 0.0),
+            penalty=column([row.repetition_penalty for row in rows], 1.0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """`tokens [B]` int64 and their `logprobs [B]` float32 under the policy at its temperature, before filters."""
+
+    tokens: Tensor
+    logprobs: Tensor
+
+
+def choose(
+    logits: Tensor, uniform: Tensor, params: RowParams, *, seen: Tensor | None = None, forbidden: Tensor | None = None
+) -> Choice:
+    """Draw one token per row.
+
+    Args:
+        logits: `[B, V]` float32, straight from the head.
+        uniform: `[B]` float64 in [0, 1).
+        seen: `[B, V]` bool, tokens that the repetition penalty concerns; needed when `params.penalty` is set.
+        forbidden: `[B, V]` bool, tokens that cannot be drawn (stop tokens before `min_tokens`).
+    """
+    policy = scale_by_temperature(logits, params.temperature)
+    wanted = logits
+    if params.penalty is not None:
+        assert seen is not None, "a repetition penalty needs the tokens seen"
+        wanted = _penalise(wanted, seen, params.penalty)
+    if forbidden is not None:
+        wanted = wanted.masked_fill(forbidden, -torch.inf)
+    greedy = wanted.argmax(-1)
+    wanted = policy if wanted is logits else scale_by_temperature(wanted, params.temperature)
+    drawn = invert_cdf(_filter(wanted, params), uniform)
+    tokens = torch.where(params.temperature > 0, drawn, greedy)
+    return Choice(tokens, target_logprobs(policy, tokens))
+
+
+def _penalise(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """Keskar et al. 2019 (CTRL), section 4.1, in the common form that lowers negative logits as well."""
+    factor = penalty[:, None]
+    return torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
+
+
+def _filter(logits: Tensor, params: RowParams) -> Tensor:
+    """Logits with `-inf` where top-k, then top-p (Holtzman et al. 2020), then min-p (Nguyen et al. 2024) cut.
+
+    Tokens as likely as the last one kept are kept too, so no choice depends on the order of a sort.
+    """
+    if params.top_k is None and params.top_p is None and params.min_p is None:
+        return logits
+    least = torch.full_like(logits[:, 0], -torch.inf)
+    if params.top_k is not None or params.top_p is not None:
+        ordered = logits.sort(-1, descending=True).values
+        if params.top_k is not None:
+            k = torch.where(params.top_k > 0, params.top_k, logits.shape[-1]).clamp(max=logits.shape[-1])
+            least = ordered.gather(-1, k[:, None] - 1).squeeze(-1)
+            ordered = ordered.masked_fill(ordered < least[:, None], -torch.inf)
+        if params.top_p is not None:
+            mass = ordered.softmax(-1)
+            kept = ((mass.cumsum(-1) - mass) < params.top_p[:, None]).sum(-1).clamp(min=1)
+            cut = ordered.gather(-1, kept[:, None] - 1).squeeze(-1)
+            least = torch.where(params.top_p < 1, torch.maximum(least, cut), least)
+    if params.min_p is not None:
+        least = torch.maximum(least, logits.amax(-1) + params.min_p.log())
+    return logits.masked_fill(logits < least[:, None], -torch.inf)
+
+
+def invert_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
+    """`[B]` tokens: the first whose cumulative probability exceeds `uniform [B]`, by spans and then within one span."""
+    rows, vocabulary = logits.shape
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    spans = pad(weights, (0, -vocabulary % _SPAN)).view(rows, -1, _SPAN)
+    upto = spans.sum(-1).double().cumsum(-1)
+    point = uniform * upto[:, -1]
+    span = (upto <= point[:, None]).sum(-1).clamp(max=spans.shape[1] - 1)
+    before = torch.where(span > 0, upto.gather(-1, (span - 1).clamp(min=0)[:, None]).squeeze(-1), 0.0)
+    inside = spans.gather(1, span[:, None, None].expand(-1, 1, _SPAN)).squeeze(1).double()
+    within = (inside.cumsum(-1) <= (point - before)[:, None]).sum(-1)
+    # Rounding can put the point past the span's end; its last token with any mass is meant then.
+    last = _SPAN - 1 - (inside > 0).flip(-1).int().argmax(-1)
+    return span * _SPAN + torch.minimum(within, last)

@@ -1,0 +1,129 @@
+"""Attention whose bits do not depend on how it is batched: the arithmetic that sampler and trainer share.
+
+A row of queries meets its keys in blocks of `BLOCK`, counted from the start of each key segment. Scores, their exponentials
+and the sums over one block always have the same shape, and blocks are added in order; a block in which a row sees nothing
+adds exact zeros. So the result of a row depends neither on the number of other rows nor on how far keys are padded.
+A query that sees two segments (its prompt, then its own completion) merges the two partial results.
+
+Row counts given to matrix products are multiples of `TILE`: fewer rows take other kernels with another order of sums.
+
+Shapes: B independent heads, R query rows, d head size, L = BLOCK keys. All sums are float32 (float64 in a float64 model).
+Streaming softmax: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"; the merge is its equation 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+TILE = 4
+MASKED = -1e30
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """Attention over one key segment before division: `out [B, R, d]`, row maximum `top [B, R]`, row sum `mass [B, R]`."""
+
+    out: Tensor
+    top: Tensor
+    mass: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KeyBlock:
+    """One block of keys and what its rows may not see.
+
+    Attributes:
+        key, value: `[B, BLOCK, d]`.
+        first_row: rows before it see nothing of this block, and are not computed.
+        hidden: bool, True where a key is not seen: `[1, r, BLOCK]` for the block's first r rows (all later rows see every
+            key), or `[B or 1, 1, BLOCK]` for all rows; None when all rows see all keys.
+    """
+
+    key: Tensor
+    value: Tensor
+    first_row: int = 0
+    hidden: Tensor | None = None
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in the type that sums are kept in: float32, or float64 when the model computes in it."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def block_scores(query: Tensor, block: KeyBlock, scale: float) -> Tensor:
+    """`[B, R - first_row, BLOCK]` float32 scores of one block, `MASKED` where hidden."""
+    scores = wide(torch.bmm(query[:, block.first_row :], block.key.transpose(1, 2))).mul_(scale)
+    if block.hidden is not None:
+        concerned = scores if block.hidden.shape[1] == 1 else scores[:, : block.hidden.shape[1]]
+        concerned.masked_fill_(block.hidden, MASKED)
+    return scores
+
+
+def partial_attention(query: Tensor, blocks: Sequence[KeyBlock], scale: float) -> Partial:
+    """Attention of `query [B, R, d]` over one key segment, R a multiple of `TILE`."""
+    assert query.shape[1] % TILE == 0, f"{query.shape[1]} query rows are not a multiple of {TILE}"
+    scores = [block_scores(query, block, scale) for block in blocks]
+    sums = torch.promote_types(query.dtype, torch.float32)
+    top = query.new_full(query.shape[:2], MASKED, dtype=sums)
+    for block, score in zip(blocks, scores, strict=True):
+        rows = top[:, block.first_row :]
+        torch.maximum(rows, score.amax(-1), out=rows)
+    mass = torch.zeros_like(top)
+    out = query.new_zeros(query.shape, dtype=sums)
+    for block, score in zip(blocks, scores, strict=True):
+        weights = score.sub_(top[:, block.first_row :, None]).exp_()
+        mass[:, block.first_row :] += weights.sum(-1)
+        out[:, block.first_row :] += torch.bmm(weights.to(block.value.dtype), block.value)
+    return Partial(out, top, mass)
+
+
+def merge(first: Partial, second: Partial) -> Partial:
+    """The partial result over two key segments, the earlier one first."""
+    top = torch.maximum(first.top, second.top)
+    keep_first = (first.top - top).exp_()
+    keep_second = (second.top - top).exp_()
+    out = first.out * keep_first[..., None] + second.out * keep_second[..., None]
+    return Partial(out, top, first.mass * keep_first + second.mass * keep_second)
+
+
+def causal_blocks(key: Tensor, value: Tensor, repeat: int, window: int | None) -> list[KeyBlock]:
+    """Blocks of a segment that attends to itself: `[B, T, d]`, T a multiple of `BLOCK`; row r is token `r // repeat`."""
+    length = key.shape[1]
+    assert length % BLOCK == 0, f"{length} keys are not a multiple of {BLOCK}"
+    token = torch.arange(length, device=key.device)
+    blocks: list[KeyBlock] = []
+    for start in range(0, length, BLOCK):
+        stop = start + BLOCK if window is None else length
+        row_token = token[start:stop].repeat_interleave(repeat)[:, None]
+        key_token = token[start : start + BLOCK]
+        hidden = row_token < key_token
+        if window is not None:
+            hidden |= row_token - key_token >= window
+        blocks.append(
+            KeyBlock(key[:, start : start + BLOCK], value[:, start : start + BLOCK], start * repeat, hidden[None])
+        )
+    return blocks
+
+
+def prefix_blocks(key: Tensor, value: Tensor, length: int, distance: Tensor | None, window: int | None) -> list[KeyBlock]:
+    """Blocks of a prefix that every row sees: `[B, T, d]`, T `length` rounded up to `BLOCK`.
+
+    Args:
+        distance: `[R]`, each row's position minus the prefix's first; needed with a sliding window only.
+    """
+    token = torch.arange(key.shape[1], device=key.device)
+    blocks: list[KeyBlock] = []
+    for start in range(0, key.shape[1], BLOCK):
+        key_token = token[start : start + BLOCK]
+        hidden = (key_token >= length)[None, None] if start + BLOCK > length else None
+        if window is not None:
+            assert distance is not None, "a sliding window needs the rows' positions"
+            far = (distance[:, None] - key_token >= window)[None]
+            hidden = far if hidden is None else hidden | far
+        blocks.append(KeyBlock(key[:, start : start + BLOCK], value[:, start : start + BLOCK], 0, hidden))
+    return blocks

@@ -1,0 +1,30 @@
+"""The one forward: a packed sequence through the Hugging Face module, to hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from groupwise.model.attention import Layout
+from groupwise.model.packed_attention import PackedLayout
+from groupwise.model.packing import Packed
+
+
+def hidden_states(model: PreTrainedModel, token_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+    """`[N, H]` last hidden states of `token_ids [N]` at `position_ids [N]`; `layout` decides who sees whom."""
+    decoder = model.get_decoder()
+    output = decoder(
+        input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, return_dict=True, layout=layout
+    )
+    return output.last_hidden_state[0]
+
+
+def packed_hidden_states(
+    model: PreTrainedModel, packed: Packed, *, on_keys: Callable[[int, Tensor, Tensor], None] | None = None
+) -> Tensor:
+    """`[N, H]` last hidden states of a packed sequence on the model's device."""
+    heads = model.config.get_text_config().num_attention_heads
+    layout = PackedLayout(packed, heads, on_keys=on_keys)
+    return hidden_states(model, packed.token_ids, packed.position_ids, layout)

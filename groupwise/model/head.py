@@ -1,0 +1,106 @@
+"""From hidden states to log-probs, in chunks of tokens: logits of all tokens never exist together.
+
+In training each chunk is recomputed in the backward pass, so memory grows with `chunk x vocabulary`, not with
+`tokens x vocabulary`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from groupwise.model.exact import wide
+from groupwise.model.packing import ROW_MULTIPLE, pad_rows
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """Log-prob of each target `[M]` and, where asked for, the entropy of its distribution in nats `[M]`; both float32."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+
+
+class LanguageHead:
+    """Hidden states `[M, H]` to logits `[M, V]` float32, with the scaling or soft cap that the architecture has."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        layer = model.get_output_embeddings()
+        assert isinstance(layer, nn.Module), "a causal language model has an output layer"
+        self._layer = layer
+        settings = model.config.get_text_config().to_dict()
+        self._softcap: float | None = settings.get("final_logit_softcapping")
+        self._factor = settings.get("logit_scale", 1.0) / settings.get("logits_scaling", 1.0)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Rows are padded to `ROW_MULTIPLE` so that each row has the same bits in any company."""
+        logits = wide(self._layer(pad_rows(hidden))[: hidden.shape[0]])
+        if self._factor != 1.0:
+            logits = logits * self._factor
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+
+def log_normaliser(logits: Tensor) -> Tensor:
+    """`[M]`, the log of the sum of exponentials of each row of `[M, V]`."""
+    return torch.logsumexp(logits, dim=-1)
+
+
+def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """`[M]` log-probs of `targets [M]` under the rows of `logits [M, V]`."""
+    return logits.gather(-1, targets[:, None]).squeeze(-1) - log_normaliser(logits)
+
+
+def scale_by_temperature(logits: Tensor, temperature: Tensor | float) -> Tensor:
+    """Logits of the distribution that is sampled; temperature 0 (greedy) counts as 1."""
+    if isinstance(temperature, Tensor):
+        return logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
+    return logits / (temperature or 1.0)
+
+
+def token_scores(
+    head: LanguageHead,
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+    with_entropy: bool = False,
+) -> TokenScores:
+    """Log-probs (and entropies) of `targets [M]` predicted from `hidden [M, H]`, differentiable.
+
+    Args:
+        temperature: the sampling temperature; the log-probs are those of the sampled distribution.
+        chunk_tokens: rows whose logits exist at one time, rounded up to `ROW_MULTIPLE`.
+    """
+    chunk_tokens = -(-chunk_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
+
+    def one(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        logits = scale_by_temperature(head.logits(rows), temperature)
+        logprobs = target_logprobs(logits, wanted)
+        if not with_entropy:
+            return logprobs, logprobs.detach()
+        return logprobs, entropy_of(logits)
+
+    logprobs: list[Tensor] = []
+    entropies: list[Tensor] = []
+    for start in range(0, hidden.shape[0], chunk_tokens):
+        rows, wanted = hidden[start : start + chunk_tokens], targets[start : start + chunk_tokens]
+        if torch.is_grad_enabled():
+            pair = checkpoint(one, rows, wanted, use_reentrant=False)
+            assert isinstance(pair, tuple)
+        else:
+            pair = one(rows, wanted)
+        logprobs.append(pair[0])
+        entropies.append(pair[1])
+    return TokenScores(torch.cat(logprobs), torch.cat(entropies) if with_entropy else None)
+
+
+def entropy_of(logits: Tensor) -> Tensor:
+    """`[M]` entropy in nats of the rows of `logits [M, V]`: H = log Z - E[logit]."""
+    return log_normaliser(logits) - (logits.softmax(-1) * logits).sum(-1)

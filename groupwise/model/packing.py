@@ -1,0 +1,139 @@
+"""Rows of token ids become one packed sequence without padding, in which each group's prompt stands once.
+
+    rows of group 0: (p0, c00) (p0, c01)      packed: [ p0 | p1 | c00 | c01 | c10 ]
+    rows of group 1: (p1, c10)
+
+Attention is causal inside every segment, and a completion sees its prompt before itself. A completion's last token is
+left out: nothing is predicted from it. The length is rounded up to `ROW_MULTIPLE`, because matrix kernels give every row
+the same bits only when rows come in full tiles (measured: any multiple of 4 for any number of CPU threads).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from groupwise.types import TrainingRow
+
+ROW_MULTIPLE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens that attend to each other causally, and to all of `prefix` if there is one.
+
+    Attributes:
+        start, length: place in the packed sequence.
+        prefix: index of the segment that comes before this one's first token, or None.
+    """
+
+    start: int
+    length: int
+    prefix: int | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A packed sequence. N tokens (padding included), M predicted tokens, R rows.
+
+    Attributes:
+        token_ids, position_ids: `[N]` int64.
+        segments: prompts first, then completions; segments with one `prefix` are neighbours.
+        predictors: `[M]` int64, the packed position whose hidden state predicts each completion token.
+        targets: `[M]` int64, the completion tokens themselves, row by row.
+        row: `[M]` int64, the row that each belongs to, in the order in which rows were given.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    segments: tuple[Segment, ...]
+    predictors: Tensor
+    targets: Tensor
+    row: Tensor
+
+    def to(self, device: torch.device) -> Packed:
+        move = [t.to(device, non_blocking=True) for t in (self.token_ids, self.position_ids)]
+        rest = [t.to(device, non_blocking=True) for t in (self.predictors, self.targets, self.row)]
+        return Packed(move[0], move[1], self.segments, rest[0], rest[1], rest[2])
+
+
+def pack(rows: Sequence[TrainingRow]) -> Packed:
+    """Pack training rows; rows with the same `group` must have the same prompt and stand next to each other.
+
+    Example:
+        Two rows of one group with prompt (1, 2, 3) and completions (7, 8) and (9,) pack to token_ids (1, 2, 3, 7),
+        predictors (2, 3, 2) and targets (7, 8, 9).
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    prompt_of: dict[int, int] = {}
+    for row in rows:
+        if row.group not in prompt_of:
+            prompt_of[row.group] = len(segments)
+            segments.append(Segment(len(tokens), len(row.prompt_ids)))
+            tokens.extend(row.prompt_ids)
+            positions.extend(range(len(row.prompt_ids)))
+    predictors: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    for index, row in enumerate(rows):
+        prompt = segments[prompt_of[row.group]]
+        assert prompt.length == len(row.prompt_ids), f"group {row.group} has two prompts"
+        length = len(row.token_ids) - 1
+        predictors.append(prompt.stop - 1)
+        predictors.extend(range(len(tokens), len(tokens) + length))
+        targets.extend(row.token_ids)
+        owner.extend([index] * len(row.token_ids))
+        if length:
+            segments.append(Segment(len(tokens), length, prompt_of[row.group]))
+            tokens.extend(row.token_ids[:-1])
+            positions.extend(range(prompt.length, prompt.length + length))
+    return _finish(tokens, positions, segments, predictors, targets, owner)
+
+
+def pack_prompts(prompts: Sequence[Sequence[int]]) -> Packed:
+    """Pack prompts alone, as the engine's prefill does; `predictors` holds each prompt's last position."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    for prompt in prompts:
+        segments.append(Segment(len(tokens), len(prompt)))
+        tokens.extend(prompt)
+        positions.extend(range(len(prompt)))
+    predictors = [segment.stop - 1 for segment in segments]
+    return _finish(tokens, positions, segments, predictors, [0] * len(prompts), list(range(len(prompts))))
+
+
+def _finish(
+    tokens: list[int],
+    positions: list[int],
+    segments: list[Segment],
+    predictors: list[int],
+    targets: list[int],
+    owner: list[int],
+) -> Packed:
+    padding = -len(tokens) % ROW_MULTIPLE
+    return Packed(
+        token_ids=torch.tensor(tokens + [0] * padding),
+        position_ids=torch.tensor(positions + [0] * padding),
+        segments=tuple(segments),
+        predictors=torch.tensor(predictors, dtype=torch.int64),
+        targets=torch.tensor(targets, dtype=torch.int64),
+        row=torch.tensor(owner, dtype=torch.int64),
+    )
+
+
+def pad_rows(x: Tensor, multiple: int = ROW_MULTIPLE) -> Tensor:
+    """Zero rows added to `[M, …]` until M is a multiple of `multiple`."""
+    missing = -x.shape[0] % multiple
+    if not missing:
+        return x
+    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
