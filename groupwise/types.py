@@ -195,9 +195,14 @@ class Denominators:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows that go through the model in one pass."""
+    """Rows that go through the model in one pass.
+
+    Attributes:
+        backward: False for rows whose gradient is known to be zero: they are only measured.
+    """
 
     rows: tuple[TrainingRow, ...]
+    backward: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,9 +58,9 @@ class Config(Section):
                 f"rollout.min_completion_tokens = {rollout.min_completion_tokens} is more than "
                 f"rollout.max_completion_tokens = {rollout.max_completion_tokens}; lower the first"
             )
-        if self.optim.steps_per_batch > rollout.prompts_per_step * max(rollout.group_size, 1):
+        if self.optim.steps_per_batch > rollout.prompts_per_step:
             raise ValueError(
-                f"optim.steps_per_batch = {self.optim.steps_per_batch} is more than the batch's "
-                f"{rollout.prompts_per_step * rollout.group_size} samples; lower it"
+                f"optim.steps_per_batch = {self.optim.steps_per_batch} is more than "
+                f"rollout.prompts_per_step = {rollout.prompts_per_step}; each optimiser step needs a prompt: lower the first"
             )
         return self

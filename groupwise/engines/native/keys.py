@@ -14,5 +14,7 @@ import numpy as np
 def uniforms(seed: int, uid: str, sample_index: int, count: int) -> np.ndarray:
     """`[count]` float64 in [0, 1): one number per completion position."""
     digest = hashlib.blake2b(f"{seed}\x1f{uid}\x1f{sample_index}".encode(), digest_size=16).digest()
-    bits = np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)).random_raw(count)
-    return (np.asarray(bits, dtype=np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    # As explicit little-endian numbers, so that the stream is the same on every machine.
+    key = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+    bits = np.asarray(np.random.Philox(key=key).random_raw(count), dtype=np.uint64)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,0 +1,79 @@
+# `make demo` trains a tiny model in minutes on a CPU; `make test` runs the fast tests. Both install what they need first.
+PYTHON ?= python3
+VENV ?= .venv
+# More arguments for pip, e.g. PIP_ARGS="--extra-index-url URL" for a CPU-only build of torch.
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+FAST := not slow and not gpu
+
+.PHONY: help demo test test-slow test-all check check-deps format docs clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo      install, then train a tiny model and show what it learned (minutes, CPU)"
+	@echo "make test      fast tests"
+	@echo "make test-slow the slow tests that need no GPU"
+	@echo "make test-all  all tests that need no GPU"
+	@echo "make check     lint, format, types, import layers"
+	@echo "make format    mend lint and format"
+	@echo "make docs      write the generated pages"
+	@echo "make clean     remove $(VENV) and caches"
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: got $$($(PYTHON) --version 2>&1); groupwise needs Python 3.11 or newer: make PYTHON=python3.12 …" >&2; exit 2; }
+	@echo "== making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "== installing torch (the largest part)"
+	@$(PIP) torch
+	@echo "== installing groupwise"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "== installing the development tools"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+check-deps: $(VENV)/.installed-dev
+	@$(BIN)/python -m pip check --disable-pip-version-check
+
+demo: $(VENV)/.installed
+	@$(BIN)/groupwise quickstart
+
+test: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -q -m "$(FAST)" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -q -m "not gpu" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+check: $(VENV)/.installed-dev
+	@echo "== ruff check"
+	@$(BIN)/ruff check .
+	@echo "== ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "== basedpyright"
+	@$(BIN)/basedpyright --pythonpath $(BIN)/python
+	@echo "== lint-imports"
+	@$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+docs: $(VENV)/.installed
+	@$(BIN)/python -m groupwise.config.reference > docs/config.md.new
+	@mv docs/config.md.new docs/config.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,116 @@
+"""Entry point: find the command, run it, and turn every error into one message and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from groupwise import __version__
+from groupwise.cli.commands import chat, data, evaluate, generate, info, model, quickstart, train
+from groupwise.cli.parsing import Command, nearest
+from groupwise.errors import EXIT_FAILURE, EXIT_INTERRUPTED, ConfigError, GroupwiseError, Interrupted
+
+COMMANDS: tuple[Command, ...] = (
+    quickstart.QUICKSTART,
+    train.TRAIN,
+    train.SFT,
+    evaluate.EVAL,
+    generate.GENERATE,
+    chat.CHAT,
+    data.GSM8K,
+    data.STATS,
+    model.TINY,
+    info.ALGORITHMS,
+    info.CONFIG,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `groupwise ARGUMENTS` (none: the process's own) and return the exit code.
+
+    0 done · 1 something failed · 2 the arguments, the config or the data are wrong · 130 interrupted.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        _dispatch(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output (`| head`) has enough; the interpreter's own flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except GroupwiseError as error:
+        return _fail(error, str(error), code=error.exit_code, debug="--debug" in arguments)
+    except Exception as error:  # noqa: BLE001 - nothing is above this that could say it better than a traceback
+        debug = "--debug" in arguments
+        hint = "" if debug else "\nThis was not foreseen; run it again with --debug to see where it happened."
+        return _fail(error, f"{type(error).__name__}: {error}{hint}", code=EXIT_FAILURE, debug=debug)
+    return 0
+
+
+def _fail(error: Exception, message: str, *, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _dispatch(arguments: Sequence[str]) -> None:
+    first = arguments[0] if arguments else ""
+    if first in ("-h", "--help", "help"):
+        print(_overview())
+    elif first in ("-V", "--version"):
+        print(f"groupwise {__version__}")
+    elif not first:
+        raise ConfigError(f"no command given\n\n{_overview()}")
+    else:
+        command = _find(arguments)
+        args = command.parse(arguments[len(command.name.split()) :])
+        command.run(args)
+
+
+def _find(arguments: Sequence[str]) -> Command:
+    names = [command.name for command in COMMANDS]
+    for command in COMMANDS:
+        words = command.name.split()
+        if list(arguments[: len(words)]) == words:
+            return command
+    first = arguments[0]
+    inside = [name.split()[1] for name in names if name.startswith(f"{first} ")]
+    if inside:
+        second = arguments[1] if len(arguments) > 1 else ""
+        if second in ("-h", "--help", ""):
+            listing = "\n".join(_line(command) for command in COMMANDS if command.name.startswith(f"{first} "))
+            if second:
+                print(f"usage: groupwise {first} COMMAND …\n\n{listing}")
+                raise SystemExit(0)
+            raise ConfigError(f"`groupwise {first}` needs one of these commands\n\n{listing}")
+        hint = nearest(second, inside) or f"; expected {' or '.join(inside)}"
+        raise ConfigError(f"`groupwise {first}` has no command {second!r}{hint}")
+    if first.startswith("-"):
+        raise ConfigError(
+            f"`groupwise` has no flag {first}{nearest(first, ['--help', '--version'])}; a command comes first"
+        )
+    hint = nearest(first, dict.fromkeys(name.split()[0] for name in names)) or "; see `groupwise --help`"
+    raise ConfigError(f"unknown command {first!r}{hint}")
+
+
+def _overview() -> str:
+    return (
+        "usage: groupwise COMMAND …\n\n"
+        "Trains language models by group-relative reinforcement learning.\n\n"
+        + "\n".join(_line(command) for command in COMMANDS)
+        + "\n\n`groupwise COMMAND --help` tells more of each; `groupwise --version` tells the version.\n"
+        "Exit codes: 0 done, 1 failed, 2 arguments, config or data are wrong, 130 interrupted."
+    )
+
+
+def _line(command: Command) -> str:
+    return f"  {command.name:<12} {command.summary}"

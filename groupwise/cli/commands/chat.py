@@ -1,0 +1,94 @@
+"""`groupwise chat`: a conversation, line by line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from groupwise.cli.commands.generate import sample
+from groupwise.cli.models import (
+    ENGINE_SETTINGS,
+    MODEL_SETTINGS,
+    Talker,
+    add_sampling_flags,
+    sampling_config,
+    sampling_of,
+)
+from groupwise.cli.parsing import Command, Parser
+
+if TYPE_CHECKING:
+    from groupwise.types import Message, SamplingParams
+
+_HELP = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C ends a reply"
+
+
+def _arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="run directory, model folder or Hub name")
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    add_sampling_flags(parser)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    config = sampling_config(args)
+    talker = Talker(config)
+    system: list[Message] = [] if args.system is None else [{"role": "system", "content": args.system}]
+    sampling = sampling_of(config.rollout, seed=config.train.seed)
+    print(_HELP, file=sys.stderr)
+    # One runner for all turns, because the engine's work belongs to one event loop.
+    with asyncio.Runner() as runner:
+        messages = list(system)
+        for line in _lines():
+            if line == "/exit":
+                return
+            if line == "/clear":
+                messages = list(system)
+            elif line.startswith("/"):
+                print(f"unknown command {line.split()[0]}; {_HELP}", file=sys.stderr)
+            elif line:
+                messages.append({"role": "user", "content": line})
+                # A seed of its own per turn, so that turns do not draw alike; after /clear the same again.
+                own = dataclasses.replace(sampling, seed=sampling.seed + len(messages))
+                reply = _reply(runner, talker, messages, sampling=own)
+                if reply is None:
+                    messages.pop()
+                else:
+                    messages.append({"role": "assistant", "content": reply})
+
+
+def _reply(runner: asyncio.Runner, talker: Talker, messages: list[Message], *, sampling: SamplingParams) -> str | None:
+    """The printed reply, or None when the user ended it with Ctrl-C."""
+    try:
+        [completion] = runner.run(sample(talker.engine, talker.chat_prompt(messages), sampling=sampling))
+    except KeyboardInterrupt:
+        runner.run(talker.engine.abort())
+        print("(reply ended)", file=sys.stderr)
+        return None
+    print(completion.text, flush=True)
+    if completion.finish_reason == "length":
+        print(f"(cut off after {len(completion.token_ids)} tokens; --max-tokens allows more)", file=sys.stderr)
+    return completion.text
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, until the end of input; the prompt sign only where somebody sees it."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.strip()
+
+
+CHAT = Command(
+    name="chat",
+    summary="talk with a model",
+    add_arguments=_arguments,
+    run=_chat,
+    settings=(*MODEL_SETTINGS, *ENGINE_SETTINGS, "data.chat_template_kwargs", "data.chat_template_kwargs."),
+    epilog=_HELP,
+)

@@ -1,0 +1,160 @@
+"""`groupwise eval`: how good a model is on a data file."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from groupwise.cli.models import ENGINE_SETTINGS, MODEL_SETTINGS, is_run, model_path, quiet_loading
+from groupwise.cli.parsing import Command, Parser, set_key, set_rewards
+from groupwise.errors import ConfigError
+
+if TYPE_CHECKING:
+    from groupwise.config import Config
+    from groupwise.evaluation import EvalReport
+    from groupwise.types import Tokenizer
+
+
+def _arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="run directory (its final model), model folder or Hub name"
+    )
+    parser.add_argument("--data", "--data-path", "--eval-data", metavar="FILE", help="default: a run's data.eval")
+    parser.add_argument("--reward", action="append", metavar="NAME", help="default: a run's rewards; may repeat")
+    parser.add_argument("--samples", metavar="N", help="completions per row (eval.samples)")
+    parser.add_argument("--limit", metavar="N", help="only the first rows (eval.limit)")
+    parser.add_argument("--temperature", metavar="T", help="0 is greedy (eval.temperature)")
+    parser.add_argument("--max-completion-tokens", metavar="N", help="eval.max_completion_tokens")
+    parser.add_argument("--seed", metavar="N", help="train.seed")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--save", metavar="FILE.jsonl", help="write every completion with its rewards")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    config = _config(args)
+    started = time.perf_counter()
+    report = _evaluate(config, quiet=args.json)
+    seconds = time.perf_counter() - started
+    if args.save is not None:
+        _save(report, Path(args.save))
+    if args.json:
+        where = {"model": config.model.path, "data": config.data.eval, "settings": config.eval.model_dump(mode="json")}
+        print(json.dumps(where | report.summary() | {"seconds": seconds}, ensure_ascii=False, allow_nan=False))
+    else:
+        print(_describe(report, seconds=seconds))
+
+
+def _config(args: argparse.Namespace) -> Config:
+    from groupwise.config.loading import load_config
+
+    overrides = [
+        *set_key("model.path", model_path(args.model)),
+        *set_key("data.eval", args.data),
+        *set_rewards(args.reward),
+        *set_key("eval.samples", args.samples),
+        *set_key("eval.limit", args.limit),
+        *set_key("eval.temperature", args.temperature),
+        *set_key("eval.max_completion_tokens", args.max_completion_tokens),
+        *set_key("train.seed", args.seed),
+        *args.overrides,
+    ]
+    run_config = Path(args.model, "config.json")
+    config = load_config(run_config if is_run(args.model) and run_config.is_file() else None, overrides).config
+    if not config.data.eval:
+        raise ConfigError("no data to evaluate on; give --data FILE")
+    if not config.reward:
+        raise ConfigError("no reward to judge answers by; give --reward NAME, such as --reward gsm8k")
+    if config.eval.samples > 1 and config.eval.temperature == 0:
+        raise ConfigError(
+            f"eval.samples = {config.eval.samples} at temperature 0 draws the same answer each time; "
+            "give --temperature above 0, or --samples 1"
+        )
+    return config
+
+
+def _evaluate(config: Config, *, quiet: bool) -> EvalReport:
+    # What is wrong with names, rewards and rows is refused before the model's libraries and weights are loaded.
+    from groupwise.data import check_rows, load_prompts, read_rows
+    from groupwise.engines import build_engine, check_engine
+    from groupwise.evaluation import eval_sampling, evaluate
+    from groupwise.rewards import RewardScorer
+
+    check_engine(config.rollout.engine)
+    scorer = RewardScorer(config.reward)
+    check_rows(read_rows(config.data.eval, limit=config.eval.limit), config.data)
+    if not quiet:
+        print(f"evaluating {config.model.path} on {config.data.eval}", file=sys.stderr)
+
+    from groupwise.model.loading import load_model, load_tokenizer
+
+    quiet_loading()
+    tokenizer = load_tokenizer(config.model)
+    found = load_prompts(config.data.eval, config.data, cast("Tokenizer", tokenizer), limit=config.eval.limit)
+    scorer.check_sources([prompt.data_source for prompt in found.prompts])
+    if found.num_too_long:
+        print(f"warning: {found.describe()}", file=sys.stderr)
+    engine = build_engine(config.rollout, load_model(config.model, tokenizer=tokenizer))
+    sampling = eval_sampling(config.eval, config.rollout, seed=config.train.seed)
+    return asyncio.run(evaluate(engine, found.prompts, scorer, config=config.eval, sampling=sampling, version=0))
+
+
+def _describe(report: EvalReport, *, seconds: float) -> str:
+    lines = [f"accuracy     {report.accuracy:.4f}  (95 % interval {report.ci_low:.4f} to {report.ci_high:.4f})"]
+    lines += [f"pass@{k:<7} {value:.4f}" for k, value in report.pass_at_k.items() if k > 1]
+    if report.mean_reward is not None:
+        lines.append(f"reward       {report.mean_reward:.4f}")
+    lines.append(f"length       {report.mean_length:.1f} tokens, {report.clipped_ratio:.1%} cut off")
+    lines.append(f"rows         {report.num_rows}, {report.num_failed} failed")
+    lines.append(f"time         {seconds:.1f} s, loading included")
+    causes = [sample.cause for row in report.rows for sample in row.samples if sample.failed]
+    if causes:
+        lines.append(f"first failure: {causes[0]}")
+    return "\n".join(lines)
+
+
+def _save(report: EvalReport, path: Path) -> None:
+    from groupwise.files import json_line, write_text_atomic
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path, "".join(json_line(record) for record in report.records()))
+    except OSError as error:
+        raise ConfigError(f"--save {path} cannot be written: {error.strerror}; give another file") from error
+
+
+EVAL = Command(
+    name="eval",
+    summary="measure a model's accuracy and pass@k on a data file",
+    add_arguments=_arguments,
+    run=_eval,
+    settings=(
+        *MODEL_SETTINGS,
+        *ENGINE_SETTINGS,
+        "rollout.stop",
+        "rollout.stop_token_ids",
+        "rollout.repetition_penalty",
+        "rollout.max_completion_tokens",
+        "rollout.min_completion_tokens",
+        "data.prompt_column",
+        "data.question_column",
+        "data.answer_column",
+        "data.data_source",
+        "data.system_prompt",
+        "data.few_shot",
+        "data.chat_template_kwargs",
+        "data.chat_template_kwargs.",
+        "data.max_prompt_tokens",
+        "reward.",
+        "eval.samples",
+        "eval.temperature",
+        "eval.top_p",
+        "eval.max_completion_tokens",
+        "eval.limit",
+        "eval.threshold",
+    ),
+)

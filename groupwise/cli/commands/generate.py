@@ -1,0 +1,76 @@
+"""`groupwise generate`: what a model says to one prompt."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from typing import TYPE_CHECKING
+
+from groupwise.cli.models import (
+    ENGINE_SETTINGS,
+    MODEL_SETTINGS,
+    Talker,
+    add_sampling_flags,
+    sampling_config,
+    sampling_of,
+)
+from groupwise.cli.parsing import Command, Parser, whole_number
+from groupwise.errors import ConfigError, EngineError
+
+if TYPE_CHECKING:
+    from groupwise.types import Completion, Engine, Prompt, SamplingParams
+
+
+def _arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="run directory, model folder or Hub name")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the user's message; - reads standard input")
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as text, without the chat template")
+    parser.add_argument("-n", type=whole_number(1), default=1, metavar="N", help="how many samples (default 1)")
+    add_sampling_flags(parser)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    if args.raw and args.system is not None:
+        raise ConfigError("--system has no place in --raw text; leave one of them out")
+    text: str = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not text:
+        raise ConfigError("the prompt is empty; give --prompt some text")
+    config = sampling_config(args)
+    talker = Talker(config)
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    prompt = talker.raw_prompt(text) if args.raw else talker.chat_prompt([*system, {"role": "user", "content": text}])
+    sampling = sampling_of(config.rollout, seed=config.train.seed)
+    replies = asyncio.run(sample(talker.engine, prompt, sampling=sampling, count=args.n))
+    for reply in replies:
+        if len(replies) > 1:
+            print(f"--- {reply.sample_index + 1} of {len(replies)} ({len(reply.token_ids)} tokens)")
+        print(reply.text)
+        if reply.finish_reason == "length":
+            print(f"(cut off after {len(reply.token_ids)} tokens; --max-tokens allows more)", file=sys.stderr)
+
+
+async def sample(engine: Engine, prompt: Prompt, *, sampling: SamplingParams, count: int = 1) -> list[Completion]:
+    """`count` completions, by index.
+
+    Raises:
+        EngineError: the engine failed on one of them.
+    """
+    from groupwise.types import SampleRequest
+
+    requests = [SampleRequest(prompt=prompt, sample_index=index, sampling=sampling) for index in range(count)]
+    replies = [completion async for completion in engine.generate(requests)]
+    for reply in replies:
+        if reply.finish_reason == "error":
+            raise EngineError(f"sample {reply.sample_index + 1} failed: {reply.error}")
+    return sorted(replies, key=lambda reply: reply.sample_index)
+
+
+GENERATE = Command(
+    name="generate",
+    summary="print what a model answers to a prompt",
+    add_arguments=_arguments,
+    run=_generate,
+    settings=(*MODEL_SETTINGS, *ENGINE_SETTINGS, "data.chat_template_kwargs", "data.chat_template_kwargs."),
+)

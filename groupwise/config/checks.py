@@ -1,0 +1,130 @@
+"""What can be checked before a model is loaded: settings that are missing, contradict each other, or name no file.
+
+Nothing here reads data or imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from groupwise.config import Config
+from groupwise.errors import ConfigError
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def check_trainable(config: Config, *, provided: Collection[str] = ()) -> None:
+    """Refuse a config that group-relative RL cannot train with.
+
+    Args:
+        provided: settings that the caller gives as Python objects instead: any of `model.path`, `data.train`,
+            `data.eval`, `reward`.
+
+    Raises:
+        ConfigError: lists everything that is wrong.
+    """
+    rollout = config.rollout
+    found = _common(config, provided)
+    if not config.reward and "reward" not in provided:
+        found.append("reward: got none; training needs at least one, e.g. `--reward gsm8k` or `--reward my_file.py:fn`")
+    if rollout.group_size < 2:
+        found.append(
+            f"rollout.group_size = {rollout.group_size}: expected at least 2; an advantage compares the samples of one "
+            "prompt with each other, and a single sample compared with itself teaches nothing; use 4 to 16"
+        )
+    if rollout.temperature == 0:
+        found.append(
+            "rollout.temperature = 0: greedy sampling gives each prompt the same answer group_size times, so all "
+            "advantages are 0; set it above 0 (1.0 is usual)"
+        )
+    _refuse(found)
+
+
+def check_supervised(config: Config, *, provided: Collection[str] = ()) -> None:
+    """Refuse a config that supervised training cannot use; arguments and errors as in `check_trainable`."""
+    _refuse(_common(config, provided))
+
+
+def check_model_path(path: str) -> None:
+    """Refuse a model that cannot be loaded: a folder without config.json, a file, or a path that does not exist.
+
+    Raises:
+        ConfigError: says what is there instead.
+    """
+    _refuse([problem for problem in [_model_problem(path)] if problem])
+
+
+def _common(config: Config, provided: Collection[str]) -> list[str]:
+    found: list[str | None] = []
+    if "model.path" not in provided:
+        found.append(_model_problem(config.model.path))
+    if "data.train" not in provided:
+        missing = "data.train is empty: expected a JSONL, Parquet or CSV file, e.g. `--data train.jsonl`"
+        found.append(_data_problem("data.train", config.data.train) if config.data.train else missing)
+    if config.data.eval and "data.eval" not in provided:
+        found.append(_data_problem("data.eval", config.data.eval))
+    if config.eval.every and not config.data.eval and "data.eval" not in provided:
+        found.append(
+            f"eval.every = {config.eval.every} has nothing to evaluate: data.eval is empty; give held-out rows with "
+            "`--eval-data test.jsonl`, or set eval.every to 0"
+        )
+    return [problem for problem in found if problem]
+
+
+def _refuse(found: list[str]) -> None:
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def _data_problem(name: str, value: str) -> str | None:
+    path = Path(value)
+    if path.exists():
+        return None
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    if near:
+        return f"{name} = {value!r}: no such file or folder; did you mean {str(path.with_name(near[0]))!r}?"
+    place = "" if path.parent.is_dir() else f" (there is no folder {str(path.parent)!r} either)"
+    return f"{name} = {value!r}: no such file or folder{place}; paths are relative to {str(Path.cwd())!r}{_home(value)}"
+
+
+def _model_problem(value: str) -> str | None:
+    if not value:
+        return "model.path is empty: expected a model folder or a Hugging Face Hub name, e.g. `--model Qwen/Qwen3-0.6B`"
+    path = Path(value)
+    if path.is_dir():
+        return None if (path / "config.json").is_file() and not _is_run(path) else _not_a_model(path)
+    if path.exists():
+        return f"model.path = {value!r}: got a file; expected the folder that holds config.json and the weights"
+    if HUB_NAME.fullmatch(value):
+        return None
+    return (
+        f"model.path = {value!r}: no such folder, and not a Hugging Face Hub name (`owner/name`) either; "
+        f"paths are relative to {str(Path.cwd())!r}{_home(value)}"
+    )
+
+
+def _is_run(path: Path) -> bool:
+    """A run directory has a config.json too, but the run's, not a model's."""
+    return (path / "checkpoints").is_dir() or (path / "versions.json").is_file()
+
+
+def _not_a_model(path: Path) -> str:
+    if (path / "final" / "config.json").is_file():
+        return f"model.path = {str(path)!r}: got a run directory; its model is in {str(path / 'final')!r}"
+    names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
+    listing = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    wanted = "a run directory without a final model" if _is_run(path) else "a folder without a model's config.json"
+    return (
+        f"model.path = {str(path)!r}: got {wanted} (it holds {listing or 'nothing'}); "
+        "expected a Hugging Face model folder: config.json, weights and tokenizer"
+    )
+
+
+def _home(value: str) -> str:
+    if value.startswith("~") and Path(value).expanduser().exists():
+        return f"; `~` is not expanded here, write {str(Path(value).expanduser())!r}"
+    return ""

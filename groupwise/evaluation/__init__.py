@@ -1,0 +1,22 @@
+"""Accuracy and pass@k over any engine, each row exactly once."""
+
+from __future__ import annotations
+
+from groupwise.evaluation.evaluator import Evaluator, Scorer, eval_sampling, evaluate
+from groupwise.evaluation.metrics import Interval, accuracy, confidence_interval, mean_pass_at_k, pass_at_k
+from groupwise.evaluation.report import EvalReport, EvalRow, EvalSample
+
+__all__ = [
+    "EvalReport",
+    "EvalRow",
+    "EvalSample",
+    "Evaluator",
+    "Interval",
+    "Scorer",
+    "accuracy",
+    "confidence_interval",
+    "eval_sampling",
+    "evaluate",
+    "mean_pass_at_k",
+    "pass_at_k",
+]

@@ -1,0 +1,43 @@
+"""Ctrl-C: the first one lets the step end and saves a checkpoint, the second one stops at once."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """Whether the user asked the run to end after this step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __bool__(self) -> bool:
+        return self.asked
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        logger.warning("stopping after this step, with a checkpoint; once more stops at once")
+
+
+@contextmanager
+def catch_interrupts() -> Iterator[StopRequest]:
+    """Within it, Ctrl-C (and SIGTERM) sets the request. Outside the main thread, where signals cannot be caught, nothing does."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,5 @@
+"""What training adds to a model: backward passes, the optimiser, schedules, a frozen reference."""
+
+from groupwise.policy.policy import Objective, Policy
+
+__all__ = ["Objective", "Policy"]

@@ -1,0 +1,225 @@
+"""The model being trained: gradients of an objective over micro-batches, updates, log-probs, state."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from groupwise.algorithms.base import LossInputs, LossOutput
+from groupwise.config import OptimConfig, TrainConfig
+from groupwise.metrics import Last, Max, Mean, Metrics, Sum
+from groupwise.model.forward import packed_hidden_states
+from groupwise.model.head import LanguageHead, TokenScores, token_scores
+from groupwise.model.loading import LoadedModel
+from groupwise.model.packing import Packed, pack
+from groupwise.policy.optimizer import MasterOptimizer
+from groupwise.policy.schedule import learning_rate
+from groupwise.types import Denominators, MicroBatch, TrainingRow
+
+logger = logging.getLogger(__name__)
+
+
+class Objective(Protocol):
+    """What is minimised: an algorithm's policy loss, or the supervised loss."""
+
+    @property
+    def needs_reference(self) -> bool: ...
+
+    @property
+    def needs_entropy(self) -> bool: ...
+
+    def loss(self, inputs: LossInputs) -> LossOutput: ...
+
+
+class Policy:
+    """A model with its optimiser. Micro-batch losses add up until `optim_step`.
+
+    Args:
+        objective: decides whether a frozen copy of the initial weights is kept as the reference.
+        temperature: of sampling; log-probs are those of the sampled distribution.
+        total_updates: optimiser steps of the whole run, for the schedule.
+        gradient_checkpointing: recompute each layer in the backward pass.
+
+    Example:
+        policy = Policy(load_model(config.model), objective, optim=config.optim, train=config.train, total_updates=500)
+        metrics = [policy.forward_backward(mb, batch.denominators) for mb in batch.microbatches]
+        update = policy.optim_step()
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        objective: Objective,
+        *,
+        optim: OptimConfig,
+        train: TrainConfig,
+        total_updates: int,
+        temperature: float = 1.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        self.loaded = loaded
+        self._objective = objective
+        self._optim_config = optim
+        self._chunk_tokens = train.logprob_chunk_tokens
+        self._total_updates = total_updates
+        self._temperature = temperature
+        self._checkpointing = gradient_checkpointing
+        self._reference = _frozen_copy(loaded) if objective.needs_reference else None
+        if gradient_checkpointing:
+            loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._optimizer = MasterOptimizer(loaded.model, optim)
+        self._updates = 0
+        self._skipped = 0
+        self._is_sampler = True
+
+    def forward_backward(self, batch: MicroBatch, denominators: Denominators) -> Metrics:
+        """Add the gradient of one micro-batch; metrics of its tokens.
+
+        Args:
+            denominators: of the whole optimiser batch, so that the sum over micro-batches is the batch's gradient.
+        """
+        with torch.set_grad_enabled(batch.backward):
+            packed = pack(batch.rows).to(self.loaded.device)
+            scores = self._scores(packed, self._objective.needs_entropy)
+            inputs = self._inputs(batch.rows, packed, scores, denominators)
+            output = self._objective.loss(inputs)
+            if batch.backward:
+                output.loss.backward()
+        metrics = dict(output.metrics)
+        metrics["loss"] = Sum(float(output.loss.detach()))
+        if self._is_sampler:
+            metrics.update(self._mismatch(batch.rows, inputs))
+        return metrics
+
+    def _scores(self, packed: Packed, with_entropy: bool) -> TokenScores:
+        self.loaded.model.train(self._checkpointing and torch.is_grad_enabled())
+        hidden = packed_hidden_states(self.loaded.model, packed)
+        self.loaded.model.eval()
+        return token_scores(
+            self.loaded.head,
+            hidden[packed.predictors],
+            packed.targets,
+            temperature=self._temperature,
+            chunk_tokens=self._chunk_tokens,
+            with_entropy=with_entropy,
+        )
+
+    def _inputs(
+        self, rows: Sequence[TrainingRow], packed: Packed, scores: TokenScores, denominators: Denominators
+    ) -> LossInputs:
+        device = self.loaded.device
+
+        def per_token(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        return LossInputs(
+            logprobs=scores.logprobs,
+            old_logprobs=per_token([x for row in rows for x in row.logprobs]),
+            ref_logprobs=None if self._reference is None else self._reference_logprobs(packed),
+            entropy=scores.entropy,
+            advantages=per_token([x for row in rows for x in row.advantages]),
+            mask=per_token([float(x) for row in rows for x in row.loss_mask]),
+            row=packed.row,
+            num_rows=len(rows),
+            denominators=denominators,
+        )
+
+    @torch.no_grad()
+    def _reference_logprobs(self, packed: Packed) -> Tensor:
+        assert self._reference is not None
+        hidden = packed_hidden_states(self._reference.model, packed)
+        return token_scores(
+            self._reference.head,
+            hidden[packed.predictors],
+            packed.targets,
+            temperature=self._temperature,
+            chunk_tokens=self._chunk_tokens,
+        ).logprobs
+
+    def _mismatch(self, rows: Sequence[TrainingRow], inputs: LossInputs) -> dict[str, Mean | Max]:
+        """How far the sampler's log-probs are from the trainer's, while both have the same weights."""
+        drift = ((inputs.logprobs.detach() - inputs.old_logprobs) * inputs.mask).abs()
+        largest = float(drift.max())
+        if largest > 0 and self.loaded.device.type == "cpu":
+            first = int((drift > 0).nonzero()[0])
+            row = int(inputs.row[first])
+            place = first - sum(len(r.token_ids) for r in rows[:row])
+            logger.warning(
+                "sampler and trainer differ by up to %.3g; first at token %d of a completion of group %d",
+                largest,
+                place,
+                rows[row].group,
+            )
+        count = float(inputs.mask.sum())
+        return {
+            "sampling/sampling_logp_difference/mean": Mean(float(drift.sum()), count),
+            "sampling/sampling_logp_difference/max": Max(largest),
+        }
+
+    @torch.no_grad()
+    def log_probs(self, rows: Sequence[TrainingRow]) -> Tensor:
+        """`[M]` log-probs of the rows' completion tokens, row after row, at the sampling temperature."""
+        return self._scores(pack(rows).to(self.loaded.device), False).logprobs
+
+    def optim_step(self) -> Metrics:
+        """Clip, update, forget the gradients. A gradient that is not finite skips the update; three in a row end the run.
+
+        Raises:
+            FloatingPointError: the third non-finite gradient in a row.
+        """
+        rate = learning_rate(self._optim_config, self._updates, self._total_updates)
+        norm = self._optimizer.clip(self._optim_config.max_grad_norm)
+        finite = math.isfinite(norm)
+        if finite:
+            self._optimizer.step(rate)
+            self._skipped = 0
+            self._is_sampler = False
+        else:
+            self._optimizer.forget_gradients()
+            self._skipped += 1
+            logger.warning("update %d skipped: the gradient norm is %s", self._updates, norm)
+            if self._skipped == 3:
+                raise FloatingPointError(
+                    "three updates in a row had a gradient that is not finite; lower optim.lr, or look at the rewards "
+                    "and log-probs of the last steps in trajectories/"
+                )
+        self._updates += 1
+        return {"grad_norm": Mean(norm), "learning_rate": Last(rate), "updates_skipped": Sum(0.0 if finite else 1.0)}
+
+    def published(self) -> None:
+        """The engines sample from these weights from now on."""
+        self._is_sampler = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self._updates, "skipped": self._skipped, "optimizer": self._optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._updates = int(state["updates"])
+        self._skipped = int(state["skipped"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def save_pretrained(self, path: Path) -> None:
+        """Write a Hugging Face model folder; what stood there before is replaced only when the new one is whole."""
+        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            self.loaded.model.save_pretrained(temporary)
+            self.loaded.tokenizer.save_pretrained(temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _frozen_copy(loaded: LoadedModel) -> LoadedModel:
+    model = copy.deepcopy(loaded.model).requires_grad_(False).eval()
+    return LoadedModel(model, loaded.tokenizer, LanguageHead(model), loaded.stop_token_ids)

@@ -1,0 +1,1 @@
+"""The tiny task, the tiny model and the recipe that `groupwise quickstart` runs with no download."""

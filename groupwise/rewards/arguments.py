@@ -1,0 +1,52 @@
+"""Checks of the settings that built-in rewards take from `reward.args`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from groupwise.errors import ConfigError
+
+
+def finite_number(value: Any, *, reward: str, name: str) -> float:
+    """The setting as a float.
+
+    Raises:
+        ConfigError: it is no finite number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"reward {reward!r}: {name} = {value!r} is not a finite number; give one, such as 1.0")
+    return float(value)
+
+
+def positive_count(value: Any, *, reward: str, name: str) -> int:
+    """The setting as an int of at least 1.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"reward {reward!r}: {name} = {value!r} is not a whole number of at least 1")
+    return value
+
+
+def text(value: Any, *, reward: str, name: str) -> str:
+    """The setting as a string that is not empty.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"reward {reward!r}: {name} = {value!r} is not text; give a string that is not empty")
+    return value
+
+
+def flag(value: Any, *, reward: str, name: str) -> bool:
+    """The setting as a bool.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"reward {reward!r}: {name} = {value!r} is neither true nor false")
+    return value

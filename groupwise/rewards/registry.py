@@ -1,0 +1,79 @@
+"""The built-in rewards by name: one line each."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from groupwise.errors import ConfigError
+from groupwise.rewards.format import format_reward, think_format_reward
+from groupwise.rewards.gsm8k import gsm8k_reward, gsm8k_row_check
+from groupwise.rewards.length import overlong_reward
+from groupwise.rewards.match import exact_match_reward, exact_match_row_check
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltIn:
+    """A built-in reward.
+
+    Attributes:
+        make: from `reward.args` to the reward function.
+        row_check: from `reward.args` to a check of one row, run before a model is loaded.
+
+    Example:
+        BuiltIn(gsm8k_reward, gsm8k_row_check)
+    """
+
+    make: Callable[..., Callable[..., Any]]
+    row_check: Callable[..., Callable[[Mapping[str, Any]], None]] | None = None
+
+
+BUILT_INS: Mapping[str, BuiltIn] = {
+    "gsm8k": BuiltIn(gsm8k_reward, gsm8k_row_check),
+    "format": BuiltIn(format_reward),
+    "think_format": BuiltIn(think_format_reward),
+    "exact_match": BuiltIn(exact_match_reward, exact_match_row_check),
+    "overlong": BuiltIn(overlong_reward),
+}
+
+
+def reward_names() -> tuple[str, ...]:
+    """The names of the built-in rewards."""
+    return tuple(BUILT_INS)
+
+
+def built_in(name: str) -> BuiltIn:
+    """The built-in reward of this name.
+
+    Raises:
+        ConfigError: there is none; the message has the nearest name.
+    """
+    if name not in BUILT_INS:
+        near = difflib.get_close_matches(name, BUILT_INS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"unknown reward {name!r}; {hint}expected one of {', '.join(BUILT_INS)}, or a function of your own as "
+            "path/to/file.py:function or module:function"
+        )
+    return BUILT_INS[name]
+
+
+def check_args(name: str, args: Mapping[str, Any]) -> None:
+    """Refuse arguments that a built-in reward does not take, and missing ones that it needs.
+
+    Raises:
+        ConfigError: naming the argument and the valid ones.
+    """
+    parameters = inspect.signature(built_in(name).make).parameters
+    valid = ", ".join(parameters)
+    for given in args:
+        if given not in parameters:
+            near = difflib.get_close_matches(given, parameters, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"reward {name!r} takes no argument {given!r}; {hint}valid ones: {valid}")
+    for parameter in parameters.values():
+        if parameter.default is inspect.Parameter.empty and parameter.name not in args:
+            raise ConfigError(f"reward {name!r} needs the argument {parameter.name!r}; set it in the reward's args")

@@ -1,0 +1,285 @@
+"""The scorer: a group of completions in, one `Score` each out, whatever the rewards do."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from groupwise.config.reward import RewardConfig
+from groupwise.errors import ConfigError, DataError, RewardError
+from groupwise.metrics import Last, Mean, Metric, Metrics, Sum
+from groupwise.rewards.arguments import finite_number
+from groupwise.rewards.isolation import Failed, RewardCall, Runner, make_runner
+from groupwise.rewards.loading import LoadedReward, load_reward
+from groupwise.rewards.signature import function_name, group_arguments, read_signature, require_columns
+from groupwise.rewards.values import Graded
+from groupwise.types import Completion, Prompt
+
+MAX_ABANDONED_THREADS = 8
+
+_log = logging.getLogger("groupwise.rewards")
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What one completion earned.
+
+    Attributes:
+        reward: the weighted sum of all values that are not None; None when there is none, and when `failed`.
+        rewards: each reward's raw value by name, None where it does not apply or failed.
+        failed: a reward with `on_error = "fail"` failed for this completion.
+        cause: which reward failed and how, or "".
+
+    Example:
+        Score(reward=1.5, rewards={"gsm8k": 1.0, "format": 1.0}, failed=False, cause="")  # format has weight 0.5
+    """
+
+    reward: float | None
+    rewards: Mapping[str, float | None]
+    failed: bool = False
+    cause: str = ""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Running numbers of one reward since they were last read; Welford's recurrence for the spread."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    errors: int = 0
+    seconds: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        delta = value - self.mean
+        self.mean += delta / self.count
+        self.squares += delta * (value - self.mean)
+
+    def metrics(self, name: str) -> dict[str, Metric]:
+        metrics: dict[str, Metric] = {}
+        if self.count:
+            metrics[f"rewards/{name}/mean"] = Mean(self.mean * self.count, self.count)
+        if self.count > 1:
+            metrics[f"rewards/{name}/std"] = Last(math.sqrt(self.squares / (self.count - 1)))
+        metrics[f"rewards/{name}/errors"] = Sum(float(self.errors))
+        metrics[f"rewards/{name}/seconds"] = Sum(self.seconds)
+        return metrics
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One reward of the scorer."""
+
+    name: str
+    config: RewardConfig
+    loaded: LoadedReward
+    runner: Runner
+    tally: _Tally = field(default_factory=_Tally)
+    logged: set[str] = field(default_factory=set)
+
+    def covers(self, data_source: str) -> bool:
+        return not self.config.data_source or data_source in self.config.data_source
+
+    def check(self, prompt: Prompt) -> None:
+        require_columns(self.loaded.signature, prompt, name=self.name)
+        if self.loaded.row_check is not None:
+            self.loaded.row_check(prompt.columns)
+
+
+class RewardScorer:
+    """Scores completions with several rewards at once.
+
+    Rewards run side by side and apart from the caller's event loop; each gets all G completions of a group in one call.
+    What happens when one raises, hangs or returns no reward is its `on_error`. A `ConfigError` or `DataError` that a
+    reward raises is not a failed rollout but the user's to mend, and passes through.
+
+    Args:
+        configs: rewards by name, from the config.
+        functions: rewards given as Python callables, with the default timeout and `on_error`.
+        function_weights: `[functions]`, their weights; empty means 1 for each.
+
+    Raises:
+        ConfigError: a reward cannot be found or called, or there is none at all.
+
+    Example:
+        scorer = RewardScorer([RewardConfig(name="gsm8k")], functions=[says_please])
+        scores = await scorer.score(prompt, completions)
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[RewardConfig],
+        *,
+        functions: Sequence[Callable[..., Any]] = (),
+        function_weights: Sequence[float] = (),
+    ) -> None:
+        if not configs and not functions:
+            raise ConfigError("no reward is set; add one, such as --reward gsm8k or --reward my_rewards.py:function")
+        if function_weights and len(function_weights) != len(functions):
+            raise ConfigError(
+                f"{len(function_weights)} reward weights for {len(functions)} reward functions; give one weight each"
+            )
+        self._entries: list[_Entry] = []
+        for config in configs:
+            self._add(config, load_reward(config))
+        for function, weight in zip(functions, function_weights or [1.0] * len(functions), strict=True):
+            if not callable(function):
+                raise ConfigError(f"a reward function is expected, got {function!r} ({type(function).__name__})")
+            name = function_name(function)
+            signature = read_signature(function, name=name, args={})
+            setting = {"name": name, "weight": finite_number(weight, reward=name, name="weight")}
+            self._add(RewardConfig.model_validate(setting), LoadedReward(name, function, signature, {}))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rewards' names, as in `Score.rewards` and the metrics."""
+        return tuple(entry.name for entry in self._entries)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Each reward's factor in the weighted sum, by name."""
+        return {entry.name: entry.config.weight for entry in self._entries}
+
+    def check_sources(self, sources: Iterable[str]) -> None:
+        """Check that every data source has a reward.
+
+        Raises:
+            ConfigError: naming the sources that have none.
+        """
+        bare = sorted({source for source in sources if not self._covering(source)})
+        if bare:
+            routes = "; ".join(f"{e.name}: {', '.join(map(repr, e.config.data_source))}" for e in self._entries)
+            raise ConfigError(
+                f"no reward scores rows with the data source {', '.join(map(repr, bare))}; the rewards' data_source "
+                f"settings are {routes}. Add a reward for them, or one without data_source, which scores all rows"
+            )
+
+    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
+        """Check, before anything is sampled, that every row can be scored: its data source, columns and reference.
+
+        Raises:
+            ConfigError: a data source has no reward, or a row lacks a column.
+            DataError: a row's reference answer cannot be used.
+        """
+        for prompt in prompts:
+            self.check_sources([prompt.data_source])
+            for entry in self._covering(prompt.data_source):
+                try:
+                    entry.check(prompt)
+                except (ConfigError, DataError) as error:
+                    raise _with_row(error, prompt) from error
+
+    async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
+        """Score the completions `[G]` of one prompt.
+
+        Raises:
+            RewardError: a reward with `on_error = "stop"` failed, or too many calls hang.
+            ConfigError: no reward scores this row, or the row lacks a column.
+            DataError: the row's reference answer cannot be used.
+        """
+        if not completions:
+            return []
+        self.check_sources([prompt.data_source])
+        entries = self._covering(prompt.data_source)
+        graded = await asyncio.gather(*(self._grade(entry, prompt, completions) for entry in entries))
+        self._check_abandoned()
+        return [self._combine(entries, graded, index) for index in range(len(completions))]
+
+    def metrics(self) -> Metrics:
+        """What happened since the last call, and a new start.
+
+        `rewards/<name>/mean` and `/std` of the values (std with n - 1), `/errors` completions that got none because the
+        reward failed, `/seconds` inside its calls; `rewards/abandoned_threads`, the threads that hang now.
+        """
+        metrics: dict[str, Metric] = {}
+        for entry in self._entries:
+            metrics.update(entry.tally.metrics(entry.name))
+            entry.tally = _Tally()
+        metrics["rewards/abandoned_threads"] = Last(float(self._abandoned()))
+        return metrics
+
+    def _add(self, config: RewardConfig, loaded: LoadedReward) -> None:
+        name, number = loaded.name, 1
+        while name in self.names:
+            number += 1
+            name = f"{loaded.name}_{number}"
+        call = RewardCall(loaded.function, name, loaded.signature.file, config.timeout)
+        runner = make_runner(call, is_async=loaded.signature.is_async)
+        self._entries.append(_Entry(name, config, loaded, runner))
+
+    def _covering(self, data_source: str) -> list[_Entry]:
+        return [entry for entry in self._entries if entry.covers(data_source)]
+
+    def _abandoned(self) -> int:
+        return sum(entry.runner.abandoned() for entry in self._entries)
+
+    def _check_abandoned(self) -> None:
+        if self._abandoned() < MAX_ABANDONED_THREADS:
+            return
+        hanging = ", ".join(f"{e.name} ({e.runner.abandoned()})" for e in self._entries if e.runner.abandoned())
+        raise RewardError(
+            f"{self._abandoned()} reward calls hang in threads that cannot be ended (the limit is "
+            f"{MAX_ABANDONED_THREADS}): {hanging}. Make the function return in time, by a timeout on what it waits "
+            "for, or raise the reward's `timeout` if it is only slow"
+        )
+
+    async def _grade(self, entry: _Entry, prompt: Prompt, completions: Sequence[Completion]) -> Graded:
+        """One reward's answers; on return, `problems` holds those that make the rollout fail."""
+        loaded, size = entry.loaded, len(completions)
+        arguments = group_arguments(
+            loaded.signature, prompt, completions=completions, args=loaded.args, name=entry.name
+        )
+        try:
+            outcome = await entry.runner.run(arguments, size)
+        except (ConfigError, DataError) as error:
+            raise _with_row(error, prompt) from error
+        result = outcome.result
+        entry.tally.seconds += outcome.seconds
+        if isinstance(result, Failed):
+            self._report(entry, prompt, result)
+            result = Graded((None,) * size, (result.message,) * size)
+        elif any(result.problems):
+            self._report(entry, prompt, Failed("value", next(filter(None, result.problems))))
+        values, problems = list(result.values), list(result.problems)
+        for index, problem in enumerate(problems):
+            if problem:
+                entry.tally.errors += 1
+                values[index] = 0.0 if entry.config.on_error == "zero" else None
+                problems[index] = "" if entry.config.on_error == "zero" else f"reward {entry.name!r} failed: {problem}"
+            value = values[index]
+            if value is not None:
+                entry.tally.add(value)
+        return Graded(tuple(values), tuple(problems))
+
+    def _report(self, entry: _Entry, prompt: Prompt, failed: Failed) -> None:
+        if entry.config.on_error == "stop":
+            raise RewardError(
+                f"reward {entry.name!r} failed on row {prompt.uid!r}: {failed.message}. The run stops because the "
+                "reward's on_error is 'stop'"
+            )
+        if failed.kind not in entry.logged:  # the first of its kind says it all; the metrics count the rest
+            entry.logged.add(failed.kind)
+            trace = f"\n{failed.trace}" if failed.trace else ""
+            _log.warning("reward %r failed on row %r: %s%s", entry.name, prompt.uid, failed.message, trace)
+
+    @staticmethod
+    def _combine(entries: Sequence[_Entry], graded: Sequence[Graded], index: int) -> Score:
+        rewards = {entry.name: answer.values[index] for entry, answer in zip(entries, graded, strict=True)}
+        cause = "; ".join(answer.problems[index] for answer in graded if answer.problems[index])
+        weighted = [entry.config.weight * value for entry in entries if (value := rewards[entry.name]) is not None]
+        total = sum(weighted)
+        if not cause and not math.isfinite(total):
+            cause = f"the weighted sum of {rewards} is {total}; use smaller rewards or weights"
+        if cause:
+            return Score(reward=None, rewards=rewards, failed=True, cause=cause)
+        return Score(reward=total if weighted else None, rewards=rewards)
+
+
+def _with_row(error: ConfigError | DataError, prompt: Prompt) -> ConfigError | DataError:
+    message = str(error)
+    return error if repr(prompt.uid) in message else type(error)(f"row {prompt.uid!r}: {message}")

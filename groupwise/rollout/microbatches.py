@@ -1,0 +1,63 @@
+"""Rows into micro-batches: within a token budget, of about equal size, groups kept whole where they fit.
+
+The split changes no gradient, because denominators are counted over the whole batch; it only decides time and memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from groupwise.types import MicroBatch, TrainingRow
+
+
+@dataclass(slots=True)
+class _Bin:
+    tokens: int = 0
+    rows: list[TrainingRow] = field(default_factory=list)
+
+
+def split_rows(rows: Sequence[TrainingRow], budget: int, *, backward: bool = True) -> tuple[MicroBatch, ...]:
+    """Micro-batches of at most `budget` tokens each, a prompt counted once; a longer row stands alone.
+
+    Pieces (whole groups, or parts of a group that is over the budget) go to the emptiest micro-batch, longest first.
+    """
+    pieces = sorted(_pieces(rows, budget), key=lambda piece: -_tokens(piece))
+    if not pieces:
+        return ()
+    budget = max(budget, _tokens(pieces[0]))
+    count = -(-sum(map(_tokens, pieces)) // budget)
+    bins = _fill(pieces, count)
+    while any(b.tokens > budget for b in bins):
+        count += 1
+        bins = _fill(pieces, count)
+    return tuple(MicroBatch(tuple(b.rows), backward) for b in bins if b.rows)
+
+
+def _fill(pieces: Sequence[list[TrainingRow]], count: int) -> list[_Bin]:
+    bins = [_Bin() for _ in range(count)]
+    for piece in pieces:
+        emptiest = min(bins, key=lambda b: b.tokens)
+        emptiest.tokens += _tokens(piece)
+        emptiest.rows.extend(piece)
+    return bins
+
+
+def _tokens(piece: Sequence[TrainingRow]) -> int:
+    return len(piece[0].prompt_ids) + sum(len(row.token_ids) for row in piece)
+
+
+def _pieces(rows: Sequence[TrainingRow], budget: int) -> list[list[TrainingRow]]:
+    groups: dict[int, list[TrainingRow]] = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
+    pieces: list[list[TrainingRow]] = []
+    for group in groups.values():
+        piece: list[TrainingRow] = []
+        for row in group:
+            if piece and _tokens([*piece, row]) > budget:
+                pieces.append(piece)
+                piece = []
+            piece.append(row)
+        pieces.append(piece)
+    return pieces

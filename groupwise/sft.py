@@ -1,0 +1,162 @@
+"""Supervised warm-up on the same policy, data and run directory as GRPO: the loss is on the assistant's tokens only."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from groupwise import metrics
+from groupwise.algorithms.base import LossInputs, LossOutput
+from groupwise.checkpoint import find_latest, load_checkpoint, save_checkpoint
+from groupwise.clock import Clock
+from groupwise.config import Config
+from groupwise.config.checks import check_supervised
+from groupwise.data import check_supervised_rows, load_supervised, read_rows
+from groupwise.data.files import Source
+from groupwise.data.sampler import epoch_order
+from groupwise.errors import CheckpointError, Interrupted
+from groupwise.files import write_json_atomic
+from groupwise.interrupt import StopRequest, catch_interrupts
+from groupwise.metrics import Last
+from groupwise.model.loading import LoadedModel, load_model, load_tokenizer
+from groupwise.policy import Policy
+from groupwise.rollout.microbatches import split_rows
+from groupwise.rundir import RunDirectory
+from groupwise.tracking import Trackers, build_trackers, check_backends
+from groupwise.types import Denominators, Stateful, TrainingRow
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisedLoss:
+    """Mean negative log-likelihood over the learned tokens of the whole optimiser batch."""
+
+    needs_reference: bool = False
+    needs_entropy: bool = False
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        return LossOutput(-(inputs.logprobs * inputs.mask).sum() / inputs.denominators.tokens, {})
+
+
+def run_sft(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    loaded: LoadedModel | None = None,
+    train_data: Source | None = None,
+) -> dict[str, Any]:
+    """Train on worked answers as `config` says; returns what `summary.json` holds.
+
+    Args:
+        loaded, train_data: instead of `model.path` and `data.train`.
+
+    Raises:
+        ConfigError, DataError: before a model is loaded, wherever that is possible.
+        Interrupted: the user stopped the run, and a checkpoint was saved.
+    """
+    started = time.perf_counter()
+    provided = [name for name, value in (("model.path", loaded), ("data.train", train_data)) if value is not None]
+    check_supervised(config, provided=provided)
+    check_backends(config.tracking)
+    source = read_rows(config.data.train if train_data is None else train_data)
+    check_supervised_rows(source, config.data)
+    tokenizer = load_tokenizer(config.model) if loaded is None else loaded.tokenizer
+    data = load_supervised(source, config.data, tokenizer, max_tokens=config.sft.max_tokens)
+    steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(data.rows) / config.sft.rows_per_step))
+    run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
+    run.record(config)
+    with run.logging(), catch_interrupts() as stop:
+        logger.info("supervised data: %s", data.describe())
+        policy = Policy(
+            loaded or load_model(config.model),
+            SupervisedLoss(),
+            optim=config.optim,
+            train=config.train,
+            total_updates=steps,
+            gradient_checkpointing=config.model.gradient_checkpointing,
+        )
+        job = _Job(config, run, policy, data.rows, steps)
+        losses = job.train(stop)
+        policy.save_pretrained(run.final)
+        summary = {
+            "steps": steps,
+            "seconds": round(time.perf_counter() - started, 1),
+            "seed": config.train.seed,
+            "loss": losses[-1] if losses else None,
+        }
+        write_json_atomic(run.summary_file, summary)
+    return summary
+
+
+def _output(config: Config) -> Path:
+    name = f"{Path(config.model.path).name or 'model'}-{Path(config.data.train).stem or 'data'}-sft"
+    return Path(config.train.output) if config.train.output else Path("runs") / name
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    config: Config
+    run: RunDirectory
+    policy: Policy
+    rows: Sequence[TrainingRow]
+    steps: int
+
+    def train(self, stop: StopRequest) -> list[float]:
+        """All steps from the newest checkpoint, or the first; returns the losses."""
+        start = self._restore() if self.run.resumed else 0
+        trackers = build_trackers(
+            self.config.tracking,
+            run_name=self.run.path.name,
+            total_steps=self.steps,
+            resumed_step=start if self.run.resumed else None,
+        )
+        trackers.start(self.config.model_dump(mode="json"), self.run.path)
+        try:
+            return [self._step(step, trackers, stop) for step in range(start, self.steps)]
+        finally:
+            trackers.close()
+
+    def _step(self, step: int, trackers: Trackers, stop: StopRequest) -> float:
+        clock = Clock()
+        rows = self._rows_of(step)
+        tokens = float(sum(sum(row.loss_mask) for row in rows))
+        denominators = Denominators(tokens, float(len(rows)), float(self.config.sft.max_tokens))
+        microbatches = split_rows(rows, self.config.train.micro_batch_tokens)
+        learned = [self.policy.forward_backward(batch, denominators) for batch in microbatches]
+        learned.append(self.policy.optim_step())
+        found = metrics.resolve(metrics.merge(*learned) | {"num_tokens": Last(tokens)} | clock.metrics())
+        trackers.log(step + 1, found)
+        train = self.config.train
+        last = step + 1 == self.steps
+        if last or stop or (train.save_every and (step + 1) % train.save_every == 0):
+            save_checkpoint(self.run.checkpoints, step + 1, self._stateful, keep=train.keep_checkpoints)
+        if stop and not last:
+            raise Interrupted(f"stopped after step {step + 1}; --resume goes on from there")
+        return found["loss"]
+
+    def _rows_of(self, step: int) -> list[TrainingRow]:
+        """The step's rows: every epoch has each row once, in an order of its own."""
+        size, count = self.config.sft.rows_per_step, len(self.rows)
+        chosen: list[TrainingRow] = []
+        for k in range(step * size, (step + 1) * size):
+            epoch, place = divmod(k, count)
+            order = epoch_order(count, seed=self.config.train.seed, epoch=epoch) if self.config.data.shuffle else None
+            chosen.append(self.rows[place if order is None else int(order[place])])
+        return chosen
+
+    @property
+    def _stateful(self) -> dict[str, Stateful]:
+        return {"policy": self.policy}
+
+    def _restore(self) -> int:
+        latest = find_latest(self.run.checkpoints)
+        if latest is None:
+            raise CheckpointError(f"{self.run.checkpoints} holds no complete checkpoint; start again with --overwrite")
+        return load_checkpoint(latest, self._stateful)

@@ -1,0 +1,9 @@
+"""Where a run's numbers go: console, JSON Lines, TensorBoard; fed once per step, by the loop alone."""
+
+from __future__ import annotations
+
+from groupwise.tracking.base import Tracker
+from groupwise.tracking.composite import Trackers
+from groupwise.tracking.registry import build_trackers, check_backends
+
+__all__ = ["Tracker", "Trackers", "build_trackers", "check_backends"]

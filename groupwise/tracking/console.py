@@ -1,0 +1,94 @@
+"""The terminal: a live progress bar where there is one, else one plain line per step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A metric that is shown: its name, its label, and a format for its value."""
+
+    metric: str
+    label: str
+    format: str
+
+
+COLUMNS = (
+    Column("reward", "reward", "{:.3f}"),
+    Column("eval/accuracy", "accuracy", "{:.1%}"),
+    Column("loss", "loss", "{:.4f}"),
+    Column("kl", "kl", "{:.4f}"),
+    Column("completions/mean_length", "length", "{:.0f}"),
+    Column("throughput/tokens_per_second", "tok/s", "{:.0f}"),
+    Column("time/step", "seconds", "{:.1f}"),
+)
+
+
+def summary(metrics: Mapping[str, float]) -> str:
+    """The shown metrics that are there, as `reward 0.512  loss 0.0123  …`; a value that is no number shows as `nan`."""
+    cells = (
+        f"{column.label} {column.format.format(value) if math.isfinite(value) else value}"
+        for column in COLUMNS
+        if (value := metrics.get(column.metric)) is not None
+    )
+    return "  ".join(cells)
+
+
+class ConsoleTracker:
+    """Shows the key metrics of each step.
+
+    Args:
+        title: named once at the start.
+        total_steps: of the whole run; the bar and the `step 3/100` count against it.
+        resumed_step: steps that were done before this start; None in a new run.
+        file: where to write; None is standard error, so that standard output stays for results.
+    """
+
+    def __init__(
+        self,
+        *,
+        title: str,
+        total_steps: int | None = None,
+        resumed_step: int | None = None,
+        file: IO[str] | None = None,
+    ) -> None:
+        self._title = title
+        self._total = total_steps
+        self._resumed_step = resumed_step
+        self._console = Console(file=file, stderr=file is None, highlight=False, markup=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def start(self, config: Mapping[str, Any], run_dir: Path) -> None:
+        resumed = f", resumed after step {self._resumed_step}" if self._resumed_step is not None else ""
+        self._console.print(f"{self._title}: {run_dir}{resumed}")
+        if self._console.is_terminal:
+            columns = (
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[line]}"),
+            )
+            self._progress = Progress(*columns, console=self._console)
+            self._task = self._progress.add_task("", total=self._total, completed=self._resumed_step or 0, line="")
+            self._progress.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        line = summary(metrics)
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step, line=line)
+        else:
+            self._console.print(f"step {step}" + (f"/{self._total}" if self._total else "") + f"  {line}")
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

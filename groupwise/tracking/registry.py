@@ -1,0 +1,70 @@
+"""Trackers by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from groupwise.config import TrackingConfig
+from groupwise.errors import ConfigError
+from groupwise.tracking.base import Tracker
+from groupwise.tracking.composite import Trackers
+from groupwise.tracking.console import ConsoleTracker
+from groupwise.tracking.jsonl import JsonlTracker
+from groupwise.tracking.tensorboard import TensorBoardTracker
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What trackers may need to know when they are built.
+
+    Attributes:
+        title: `project/run_name`.
+        total_steps: of the whole run, those before a resume included.
+        resumed_step: last step of the checkpoint that the run continues from; None in a new run.
+    """
+
+    title: str
+    total_steps: int | None
+    resumed_step: int | None
+
+
+BUILDERS: Mapping[str, Callable[[RunFacts], Tracker]] = {
+    "console": lambda run: ConsoleTracker(title=run.title, total_steps=run.total_steps, resumed_step=run.resumed_step),
+    "jsonl": lambda run: JsonlTracker(resumed_step=run.resumed_step),
+    "tensorboard": lambda run: TensorBoardTracker(title=run.title, resumed_step=run.resumed_step),
+}
+
+
+def build_trackers(
+    config: TrackingConfig, *, run_name: str, total_steps: int | None = None, resumed_step: int | None = None
+) -> Trackers:
+    """The trackers that the config names; nothing is opened before `start`.
+
+    Args:
+        run_name: used when `config.run_name` is None: the run directory's name.
+        total_steps: of the whole run, those before a resume included; None when it is not known.
+        resumed_step: last step of the checkpoint that the run continues from; None in a new run.
+
+    Raises:
+        ConfigError: a name is unknown, or stands twice.
+    """
+    check_backends(config)
+    facts = RunFacts(f"{config.project}/{config.run_name or run_name}", total_steps, resumed_step)
+    return Trackers({name: BUILDERS[name](facts) for name in config.backends})
+
+
+def check_backends(config: TrackingConfig) -> None:
+    """Refuse names that no tracker has; cheap, for checks before a model is loaded.
+
+    Raises:
+        ConfigError: names the nearest tracker.
+    """
+    for index, name in enumerate(config.backends):
+        if name in config.backends[:index]:
+            raise ConfigError(f"tracking.backends: got {name!r} twice; name each tracker once")
+        if name not in BUILDERS:
+            near = difflib.get_close_matches(name, BUILDERS, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"tracking.backends: got {name!r}; expected any of {', '.join(BUILDERS)}{hint}")

@@ -1,0 +1,115 @@
+"""THE loop, read top to bottom. The only file that knows every component; `groupwise.launch` puts them together.
+
+    producer --groups--> buffer --P groups--> batch --> policy --version--> weight_sync --> engine --> producer
+                                                            `--> checkpoint, trackers, trajectories, ledger
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from groupwise import metrics
+from groupwise.algorithms.base import Algorithm
+from groupwise.checkpoint import save_checkpoint
+from groupwise.clock import Clock
+from groupwise.config import Config
+from groupwise.errors import Interrupted
+from groupwise.evaluation.evaluator import Evaluator
+from groupwise.files import append_rows
+from groupwise.interrupt import StopRequest
+from groupwise.metrics import Last, Metric, Metrics
+from groupwise.policy import Policy
+from groupwise.rewards import RewardScorer
+from groupwise.rollout import Buffer, Producer, build_batch
+from groupwise.rollout.batch import BatchShape
+from groupwise.rollout.records import ledger_rows, trajectory_rows
+from groupwise.rundir import RunDirectory
+from groupwise.tracking import Trackers
+from groupwise.types import Stateful, TrainingBatch
+from groupwise.weight_sync import InProcessSync
+
+
+@dataclass(frozen=True, slots=True)
+class TrainParts:
+    """Every component of one run, made by a launcher.
+
+    Attributes:
+        num_steps: training steps of the whole run, those before a resume included.
+        stop: becomes true when the user asks the run to end.
+    """
+
+    config: Config
+    algorithm: Algorithm
+    policy: Policy
+    producer: Producer
+    buffer: Buffer
+    scorer: RewardScorer
+    weight_sync: InProcessSync
+    evaluator: Evaluator
+    trackers: Trackers
+    run: RunDirectory
+    num_steps: int
+    stop: StopRequest
+
+    @property
+    def stateful(self) -> dict[str, Stateful]:
+        """What a checkpoint holds."""
+        return {"policy": self.policy, "buffer": self.buffer, "evaluator": self.evaluator}
+
+
+async def train(parts: TrainParts, *, start: int = 0) -> None:
+    """Train from step `start` to `parts.num_steps`.
+
+    Raises:
+        Interrupted: the user asked to stop; the step was finished and a checkpoint saved.
+    """
+    weights = parts.scorer.weights
+    shape = BatchShape(
+        parts.config.optim.steps_per_batch,
+        parts.config.train.micro_batch_tokens,
+        parts.config.rollout.max_completion_tokens,
+    )
+    await parts.weight_sync.publish(start)
+    if scores := await parts.evaluator.maybe_run(start):
+        parts.trackers.log(start, metrics.resolve(scores))
+    parts.producer.admit(start)
+    for step in range(start, parts.num_steps):
+        clock = Clock()
+        with clock("rollout"):
+            groups = await parts.buffer.take()
+        batch = build_batch(groups, parts.algorithm, shape=shape, reward_weights=weights)
+        learned: list[Metrics] = []
+        for minibatch in batch.minibatches:
+            with clock("train"):
+                learned += [parts.policy.forward_backward(mb, minibatch.denominators) for mb in minibatch.microbatches]
+                await parts.weight_sync.wait()
+                learned.append(parts.policy.optim_step())
+        _record(parts, batch, step + 1)
+        await parts.weight_sync.publish(step + 1)
+        with clock("eval"):
+            scores = await parts.evaluator.maybe_run(step + 1, final=step + 1 == parts.num_steps)
+        with clock("checkpoint"):
+            _maybe_save(parts, step + 1)
+        found = metrics.merge(batch.metrics, parts.scorer.metrics(), *learned, parts.buffer.metrics(), scores)
+        parts.trackers.log(step + 1, metrics.resolve(found | clock.metrics() | _throughput(batch, clock)))
+        if parts.stop and step + 1 < parts.num_steps:
+            raise Interrupted(f"stopped after step {step + 1}; --resume goes on from there")
+        parts.producer.admit(step + 1)
+
+
+def _record(parts: TrainParts, batch: TrainingBatch, step: int) -> None:
+    if parts.config.train.trajectories:
+        append_rows(parts.run.trajectory_file(step), trajectory_rows(batch, step=step))
+    parts.run.append_ledger(ledger_rows(batch.groups, step=step))
+
+
+def _maybe_save(parts: TrainParts, step: int) -> None:
+    train = parts.config.train
+    due = train.save_every and step % train.save_every == 0
+    if due or step == parts.num_steps or parts.stop:
+        save_checkpoint(parts.run.checkpoints, step, parts.stateful, keep=train.keep_checkpoints)
+
+
+def _throughput(batch: TrainingBatch, clock: Clock) -> dict[str, Metric]:
+    sampled = sum(len(rollout.token_ids) for group in batch.groups for rollout in group.rollouts)
+    return {"throughput/tokens_per_second": Last(sampled / clock.elapsed)}

@@ -1,0 +1,5 @@
+"""From a policy's new version to the engines that sample from it."""
+
+from groupwise.weight_sync.in_process import InProcessSync
+
+__all__ = ["InProcessSync"]

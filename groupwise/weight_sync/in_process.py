@@ -1,0 +1,26 @@
+"""One process, one set of weights: a new version is a number, and nothing is copied."""
+
+from __future__ import annotations
+
+from groupwise.policy import Policy
+from groupwise.types import Engine
+
+
+class InProcessSync:
+    """Publishes to an engine that runs the policy's own module."""
+
+    def __init__(self, policy: Policy, engine: Engine) -> None:
+        self._policy = policy
+        self._engine = engine
+
+    async def wait(self) -> None:
+        """Nothing is under way between calls."""
+
+    async def publish(self, version: int) -> None:
+        """Make `version` the one that the engine serves.
+
+        Raises:
+            EngineError: samples of the old version are still running.
+        """
+        await self._engine.update_weights(version)
+        self._policy.published()
