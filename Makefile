@@ -45,7 +45,7 @@ check-deps: $(VENV)/.installed-dev
 	@$(BIN)/python -m pip check --disable-pip-version-check
 
 demo: $(VENV)/.installed
-	@$(BIN)/groupwise quickstart
+	@$(BIN)/groupwise quickstart --overwrite
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -q -m "$(FAST)" $(PYTEST_ARGS)

@@ -23,7 +23,7 @@ from groupwise.errors import CheckpointError, Interrupted
 from groupwise.files import write_json_atomic
 from groupwise.interrupt import StopRequest, catch_interrupts
 from groupwise.metrics import Last
-from groupwise.model.loading import LoadedModel, load_model, load_tokenizer
+from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, resolve_device
 from groupwise.policy import Policy
 from groupwise.rollout.microbatches import split_rows
 from groupwise.rundir import RunDirectory
@@ -65,6 +65,7 @@ def run_sft(
     provided = [name for name, value in (("model.path", loaded), ("data.train", train_data)) if value is not None]
     check_supervised(config, provided=provided)
     check_backends(config.tracking)
+    resolve_device(config.model.device)
     source = read_rows(config.data.train if train_data is None else train_data)
     check_supervised_rows(source, config.data)
     tokenizer = load_tokenizer(config.model) if loaded is None else loaded.tokenizer
@@ -134,10 +135,10 @@ class _Job:
         found = metrics.resolve(metrics.merge(*learned) | {"num_tokens": Last(tokens)} | clock.metrics())
         trackers.log(step + 1, found)
         train = self.config.train
-        last = step + 1 == self.steps
-        if last or stop or (train.save_every and (step + 1) % train.save_every == 0):
+        last, stopping = step + 1 == self.steps, bool(stop)
+        if last or stopping or (train.save_every and (step + 1) % train.save_every == 0):
             save_checkpoint(self.run.checkpoints, step + 1, self._stateful, keep=train.keep_checkpoints)
-        if stop and not last:
+        if stopping and not last:
             raise Interrupted(f"stopped after step {step + 1}; --resume goes on from there")
         return found["loss"]
 

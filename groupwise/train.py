@@ -54,7 +54,12 @@ class TrainParts:
     @property
     def stateful(self) -> dict[str, Stateful]:
         """What a checkpoint holds."""
-        return {"policy": self.policy, "buffer": self.buffer, "evaluator": self.evaluator}
+        return {
+            "policy": self.policy,
+            "producer": self.producer,
+            "buffer": self.buffer,
+            "evaluator": self.evaluator,
+        }
 
 
 async def train(parts: TrainParts, *, start: int = 0) -> None:
@@ -88,11 +93,12 @@ async def train(parts: TrainParts, *, start: int = 0) -> None:
         await parts.weight_sync.publish(step + 1)
         with clock("eval"):
             scores = await parts.evaluator.maybe_run(step + 1, final=step + 1 == parts.num_steps)
+        stopping = bool(parts.stop)  # read once: a request that comes after the save must wait for the next one
         with clock("checkpoint"):
-            _maybe_save(parts, step + 1)
+            _maybe_save(parts, step + 1, stopping=stopping)
         found = metrics.merge(batch.metrics, parts.scorer.metrics(), *learned, parts.buffer.metrics(), scores)
         parts.trackers.log(step + 1, metrics.resolve(found | clock.metrics() | _throughput(batch, clock)))
-        if parts.stop and step + 1 < parts.num_steps:
+        if stopping and step + 1 < parts.num_steps:
             raise Interrupted(f"stopped after step {step + 1}; --resume goes on from there")
         parts.producer.admit(step + 1)
 
@@ -103,10 +109,10 @@ def _record(parts: TrainParts, batch: TrainingBatch, step: int) -> None:
     parts.run.append_ledger(ledger_rows(batch.groups, step=step))
 
 
-def _maybe_save(parts: TrainParts, step: int) -> None:
+def _maybe_save(parts: TrainParts, step: int, *, stopping: bool) -> None:
     train = parts.config.train
     due = train.save_every and step % train.save_every == 0
-    if due or step == parts.num_steps or parts.stop:
+    if due or step == parts.num_steps or stopping:
         save_checkpoint(parts.run.checkpoints, step, parts.stateful, keep=train.keep_checkpoints)
 
 

@@ -40,7 +40,23 @@ def check_trainable(config: Config, *, provided: Collection[str] = ()) -> None:
             "rollout.temperature = 0: greedy sampling gives each prompt the same answer group_size times, so all "
             "advantages are 0; set it above 0 (1.0 is usual)"
         )
+    found += _algorithm_problems(config)
     _refuse(found)
+
+
+def _algorithm_problems(config: Config) -> list[str]:
+    algorithm, found = config.algorithm, list[str]()
+    if algorithm.pass_k is not None and algorithm.pass_k >= config.rollout.group_size:
+        found.append(
+            f"algorithm.pass_k = {algorithm.pass_k}: with rollout.group_size = {config.rollout.group_size} every group of "
+            "pass_k samples is the whole group, so all advantages are 0; use a smaller pass_k or a larger group"
+        )
+    if algorithm.correction != "none" or algorithm.correction_veto is not None:
+        found.append(
+            f"algorithm.correction = {algorithm.correction!r}: a mismatch correction has nothing to correct here, because "
+            f"the {config.rollout.engine} engine's log-probs are the trainer's own; leave it out"
+        )
+    return found
 
 
 def check_supervised(config: Config, *, provided: Collection[str] = ()) -> None:

@@ -6,12 +6,12 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from groupwise.algorithms import Algorithm, build_algorithm
+from groupwise.algorithms import build_algorithm
 from groupwise.checkpoint import find_latest, load_checkpoint
 from groupwise.config import Config
 from groupwise.config.checks import check_trainable
@@ -23,7 +23,7 @@ from groupwise.evaluation.evaluator import Evaluator, eval_sampling
 from groupwise.evaluation.report import EvalReport
 from groupwise.files import append_rows, write_json_atomic
 from groupwise.interrupt import catch_interrupts
-from groupwise.model.loading import LoadedModel, load_model, load_tokenizer
+from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, resolve_device
 from groupwise.policy import Policy
 from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, Producer
@@ -95,6 +95,7 @@ def run_training(
     check_trainable(config, provided=given.names)
     check_engine(config.rollout.engine)
     check_backends(config.tracking)
+    resolve_device(config.model.device)
     algorithm = build_algorithm(config.algorithm)
     scorer = _scorer(config, given)
     data = _load_data(config, given, scorer)
@@ -175,7 +176,7 @@ def _scorer(config: Config, given: Given) -> RewardScorer:
 
 
 def _load_data(config: Config, given: Given, scorer: RewardScorer) -> _Data:
-    """Check the rows' shape first: that needs no tokenizer. Then tokenize, and check that rewards can score each row."""
+    """Check the rows' shape first: that needs no tokenizer. Then tokenize, and check that rewards can score them."""
     train_source = config.data.train if given.train_data is None else given.train_data
     eval_source = config.data.eval if given.eval_data is None else given.eval_data
     train_rows = read_rows(train_source)

@@ -7,6 +7,10 @@ A query that sees two segments (its prompt, then its own completion) merges the 
 
 Row counts given to matrix products are multiples of `TILE`: fewer rows take other kernels with another order of sums.
 
+A hidden score is pushed far down, floored and its weight set to zero, in three cheap passes: on a CPU the exponential of a
+number that underflows costs 13 times that of a plain one. (`exp2` would not, but its last elements are computed otherwise
+than the rest, so its bits depend on the place.)
+
 Shapes: B independent heads, R query rows, d head size, L = BLOCK keys. All sums are float32 (float64 in a float64 model).
 Streaming softmax: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"; the merge is its equation 4.
 """
@@ -21,16 +25,36 @@ from torch import Tensor
 
 BLOCK = 64
 TILE = 4
-MASKED = -1e30
+_FAR = -1e30
+_FLOOR = -87.0  # of exponents; exp is still a normal float32
 
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """Attention over one key segment before division: `out [B, R, d]`, row maximum `top [B, R]`, row sum `mass [B, R]`."""
+    """Attention over one key segment before division: `out [B, R, d]`, row maximum `top [B, R]` row sum `mass [B, R]`."""
 
     out: Tensor
     top: Tensor
     mass: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """`bias`: 0 where a key is seen, far down where not; `keep`: 1 and 0. Both `[1, r, BLOCK]` for a block's first r rows
+    (all later rows see every key), or `[B or 1, 1, BLOCK]` for all rows."""
+
+    bias: Tensor
+    keep: Tensor
+
+    @staticmethod
+    def of(hidden: Tensor, dtype: torch.dtype) -> Mask:
+        """The mask that is True where a key is hidden, for a model that computes in `dtype`."""
+        sums = hidden.to(torch.promote_types(dtype, torch.float32))
+        return Mask(sums * _FAR, 1 - sums)
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """The rows of `x [B, R, BLOCK]` that the mask concerns."""
+        return x if self.bias.shape[1] == 1 else x[:, : self.bias.shape[1]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +63,14 @@ class KeyBlock:
 
     Attributes:
         key, value: `[B, BLOCK, d]`.
-        first_row: rows before it see nothing of this block, and are not computed.
-        hidden: bool, True where a key is not seen: `[1, r, BLOCK]` for the block's first r rows (all later rows see every
-            key), or `[B or 1, 1, BLOCK]` for all rows; None when all rows see all keys.
+        first_row: rows before it see nothing of this block, and are not computed; 0 in a segment's first block.
+        mask: which keys are hidden; None when all rows see all keys.
     """
 
     key: Tensor
     value: Tensor
     first_row: int = 0
-    hidden: Tensor | None = None
+    mask: Mask | None = None
 
 
 def wide(x: Tensor) -> Tensor:
@@ -55,30 +78,56 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def block_scores(query: Tensor, block: KeyBlock, scale: float) -> Tensor:
-    """`[B, R - first_row, BLOCK]` float32 scores of one block, `MASKED` where hidden."""
-    scores = wide(torch.bmm(query[:, block.first_row :], block.key.transpose(1, 2))).mul_(scale)
-    if block.hidden is not None:
-        concerned = scores if block.hidden.shape[1] == 1 else scores[:, : block.hidden.shape[1]]
-        concerned.masked_fill_(block.hidden, MASKED)
+class Scorer:
+    """Scores of one set of query rows `[B, R, d]`.
+
+    The factor goes into the queries where that costs no precision, else into the scores.
+    """
+
+    def __init__(self, query: Tensor, scale: float) -> None:
+        folded = query.dtype in (torch.float32, torch.float64)
+        self._query = query * scale if folded else query
+        self._scale = 1.0 if folded else scale
+
+    def scores(self, block: KeyBlock) -> Tensor:
+        """`[B, R - first_row, BLOCK]`, far down where hidden."""
+        scores = wide(torch.bmm(self._query[:, block.first_row :], block.key.transpose(1, 2)))
+        if self._scale != 1.0:
+            scores.mul_(self._scale)
+        if block.mask is not None:
+            block.mask.rows_of(scores).add_(block.mask.bias)
+        return scores
+
+
+def weigh(scores: Tensor, top: Tensor, block: KeyBlock) -> Tensor:
+    """exp(scores - top), in place; exactly 0 where hidden. `top [B, R - first_row]`."""
+    scores.sub_(top[..., None])
+    if block.mask is None:
+        return scores.exp_()
+    concerned = block.mask.rows_of(scores)
+    concerned.clamp_(min=_FLOOR)
+    scores.exp_()
+    concerned.mul_(block.mask.keep)
     return scores
 
 
 def partial_attention(query: Tensor, blocks: Sequence[KeyBlock], scale: float) -> Partial:
     """Attention of `query [B, R, d]` over one key segment, R a multiple of `TILE`."""
     assert query.shape[1] % TILE == 0, f"{query.shape[1]} query rows are not a multiple of {TILE}"
-    scores = [block_scores(query, block, scale) for block in blocks]
-    sums = torch.promote_types(query.dtype, torch.float32)
-    top = query.new_full(query.shape[:2], MASKED, dtype=sums)
-    for block, score in zip(blocks, scores, strict=True):
+    assert blocks[0].first_row == 0, "every row sees the first block of a segment"
+    scorer = Scorer(query, scale)
+    scores = [scorer.scores(block) for block in blocks]
+    top = scores[0].amax(-1)
+    for block, score in zip(blocks[1:], scores[1:], strict=True):
         rows = top[:, block.first_row :]
         torch.maximum(rows, score.amax(-1), out=rows)
-    mass = torch.zeros_like(top)
-    out = query.new_zeros(query.shape, dtype=sums)
     for block, score in zip(blocks, scores, strict=True):
-        weights = score.sub_(top[:, block.first_row :, None]).exp_()
+        weigh(score, top[:, block.first_row :], block)
+    mass = scores[0].sum(-1)
+    out = wide(torch.bmm(scores[0].to(query.dtype), blocks[0].value))
+    for block, weights in zip(blocks[1:], scores[1:], strict=True):
         mass[:, block.first_row :] += weights.sum(-1)
-        out[:, block.first_row :] += torch.bmm(weights.to(block.value.dtype), block.value)
+        out[:, block.first_row :] += torch.bmm(weights.to(query.dtype), block.value)
     return Partial(out, top, mass)
 
 
@@ -105,7 +154,12 @@ def causal_blocks(key: Tensor, value: Tensor, repeat: int, window: int | None) -
         if window is not None:
             hidden |= row_token - key_token >= window
         blocks.append(
-            KeyBlock(key[:, start : start + BLOCK], value[:, start : start + BLOCK], start * repeat, hidden[None])
+            KeyBlock(
+                key[:, start : start + BLOCK],
+                value[:, start : start + BLOCK],
+                start * repeat,
+                Mask.of(hidden[None], key.dtype),
+            )
         )
     return blocks
 
@@ -125,5 +179,6 @@ def prefix_blocks(key: Tensor, value: Tensor, length: int, distance: Tensor | No
             assert distance is not None, "a sliding window needs the rows' positions"
             far = (distance[:, None] - key_token >= window)[None]
             hidden = far if hidden is None else hidden | far
-        blocks.append(KeyBlock(key[:, start : start + BLOCK], value[:, start : start + BLOCK], 0, hidden))
+        mask = None if hidden is None else Mask.of(hidden, key.dtype)
+        blocks.append(KeyBlock(key[:, start : start + BLOCK], value[:, start : start + BLOCK], 0, mask))
     return blocks

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from groupwise.model.evenly import row_sums
 from groupwise.model.exact import wide
 from groupwise.model.packing import ROW_MULTIPLE, pad_rows
 
@@ -46,14 +47,32 @@ class LanguageHead:
         return logits
 
 
-def log_normaliser(logits: Tensor) -> Tensor:
-    """`[M]`, the log of the sum of exponentials of each row of `[M, V]`."""
-    return torch.logsumexp(logits, dim=-1)
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """Unnormalised probabilities: `weights [M, V]` = exp(logits - `top [M]`), and their sums `mass [M]`."""
+
+    weights: Tensor
+    top: Tensor
+    mass: Tensor
+
+    @property
+    def log_normaliser(self) -> Tensor:
+        """`[M]`, the log of the sum of exponentials of the logits."""
+        return self.top + self.mass.log()
 
 
-def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """`[M]` log-probs of `targets [M]` under the rows of `logits [M, V]`."""
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - log_normaliser(logits)
+def weigh(logits: Tensor) -> Weighed:
+    """Exponentials of `logits [M, V]`, safe from overflow."""
+    top = logits.detach().amax(-1)
+    weights = (logits - top[:, None]).exp()
+    return Weighed(weights, top, row_sums(weights))
+
+
+def target_logprobs(logits: Tensor, targets: Tensor, weighed: Weighed | None = None) -> Tensor:
+    """`[M]` log-probs of `targets [M]` under the rows of `logits [M, V]`; `weighed` is theirs, when it is known."""
+    weighed = weighed or weigh(logits)
+    # The top goes first: its digits would drown those of the mass.
+    return logits.gather(-1, targets[:, None]).squeeze(-1) - weighed.top - weighed.mass.log()
 
 
 def scale_by_temperature(logits: Tensor, temperature: Tensor | float) -> Tensor:
@@ -103,4 +122,5 @@ def token_scores(
 
 def entropy_of(logits: Tensor) -> Tensor:
     """`[M]` entropy in nats of the rows of `logits [M, V]`: H = log Z - E[logit]."""
-    return log_normaliser(logits) - (logits.softmax(-1) * logits).sum(-1)
+    weighed = weigh(logits)
+    return weighed.log_normaliser - row_sums(weighed.weights * logits) / weighed.mass

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from groupwise.config import ModelConfig
 from groupwise.errors import ConfigError
 from groupwise.model.attention import ATTENTION_NAME
+from groupwise.model.evenly import make_activations_even
 from groupwise.model.head import LanguageHead
 
 
@@ -103,6 +104,7 @@ def wrap_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Lo
         )
     if model.config._attn_implementation != ATTENTION_NAME:
         model.set_attn_implementation(ATTENTION_NAME)
+    make_activations_even(model)
     model.eval()
     return LoadedModel(model, tokenizer, LanguageHead(model), _stop_token_ids(model, tokenizer))
 

@@ -22,16 +22,17 @@ from groupwise.model.exact import (
     TILE,
     KeyBlock,
     Partial,
-    block_scores,
+    Scorer,
     causal_blocks,
     merge,
     partial_attention,
     prefix_blocks,
+    weigh,
     wide,
 )
 from groupwise.model.packing import Packed, Segment
 
-_NO_WEIGHT = 1e30  # a row with this log-sum-exp weighs every key zero
+_NO_WEIGHT = 1e30  # a row with this log-sum-exp weighs every key zero, or next to zero where the gradient is zero
 _MAX_SCORES = 1 << 26  # float32 scores of one bucket that exist at one time: 256 MiB
 
 
@@ -131,19 +132,17 @@ class PackedLayout:
         return varlen_attention(query, key, value, self._varlen, call)
 
 
-def _to_heads(x: Tensor, repeat: int) -> Tensor:
-    """`[n, T, Hkv * repeat, d]` to `[n * Hkv, T * repeat, d]`, the rows of one key head together."""
-    n, length, heads, size = x.shape
-    groups = heads // repeat
-    return x.view(n, length, groups, repeat, size).transpose(1, 2).reshape(n * groups, length * repeat, size)
+def _gather(x: Tensor, index: Tensor, repeat: int) -> Tensor:
+    """Tokens `index [n, T]` of `[N, Hkv * repeat, d]` as `[Hkv * n, T * repeat, d]`: the rows of one key head together."""
+    heads = x.unflatten(1, (-1, repeat)).transpose(0, 1)[:, index.flatten()]
+    return heads.reshape(heads.shape[0] * index.shape[0], -1, x.shape[-1])
 
 
-def _from_heads(x: Tensor, n: int, repeat: int) -> Tensor:
-    """The inverse: `[n * Hkv, T * repeat, …]` to `[n * T, Hkv * repeat, …]`."""
-    groups, rows = x.shape[0] // n, x.shape[1]
-    length = rows // repeat
-    tail = x.shape[2:]
-    return x.view(n, groups, length, repeat, *tail).transpose(1, 2).reshape(n * length, groups * repeat, *tail)
+def _scatter(x: Tensor, bucket: Bucket, repeat: int, into: Tensor) -> None:
+    """The inverse: `[Hkv * n, T * repeat, …]` to the bucket's places in `[N, Hkv * repeat, …]`."""
+    n, length = bucket.index.shape
+    heads = x.view(-1, n * length, repeat, *x.shape[2:])
+    into.unflatten(1, (-1, repeat)).transpose(0, 1)[:, bucket.flat] = heads[:, bucket.real]
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -193,14 +192,12 @@ class _ExactAttention(torch.autograd.Function):
         top = query.new_zeros(query.shape[:2], dtype=sums)
         mass = torch.ones_like(top)
         for bucket in plan.buckets:
-            n = bucket.index.shape[0]
-            heads = _to_heads(query[bucket.index], repeat)
             blocks = causal_blocks(
-                _to_heads(key[bucket.index], 1), _to_heads(value[bucket.index], 1), repeat, call.window
+                _gather(key, bucket.index, 1), _gather(value, bucket.index, 1), repeat, call.window
             )
-            own = partial_attention(heads, blocks, call.scale)
+            own = partial_attention(_gather(query, bucket.index, repeat), blocks, call.scale)
             for whole, part in ((out, own.out), (top, own.top), (mass, own.mass)):
-                whole.index_copy_(0, bucket.flat, _from_heads(part, n, repeat)[bucket.real])
+                _scatter(part, bucket, repeat, whole)
         for prefix in plan.prefixes:
             shared = _Prefixed(prefix, key, value, repeat)
             part = partial_attention(shared.gather(query), shared.blocks(plan.position_ids, call.window), call.scale)
@@ -221,21 +218,22 @@ class _ExactAttention(torch.autograd.Function):
         delta = (wide(grad) * wide(result)).sum(-1)
         dq, dk, dv = (torch.zeros_like(x, dtype=delta.dtype) for x in (query, key, value))
         for bucket in plan.buckets:
-            n, length = bucket.index.shape
-            exists = torch.zeros(n * length, dtype=torch.bool)
-            exists[bucket.real] = True
-            lost = ~exists.view(n, length, 1)
-            k, v = _to_heads(key[bucket.index], 1), _to_heads(value[bucket.index], 1)
+            lost = torch.ones(bucket.index.numel(), dtype=torch.bool)
+            lost[bucket.real] = False
+            lost = lost.view_as(bucket.index).repeat(key.shape[1], 1).repeat_interleave(repeat, 1)
             rows = _Rows(
-                query=_to_heads(query[bucket.index], repeat),
-                grad=_to_heads(grad[bucket.index].masked_fill(lost[..., None], 0), repeat),
-                log_mass=_to_heads(log_mass[bucket.index].masked_fill(lost, _NO_WEIGHT)[..., None], repeat)[..., 0],
-                delta=_to_heads(delta[bucket.index][..., None], repeat)[..., 0],
+                query=_gather(query, bucket.index, repeat),
+                grad=_gather(grad, bucket.index, repeat).masked_fill_(lost[..., None], 0),
+                log_mass=_gather(log_mass[..., None], bucket.index, repeat)[..., 0].masked_fill_(lost, _NO_WEIGHT),
+                delta=_gather(delta[..., None], bucket.index, repeat)[..., 0],
             )
-            parts = _backward(rows, causal_blocks(k, v, repeat, call.window), call.scale)
-            dq.index_add_(0, bucket.flat, _from_heads(parts.query, n, repeat)[bucket.real])
-            dk.index_add_(0, bucket.flat, _from_heads(parts.key, n, 1)[bucket.real])
-            dv.index_add_(0, bucket.flat, _from_heads(parts.value, n, 1)[bucket.real])
+            blocks = causal_blocks(
+                _gather(key, bucket.index, 1), _gather(value, bucket.index, 1), repeat, call.window
+            )
+            parts = _backward(rows, blocks, call.scale)
+            _scatter(parts.query, bucket, repeat, dq)
+            _scatter(parts.key, bucket, 1, dk)
+            _scatter(parts.value, bucket, 1, dv)
         for prefix in plan.prefixes:
             shared = _Prefixed(prefix, key, value, repeat)
             rows = _Rows(
@@ -254,7 +252,7 @@ class _ExactAttention(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """What the backward pass needs of its query rows: `[B, R, d]`, `[B, R, d]`, `[B, R]`, `[B, R]`."""
+    """What the backward pass needs of its query rows: `[B, R, d]`, `[B, R, d]`, `[B, R]`, `[B, R]`"""
 
     query: Tensor
     grad: Tensor
@@ -273,12 +271,13 @@ def _backward(rows: _Rows, blocks: list[KeyBlock], scale: float) -> _Grads:
     """Gradients of one key segment, weights recomputed from the merged log-sum-exp."""
     dtype = rows.query.dtype
     dq = torch.zeros_like(rows.query, dtype=rows.delta.dtype)
+    scorer = Scorer(rows.query, scale)
     dks: list[Tensor] = []
     dvs: list[Tensor] = []
     for block in blocks:
         first = block.first_row
         grad = rows.grad[:, first:]
-        weights = block_scores(rows.query, block, scale).sub_(rows.log_mass[:, first:, None]).exp_()
+        weights = weigh(scorer.scores(block), rows.log_mass[:, first:], block)
         dvs.append(wide(torch.bmm(weights.to(dtype).transpose(1, 2), grad)))
         dscore = wide(torch.bmm(grad, block.value.transpose(1, 2)))
         dscore = dscore.sub_(rows.delta[:, first:, None]).mul_(weights).mul_(scale).to(dtype)

@@ -75,9 +75,11 @@ def pack(rows: Sequence[TrainingRow]) -> Packed:
     positions: list[int] = []
     segments: list[Segment] = []
     prompt_of: dict[int, int] = {}
+    prompts: dict[int, tuple[int, ...]] = {}
     for row in rows:
         if row.group not in prompt_of:
             prompt_of[row.group] = len(segments)
+            prompts[row.group] = row.prompt_ids
             segments.append(Segment(len(tokens), len(row.prompt_ids)))
             tokens.extend(row.prompt_ids)
             positions.extend(range(len(row.prompt_ids)))
@@ -86,7 +88,7 @@ def pack(rows: Sequence[TrainingRow]) -> Packed:
     owner: list[int] = []
     for index, row in enumerate(rows):
         prompt = segments[prompt_of[row.group]]
-        assert prompt.length == len(row.prompt_ids), f"group {row.group} has two prompts"
+        assert prompts[row.group] == row.prompt_ids, f"group {row.group} has two prompts"
         length = len(row.token_ids) - 1
         predictors.append(prompt.stop - 1)
         predictors.extend(range(len(tokens), len(tokens) + length))

@@ -1,8 +1,8 @@
 """The optimiser over float32 master weights.
 
-A bfloat16 weight of 0.02 cannot register an update of 1e-6, so weights that compute in bfloat16 have a float32 master each:
-gradients are added up in float32, the master is updated, and the weight becomes the rounded master, in place. Weights in
-float32 are their own masters.
+A bfloat16 weight of 0.02 cannot register an update of 1e-6, so weights that compute in bfloat16 have a float32 master
+each: gradients are added up in float32, the master is updated, and the weight becomes the rounded master, in place.
+Weights in float32 are their own masters.
 """
 
 from __future__ import annotations

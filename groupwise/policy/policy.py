@@ -171,7 +171,7 @@ class Policy:
         return self._scores(pack(rows).to(self.loaded.device), False).logprobs
 
     def optim_step(self) -> Metrics:
-        """Clip, update, forget the gradients. A gradient that is not finite skips the update; three in a row end the run.
+        """Clip, update, forget the gradients. A gradient that is not finite skips the update; three in a row raise.
 
         Raises:
             FloatingPointError: the third non-finite gradient in a row.
@@ -209,7 +209,7 @@ class Policy:
 
     def save_pretrained(self, path: Path) -> None:
         """Write a Hugging Face model folder; what stood there before is replaced only when the new one is whole."""
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             self.loaded.model.save_pretrained(temporary)

@@ -144,3 +144,88 @@ class Problem:
 
 def _apply(sign: str, left: int, right: int) -> int:
     return left + right if sign == "+" else left - right
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFiles:
+    """What `make_task` wrote.
+
+    Attributes:
+        sft: warm-up rows with worked solutions, a share of them wrong.
+        train: rows for reinforcement learning; its solutions are right.
+        test: held-out rows; no problem of theirs is in the other two.
+    """
+
+    sft: Path
+    train: Path
+    test: Path
+
+    @classmethod
+    def under(cls, folder: str | Path) -> TaskFiles:
+        """The files' paths in this folder, written or not."""
+        folder = Path(folder)
+        return cls(sft=folder / SFT_FILE, train=folder / TRAIN_FILE, test=folder / EVAL_FILE)
+
+
+def make_task(out_dir: str | Path, *, seed: int = 0, num_sft: int, num_train: int, num_eval: int = 256) -> TaskFiles:
+    """Write `sft.jsonl`, `train.jsonl` and `test.jsonl`; the same arguments give the same bytes.
+
+    Every problem (template and numbers) is in at most one place, so held-out accuracy measures what was learnt, not
+    what was seen. Rows have GSM8K's columns: `data_source`, `prompt`, `ability`, `reward_model`, `extra_info`.
+
+    Raises:
+        ConfigError: a count is below 1, or the counts together exceed the different problems that there are.
+    """
+    counts = {"num_sft": num_sft, "num_train": num_train, "num_eval": num_eval}
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{name} = {count}; expected at least 1")
+    rng = random.Random(seed)
+    problems = _all_problems(rng)
+    wanted = sum(counts.values())
+    if wanted > len(problems):
+        asked = " + ".join(f"{name} = {count}" for name, count in counts.items())
+        raise ConfigError(f"{asked} are {wanted} problems, but only {len(problems)} differ; lower the counts")
+    held_out, rest = problems[:num_eval], problems[num_eval:wanted]
+    _assert_disjoint(held_out, rest)
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    files = TaskFiles.under(out_dir)
+    demonstrations = [problem.slipped if rng.random() < SLIP_SHARE else problem.solution for problem in rest[:num_sft]]
+    _write(files.sft, "sft", problems=rest[:num_sft], solutions=demonstrations)
+    _write(files.train, "train", problems=rest[num_sft:], solutions=[problem.solution for problem in rest[num_sft:]])
+    _write(files.test, "test", problems=held_out, solutions=[problem.solution for problem in held_out])
+    return files
+
+
+def _all_problems(rng: random.Random) -> list[Problem]:
+    """Every template with all numbers that keep the results from falling below zero, in random order and dress."""
+    problems = [
+        Problem(template, Numbers(a, b, c), person=rng.randrange(len(PEOPLE)), thing=rng.randrange(len(THINGS)))
+        for template, a, b, c in product(range(len(TEMPLATES)), FIRST_NUMBERS, OTHER_NUMBERS, OTHER_NUMBERS)
+    ]
+    possible = [problem for problem in problems if problem.half >= 0 and problem.answer >= 0]
+    rng.shuffle(possible)
+    return possible
+
+
+def _assert_disjoint(held_out: Sequence[Problem], rest: Sequence[Problem]) -> None:
+    shared = {problem.key for problem in held_out} & {problem.key for problem in rest}
+    assert not shared, f"{len(shared)} held-out problems are in the training rows, such as {min(shared)}"
+
+
+def _write(path: Path, split: str, *, problems: Sequence[Problem], solutions: Sequence[str]) -> None:
+    rows = [
+        _row(problem, split, index=index, worked=worked)
+        for index, (problem, worked) in enumerate(zip(problems, solutions, strict=True))
+    ]
+    write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _row(problem: Problem, split: str, *, index: int, worked: str) -> dict[str, Any]:
+    return {
+        "data_source": DATA_SOURCE,
+        "prompt": [{"content": problem.question, "role": "user"}],
+        "ability": "math",
+        "reward_model": {"ground_truth": str(problem.answer), "style": "rule"},
+        "extra_info": {"answer": worked, "index": index, "question": problem.question, "split": split},
+    }

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,21 +46,22 @@ class TinySize:
     """The shape of a tiny Qwen3; embeddings are tied, so the vocabulary is counted once.
 
     Attributes:
-        initializer_range: standard deviation of the weights at the start; near `hidden ** -0.5`, since narrow models
-            learn slowly from the 0.02 that suits wide ones.
+        initializer_range: standard deviation of the weights at the start; narrow models learn slowly from the 0.02
+            that suits wide ones.
 
     Example:
-        TinySize(hidden=256, layers=6, heads=4, kv_heads=2, head_dim=64, mlp=768, vocab_size=4096)
+        TinySize(256, 6, heads=4, kv_heads=2, head_dim=64, mlp=768, vocab_size=4096, initializer_range=0.04)
     """
 
     hidden: int
     layers: int
+    _: KW_ONLY
     heads: int
     kv_heads: int
     head_dim: int
     mlp: int
     vocab_size: int
-    initializer_range: float = 0.02
+    initializer_range: float
 
     def parameters(self, vocab_size: int) -> int:
         """How many numbers a model of this shape holds with this vocabulary."""
@@ -71,10 +72,10 @@ class TinySize:
 
 
 TINY_SIZES: dict[str, TinySize] = {
-    "0.1m": TinySize(hidden=64, layers=2, heads=2, kv_heads=1, head_dim=32, mlp=192, vocab_size=512),
-    "0.6m": TinySize(hidden=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp=256, vocab_size=512),
-    "1.5m": TinySize(hidden=192, layers=4, heads=6, kv_heads=2, head_dim=32, mlp=448, vocab_size=1024),
-    "5.8m": TinySize(hidden=256, layers=6, heads=4, kv_heads=2, head_dim=64, mlp=768, vocab_size=4096),
+    "0.1m": TinySize(64, 2, heads=2, kv_heads=1, head_dim=32, mlp=192, vocab_size=512, initializer_range=0.08),
+    "0.6m": TinySize(128, 3, heads=4, kv_heads=2, head_dim=32, mlp=384, vocab_size=512, initializer_range=0.06),
+    "1.5m": TinySize(192, 4, heads=6, kv_heads=2, head_dim=32, mlp=448, vocab_size=1024, initializer_range=0.05),
+    "5.8m": TinySize(256, 6, heads=4, kv_heads=2, head_dim=64, mlp=768, vocab_size=4096, initializer_range=0.04),
 }
 
 
@@ -140,6 +141,11 @@ def check_vocab_size(vocab_size: int) -> None:
             f"vocab_size = {vocab_size} is too small: the 256 bytes and {len(SPECIAL_TOKENS)} special tokens need "
             f"{SMALLEST_VOCAB}; use {SMALLEST_VOCAB} or more"
         )
+
+
+def check_new_folder(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder; give a new folder, or delete this one")
 
 
 def tiny_size(name: str) -> TinySize:
@@ -230,8 +236,7 @@ def build_tiny_model(
     shape = tiny_size(size)
     vocab_size = shape.vocab_size if vocab_size is None else vocab_size
     check_vocab_size(vocab_size)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty folder; give a new folder, or delete this one")
+    check_new_folder(out)
     tokenizer = build_tokenizer(texts, vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     temp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -264,7 +269,7 @@ def _save_model(
     expected = shape.parameters(vocab_size)
     actual = sum(parameter.numel() for parameter in model.parameters())
     assert actual == expected, f"the model has {actual} parameters, its shape says {expected}"
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
     model.to({"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype])  # type: ignore[arg-type]
     model.save_pretrained(folder)
 
@@ -272,6 +277,7 @@ def _save_model(
 def _qwen3_config(shape: TinySize, *, vocab_size: int, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
     from transformers import Qwen3Config
 
+    ids = tokenizer.get_vocab()
     return Qwen3Config(
         vocab_size=vocab_size,
         hidden_size=shape.hidden,
@@ -284,6 +290,6 @@ def _qwen3_config(shape: TinySize, *, vocab_size: int, tokenizer: PreTrainedToke
         initializer_range=shape.initializer_range,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=ids[TURN_END],
+        pad_token_id=ids[PAD],
     )

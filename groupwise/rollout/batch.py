@@ -49,7 +49,7 @@ def build_batch(
     shares = _shares(len(groups), shape.steps_per_batch)
     always = algorithm.needs_reference or algorithm.needs_entropy
     minibatches = [
-        _minibatch([row for g in share for row in _rows(groups[g], advantages[g], g)], shape, always=always)
+        _minibatch([row for g in share for row in _rows(groups[g], advantages[g])], shape, always=always)
         for share in shares
     ]
     return TrainingBatch(tuple(groups), advantages, tuple(minibatches), batch_metrics(groups))
@@ -89,10 +89,10 @@ def _advantages(
     return tuple(tuple(values.tolist()) for values in algorithm.advantages(inputs))
 
 
-def _rows(group: RolloutGroup, advantages: Sequence[float], number: int) -> list[TrainingRow]:
+def _rows(group: RolloutGroup, advantages: Sequence[float]) -> list[TrainingRow]:
     return [
         TrainingRow(
-            group=number,
+            group=group.index,
             prompt_ids=group.prompt.token_ids,
             token_ids=rollout.token_ids,
             loss_mask=rollout.loss_mask,

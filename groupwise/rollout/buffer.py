@@ -1,8 +1,8 @@
 """Finished groups between engine and trainer, in index order, with a fixed bound on their age.
 
-Group k of the sampler's stream serves training step `k // prompts_per_step`, and is sampled whole by the weights of version
-`max(0, k // prompts_per_step - max_off_policy_steps)`. So what a batch holds is a function of seed and config alone,
-whatever the order in which groups finish.
+Group k of the sampler's stream serves training step `k // prompts_per_step`, and is sampled whole by the weights of
+version `max(0, k // prompts_per_step - max_off_policy_steps)`. So what a batch holds is a function of seed and config
+alone, whatever the order in which groups finish.
 """
 
 from __future__ import annotations

@@ -23,15 +23,16 @@ def split_rows(rows: Sequence[TrainingRow], budget: int, *, backward: bool = Tru
     Pieces (whole groups, or parts of a group that is over the budget) go to the emptiest micro-batch, longest first.
     """
     pieces = sorted(_pieces(rows, budget), key=lambda piece: -_tokens(piece))
-    if not pieces:
-        return ()
-    budget = max(budget, _tokens(pieces[0]))
-    count = -(-sum(map(_tokens, pieces)) // budget)
-    bins = _fill(pieces, count)
+    alone = [piece for piece in pieces if _tokens(piece) > budget]
+    shared = pieces[len(alone) :]
+    count = -(-sum(map(_tokens, shared)) // budget)
+    bins = _fill(shared, count)
     while any(b.tokens > budget for b in bins):
         count += 1
-        bins = _fill(pieces, count)
-    return tuple(MicroBatch(tuple(b.rows), backward) for b in bins if b.rows)
+        bins = _fill(shared, count)
+    # Two pieces of one group can meet in a bin; packing needs the rows of one prompt side by side.
+    contents = [*alone, *(sorted(b.rows, key=lambda row: row.group) for b in bins if b.rows)]
+    return tuple(MicroBatch(tuple(content), backward) for content in contents)
 
 
 def _fill(pieces: Sequence[list[TrainingRow]], count: int) -> list[_Bin]:

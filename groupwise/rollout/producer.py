@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from groupwise.data.sampler import PromptSampler
 from groupwise.rewards.scorer import RewardScorer, Score
@@ -94,12 +96,15 @@ class Producer:
             task.add_done_callback(self._tasks.discard)
 
     async def _produce(self, index: int, prompt: Prompt, version: int) -> None:
-        requests = [SampleRequest(prompt, i, self._sampling, version) for i in range(self._group_size)]
+        # An engine's draw is a function of seed, prompt and sample; a prompt that comes again must not draw the same.
+        epoch = index // self._sampler.num_prompts
+        sampling = replace(self._sampling, seed=self._sampling.seed + (epoch << 64))
+        requests = [SampleRequest(prompt, i, sampling, version) for i in range(self._group_size)]
         try:
             self._buffer.put(await produce_group(self._engine, self._scorer, requests, index=index))
         except asyncio.CancelledError:
             raise
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whoever takes the group raises it
             self._buffer.fail(error)
 
     async def close(self) -> None:
@@ -111,3 +116,10 @@ class Producer:
     def rewind(self, index: int) -> None:
         """Go back to group `index`, as after a resume."""
         self._sampler.load_state_dict(self._sampler.state_dict() | {"position": index})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler's, which knows the data by its fingerprint: a resume with other prompts is refused."""
+        return self._sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sampler.load_state_dict(state)

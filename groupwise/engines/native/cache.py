@@ -1,19 +1,22 @@
-"""Keys and values of prompts and samples, in blocks of tokens, and the attention of one decode step over them.
+"""Keys and values of prompts and samples. A cache has lanes: one per prompt, or one per sample.
 
-A cache has lanes: one per prompt, or one per sample. Blocks are allocated when the first lane reaches them, and keep their
-place; block-major order makes every block of the first n lanes one contiguous tensor, so nothing is copied to be read.
+Two forms hold the same content. `BlockCache` (CPU) grows by blocks of tokens, and the block-wise order of sums that makes
+attention exact reads them where they lie. `ArenaCache` (GPU) is one tensor that keeps its address, as CUDA graphs need.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from groupwise.model.attention import AttentionCall
-from groupwise.model.exact import BLOCK, TILE, KeyBlock, Partial, merge, partial_attention
+from groupwise.model.exact import BLOCK
+
+ARENA_SPAN = 256  # keys of a GPU step come in multiples of this, so that few graphs serve all lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,160 +34,181 @@ class CacheShape:
         return 2 * self.layers * self.heads * self.size * self.dtype.itemsize
 
 
-class BlockCache:
-    """`blocks[b]`: `[2, layers, lanes, heads, BLOCK, size]`, keys and values of tokens `b * BLOCK …`."""
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of keys from token `start` on: `key, value [lanes * heads, tokens, size]`, views of the cache."""
 
-    def __init__(self, shape: CacheShape, lanes: int) -> None:
+    start: int
+    key: Tensor
+    value: Tensor
+
+
+class Write(Protocol):
+    """Where the lanes of one step put their new token; found once and used by every layer."""
+
+    def put(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Store `[lanes, heads, size]` each."""
+        ...
+
+
+class KeyCache(Protocol):
+    """What scheduler and decode layout need of a cache."""
+
+    shape: CacheShape
+    lanes: int
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` in every lane. Fresh room is zero: hidden keys must be finite."""
+        ...
+
+    def widen(self, lanes: int) -> None:
+        """More lanes; what the old ones hold stays."""
+        ...
+
+    def fill(self, layer: int, lane: int, key: Tensor, value: Tensor) -> None:
+        """Store a whole prompt: `[P, heads, size]` each."""
+        ...
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Copy one lane's first `tokens` over another's."""
+        ...
+
+    def spans(self, layer: int, lanes: int, tokens: int) -> list[Span]:
+        """The first `lanes` lanes' first `tokens` keys, or a few more."""
+        ...
+
+    def plan_write(self, position: Tensor, tokens: Sequence[int]) -> Write:
+        """A write of lane i's token `position[i]`; `tokens` is the same on the host."""
+        ...
+
+
+class BlockCache:
+    """`blocks[b]`: `[2, layers, lanes, heads, BLOCK, size]`, keys and values of tokens `b * BLOCK …`.
+
+    Every block of the first n lanes is one contiguous tensor.
+    """
+
+    def __init__(self, shape: CacheShape, lanes: int = 0) -> None:
         self.shape = shape
         self.lanes = lanes
         self.blocks: list[Tensor] = []
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` in every lane. Fresh blocks are zero: masked keys must be finite."""
         shape = self.shape
         while len(self.blocks) * BLOCK < tokens:
             size = (2, shape.layers, self.lanes, shape.heads, BLOCK, shape.size)
             self.blocks.append(torch.zeros(size, dtype=shape.dtype, device=shape.device))
 
     def widen(self, lanes: int) -> None:
-        """More lanes; what the old ones hold stays."""
         for index, block in enumerate(self.blocks):
             self.blocks[index] = pad(block, (0, 0, 0, 0, 0, 0, 0, lanes - self.lanes))
         self.lanes = lanes
 
-    def put(self, layer: int, lane: int, key: Tensor, value: Tensor) -> None:
-        """Store a whole prompt: `[P, heads, size]` each."""
+    def fill(self, layer: int, lane: int, key: Tensor, value: Tensor) -> None:
         for which, x in enumerate((key, value)):
             for index, part in enumerate(x.transpose(0, 1).split(BLOCK, dim=1)):
                 self.blocks[index][which, layer, lane, :, : part.shape[1]] = part
 
     def move(self, source: int, target: int, tokens: int) -> None:
-        """Copy one lane's first `tokens` over another's."""
         for block in self.blocks[: -(-tokens // BLOCK)]:
             block[:, :, target] = block[:, :, source]
 
-    def heads_of(self, block: int, which: int, layer: int, lanes: int) -> Tensor:
-        """`[lanes * heads, BLOCK, size]`, a view."""
-        return self.blocks[block][which, layer, :lanes].view(lanes * self.shape.heads, BLOCK, self.shape.size)
+    def spans(self, layer: int, lanes: int, tokens: int) -> list[Span]:
+        return [
+            Span(index * BLOCK, block[0, layer, :lanes].flatten(0, 1), block[1, layer, :lanes].flatten(0, 1))
+            for index, block in enumerate(self.blocks[: -(-tokens // BLOCK)])
+        ]
+
+    def plan_write(self, position: Tensor, tokens: Sequence[int]) -> Write:
+        return _BlockWrite(self, position, tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeRows:
-    """Which samples one decode step feeds. B lanes, padded to `TILE`; W members per prompt at most.
+class _BlockWrite:
+    """One plain slice when all lanes stand at one token, as they do when they started together; else one per block."""
 
-    Attributes:
-        used: lanes that hold samples, 0 … used - 1; the padded ones repeat harmless work.
-        position: `[B]`, each sample's token within its completion (0 for the first).
-        member: `[used]`, prompt lane x W + place of the sample within its prompt's rows.
-        width: W.
-        prompt_lengths: `[prompts]`.
-        num_blocks: blocks that the longest completion uses, the new token included.
-    """
-
-    used: int
-    position: Tensor
-    member: Tensor
-    width: int
-    prompt_lengths: Tensor
-    num_blocks: int
-
-
-class DecodeLayout:
-    """One new token per sample: it sees its prompt, then its own completion.
-
-    A prompt's keys are read once for all its samples: their query rows stand together in one matrix product.
-    """
-
-    def __init__(self, prompts: BlockCache, samples: BlockCache, rows: DecodeRows) -> None:
-        self._prompts = prompts
-        self._samples = samples
-        self._rows = rows
-        self._masks: dict[int | None, _Masks] = {}
-        block = rows.position // BLOCK
+    def __init__(self, cache: BlockCache, position: Tensor, tokens: Sequence[int]) -> None:
+        self._cache = cache
+        self._targets: list[_Target]
+        if len(set(tokens)) == 1:
+            self._targets = [_Target(tokens[0] // BLOCK, slice(0, len(tokens)), tokens[0] % BLOCK)]
+            return
+        block = position // BLOCK
         self._targets = [
-            (int(index), lanes, rows.position[lanes] % BLOCK)
-            for index in block.unique().tolist()
+            _Target(index, lanes, position[lanes] % BLOCK)
+            for index in sorted({token // BLOCK for token in tokens})
             for lanes in [(block == index).nonzero().flatten()]
         ]
 
-    def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        rows = self._rows
-        heads, size = self._samples.shape.heads, self._samples.shape.size
-        for index, lanes, offset in self._targets:
-            block = self._samples.blocks[index]
-            block[0, call.layer, lanes, :, offset] = key[lanes]
-            block[1, call.layer, lanes, :, offset] = value[lanes]
-        if call.window not in self._masks:
-            self._masks[call.window] = _Masks(rows, heads, query.shape[1] // heads, call.window, self._prompts)
-        masks = self._masks[call.window]
-
-        lanes, repeat = rows.position.shape[0], query.shape[1] // heads
-        own_query = pad(query.reshape(lanes * heads, repeat, size), (0, 0, 0, -repeat % TILE))
-        own = partial_attention(own_query, self._blocks(self._samples, call.layer, lanes, masks.own), call.scale)
-        own = Partial(*(x[:, :repeat].reshape(lanes, heads * repeat, *x.shape[2:]) for x in _fields(own)))
-
-        count = rows.prompt_lengths.shape[0]
-        gathered = query.new_zeros(count * rows.width, heads * repeat, size)
-        gathered[rows.member] = query[: rows.used]
-        shared_query = _group_rows(gathered, count, heads, repeat)
-        blocks = self._blocks(self._prompts, call.layer, count, masks.shared)
-        shared = partial_attention(pad(shared_query, (0, 0, 0, -shared_query.shape[1] % TILE)), blocks, call.scale)
-        member = pad(rows.member, (0, lanes - rows.used))
-        seen = Partial(*(_ungroup_rows(x, count, rows.width, repeat)[member] for x in _fields(shared)))
-
-        both = merge(seen, own)
-        return both.out.div_(both.mass[..., None]).to(query.dtype)
-
-    def _blocks(self, cache: BlockCache, layer: int, lanes: int, masks: list[Tensor | None]) -> list[KeyBlock]:
-        return [
-            KeyBlock(cache.heads_of(index, 0, layer, lanes), cache.heads_of(index, 1, layer, lanes), 0, hidden)
-            for index, hidden in enumerate(masks)
-        ]
+    def put(self, layer: int, key: Tensor, value: Tensor) -> None:
+        for target in self._targets:
+            block = self._cache.blocks[target.block]
+            block[0, layer, target.lanes, :, target.offset] = key[target.lanes]
+            block[1, layer, target.lanes, :, target.offset] = value[target.lanes]
 
 
-class _Masks:
-    """What is hidden in each block, for all layers with one window: `own` and `shared`, one entry per block."""
-
-    def __init__(self, rows: DecodeRows, heads: int, repeat: int, window: int | None, prompts: BlockCache) -> None:
-        token = torch.arange(BLOCK, device=rows.position.device)
-        self.own: list[Tensor | None] = []
-        for index in range(rows.num_blocks):
-            distance = rows.position[:, None] - (token + index * BLOCK)
-            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-            self.own.append(hidden.repeat_interleave(heads, 0)[:, None])
-        self.shared: list[Tensor | None] = []
-        longest = int(rows.prompt_lengths.max())
-        at = _positions(rows, repeat) if window is not None else None
-        for index in range(-(-longest // BLOCK)):
-            key = token + index * BLOCK
-            hidden = (key >= rows.prompt_lengths[:, None])[:, None]
-            if window is not None:
-                assert at is not None
-                hidden = hidden | (at[..., None] - key >= window)
-            self.shared.append(hidden.repeat_interleave(heads, 0))
+@dataclass(frozen=True, slots=True)
+class _Target:
+    block: int
+    lanes: Tensor | slice
+    offset: Tensor | int
 
 
-def _positions(rows: DecodeRows, repeat: int) -> Tensor:
-    """`[prompts, R]`, the position from the prompt's start of each query row that sees it, R padded to `TILE`."""
-    count = rows.prompt_lengths.shape[0]
-    at = torch.zeros(count * rows.width, dtype=torch.int64, device=rows.position.device)
-    at[rows.member] = rows.position[: rows.used]
-    at = (at.view(count, rows.width) + rows.prompt_lengths[:, None]).repeat_interleave(repeat, 1)
-    return pad(at, (0, -at.shape[1] % TILE))
+class ArenaCache:
+    """`arena`: `[2, layers, lanes, heads, tokens, size]`. `generation` counts its replacements: graphs of old ones are void."""
+
+    def __init__(self, shape: CacheShape, lanes: int = 0) -> None:
+        self.shape = shape
+        self.lanes = lanes
+        self.generation = 0
+        self.arena = self._empty(lanes, 0)
+
+    def _empty(self, lanes: int, tokens: int) -> Tensor:
+        shape = self.shape
+        size = (2, shape.layers, lanes, shape.heads, tokens, shape.size)
+        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+
+    def _replace(self, lanes: int, tokens: int) -> None:
+        old, self.arena = self.arena, self._empty(lanes, tokens)
+        self.arena[:, :, : old.shape[2], :, : old.shape[4]] = old
+        self.lanes = lanes
+        self.generation += 1
+
+    def reserve(self, tokens: int) -> None:
+        if tokens > self.arena.shape[4]:
+            self._replace(self.lanes, -(-tokens // ARENA_SPAN) * ARENA_SPAN)
+
+    def widen(self, lanes: int) -> None:
+        self._replace(lanes, self.arena.shape[4])
+
+    def fill(self, layer: int, lane: int, key: Tensor, value: Tensor) -> None:
+        self.arena[0, layer, lane, :, : key.shape[0]] = key.transpose(0, 1)
+        self.arena[1, layer, lane, :, : value.shape[0]] = value.transpose(0, 1)
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        self.arena[:, :, target, :, :tokens] = self.arena[:, :, source, :, :tokens]
+
+    def spans(self, layer: int, lanes: int, tokens: int) -> list[Span]:
+        length = min(-(-tokens // ARENA_SPAN) * ARENA_SPAN, self.arena.shape[4])
+        key, value = (self.arena[which, layer, :lanes].flatten(0, 1)[:, :length] for which in (0, 1))
+        return [Span(0, key, value)]
+
+    def plan_write(self, position: Tensor, tokens: Sequence[int]) -> Write:
+        return _ArenaWrite(self, position)
 
 
-def _fields(part: Partial) -> list[Tensor]:
-    return [part.out, part.top, part.mass]
+class _ArenaWrite:
+    """One indexed write for all lanes, without asking the GPU for anything."""
+
+    def __init__(self, cache: ArenaCache, position: Tensor) -> None:
+        self._cache = cache
+        self._position = position
+        self._lanes = torch.arange(position.shape[0], device=position.device)
+
+    def put(self, layer: int, key: Tensor, value: Tensor) -> None:
+        for which, x in enumerate((key, value)):
+            self._cache.arena[which, layer].transpose(1, 2)[self._lanes, self._position] = x
 
 
-def _group_rows(x: Tensor, count: int, heads: int, repeat: int) -> Tensor:
-    """`[count * W, heads * repeat, d]` to `[count * heads, W * repeat, d]`."""
-    return x.view(count, -1, heads, repeat, x.shape[-1]).transpose(1, 2).reshape(count * heads, -1, x.shape[-1])
-
-
-def _ungroup_rows(x: Tensor, count: int, width: int, repeat: int) -> Tensor:
-    """`[count * heads, R, …]` to `[count * W, heads * repeat, …]`, padding rows dropped."""
-    tail = x.shape[2:]
-    heads = x.shape[0] // count
-    x = x[:, : width * repeat].reshape(count, heads, width, repeat, *tail).transpose(1, 2)
-    return x.reshape(count * width, heads * repeat, *tail)
+def make_cache(shape: CacheShape) -> KeyCache:
+    """An empty cache of the form that suits the device."""
+    return ArenaCache(shape) if shape.device.type == "cuda" else BlockCache(shape)

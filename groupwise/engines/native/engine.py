@@ -11,16 +11,15 @@ from collections.abc import AsyncIterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from groupwise.config import RolloutConfig
-from groupwise.engines.native.cache import CacheShape, DecodeLayout, DecodeRows
+from groupwise.engines.native.cache import CacheShape
 from groupwise.engines.native.sampling import RowParams, choose
-from groupwise.engines.native.scheduler import Outbox, Sample, Scheduler, blocks_of
+from groupwise.engines.native.scheduler import Outbox, Sample, Scheduler
+from groupwise.engines.native.steps import DecodeSteps
 from groupwise.engines.native.stopping import find_finish
 from groupwise.errors import EngineError
-from groupwise.model.exact import TILE
-from groupwise.model.forward import hidden_states, packed_hidden_states
+from groupwise.model.forward import packed_hidden_states
 from groupwise.model.head import token_scores
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packing import pack, pack_prompts
@@ -47,6 +46,7 @@ class NativeEngine:
         self._scheduler = Scheduler(
             shape, max_samples=config.max_concurrent_samples, max_bytes=_cache_bytes(config, shape.device)
         )
+        self._steps = DecodeSteps(loaded, self._scheduler)
 
     @property
     def caps(self) -> EngineCaps:
@@ -60,6 +60,7 @@ class NativeEngine:
         self._scheduler.waiting.extend(samples)
         if samples and (self._worker is None or self._worker.done()):
             self._worker = asyncio.get_running_loop().create_task(self._work())
+            self._worker.add_done_callback(_failure_of)  # callers have it; asyncio need not warn of it
         arrived = 0
         try:
             while arrived < len(samples):
@@ -70,11 +71,19 @@ class NativeEngine:
                 yield completion
         finally:
             if arrived < len(samples):
-                self._scheduler.remove([sample.request.id for sample in samples])
+                self._scheduler.remove(samples)
 
     def _check(self, request: SampleRequest) -> None:
-        if not request.prompt.token_ids:
+        tokens, vocabulary = request.prompt.token_ids, self._loaded.model.get_input_embeddings().weight.shape[0]
+        if not tokens:
             raise EngineError(f"prompt {request.prompt.uid} has no tokens")
+        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise EngineError(
+                f"prompt {request.prompt.uid} has tokens from {min(tokens)} to {max(tokens)}, but the model has embeddings "
+                f"for 0 to {vocabulary - 1}; use the tokenizer that belongs to the model"
+            )
+        if request.sampling.max_tokens < 1:
+            raise EngineError(f"max_tokens = {request.sampling.max_tokens} for {request.id}; ask for at least 1")
         if request.policy_version != self._version:
             raise EngineError(f"asked for policy version {request.policy_version}, but this engine holds {self._version}")
 
@@ -85,7 +94,9 @@ class NativeEngine:
                 with torch.inference_mode():
                     self._step()
             except BaseException as error:
-                for sample in self._scheduler.remove(None):
+                failed = self._scheduler.find(None)
+                self._scheduler.remove(failed)
+                for sample in failed:
                     sample.outbox.put_nowait(error)
                 raise
             await asyncio.sleep(0)
@@ -109,7 +120,7 @@ class NativeEngine:
             def keep(layer: int, key: Tensor, value: Tensor, lanes: list[int] = [lane for lane, _ in batch]) -> None:
                 for lane, segment in zip(lanes, packed.segments, strict=True):
                     span = slice(segment.start, segment.stop)
-                    self._scheduler.prompt_cache.put(layer, lane, key[span], value[span])
+                    self._scheduler.prompt_cache.fill(layer, lane, key[span], value[span])
 
             hidden = packed_hidden_states(self._model, packed, on_keys=keep)[packed.predictors]
             for (_, prompt), row in zip(batch, hidden, strict=True):
@@ -122,26 +133,7 @@ class NativeEngine:
 
     def _decode(self, running: list[Sample]) -> None:
         """Feed every running sample's last token, and draw its next."""
-        device = self._loaded.device
-        prompts = self._scheduler.prompts
-        lane_of = {id(prompt): lane for lane, prompt in enumerate(prompts)}
-        width = max(prompt.members for prompt in prompts)
-        position = torch.tensor([len(sample.tokens) - 1 for sample in running])
-        longest = int(position.max()) + 1
-        self._scheduler.sample_cache.reserve(longest)
-        missing = -len(running) % TILE
-        start = torch.tensor([len(sample.request.prompt.token_ids) for sample in running])
-        rows = DecodeRows(
-            used=len(running),
-            position=pad(position, (0, missing)).to(device),
-            member=torch.tensor([lane_of[id(s.prompt)] * width + s.member for s in running], device=device),
-            width=width,
-            prompt_lengths=torch.tensor([len(prompt.token_ids) for prompt in prompts], device=device),
-            num_blocks=blocks_of(longest),
-        )
-        tokens = pad(torch.tensor([sample.tokens[-1] for sample in running]), (0, missing)).to(device)
-        layout = DecodeLayout(self._scheduler.prompt_cache, self._scheduler.sample_cache, rows)
-        hidden = hidden_states(self._model, tokens, pad(start + position, (0, missing)).to(device), layout)
+        hidden = self._steps.hidden(running, self._scheduler.prompts)
         self._draw(list(running), self._loaded.head.logits(hidden)[: len(running)])
 
     def _draw(self, samples: list[Sample], logits: Tensor) -> None:
@@ -176,7 +168,7 @@ class NativeEngine:
         forbidden = torch.zeros_like(logits, dtype=torch.bool)
         for index in early:
             stops = (*self._loaded.stop_token_ids, *samples[index].request.sampling.stop_token_ids)
-            forbidden[index, list(stops)] = True
+            forbidden[index, [stop for stop in stops if stop < logits.shape[-1]]] = True
         return forbidden
 
     def _completion(self, sample: Sample, reason: FinishReason) -> Completion:
@@ -191,7 +183,9 @@ class NativeEngine:
         )
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:
-        for sample in self._scheduler.remove(request_ids):
+        aborted = self._scheduler.find(request_ids)
+        self._scheduler.remove(aborted)
+        for sample in aborted:
             sample.outbox.put_nowait(self._completion(sample, "abort"))
 
     async def update_weights(self, version: int) -> None:
@@ -216,7 +210,11 @@ class NativeEngine:
         """Nothing to do: caches come back with the first request."""
 
     async def health(self) -> bool:
-        return self._worker is None or not self._worker.done() or self._worker.exception() is None
+        return self._worker is None or not self._worker.done() or _failure_of(self._worker) is None
+
+
+def _failure_of(worker: asyncio.Task[None]) -> BaseException | None:
+    return None if worker.cancelled() else worker.exception()
 
 
 def _cache_shape(loaded: LoadedModel) -> CacheShape:

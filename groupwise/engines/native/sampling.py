@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from groupwise.model.head import scale_by_temperature, target_logprobs
+from groupwise.model.head import scale_by_temperature, target_logprobs, weigh
 from groupwise.types import SamplingParams
 
 _SPAN = 128  # tokens whose mass is summed before the search
@@ -24,11 +24,12 @@ class RowParams:
     """Sampling parameters of B rows; a filter that no row uses is None.
 
     Attributes:
-        temperature: `[B]` float32, 0 for greedy.
+        temperature: `[B]` float32, 0 for greedy; `any_greedy` says whether one is.
         top_k: `[B]` int64 (0: all). top_p, min_p, penalty: `[B]` float32.
     """
 
     temperature: Tensor
+    any_greedy: bool
     top_k: Tensor | None
     top_p: Tensor | None
     min_p: Tensor | None
@@ -43,6 +44,7 @@ class RowParams:
 
         return RowParams(
             temperature=torch.tensor([row.temperature for row in rows], dtype=torch.float32, device=device),
+            any_greedy=any(row.temperature == 0 for row in rows),
             top_k=column([row.top_k for row in rows], 0, torch.int64),
             top_p=column([row.top_p for row in rows], 1.0),
             min_p=column([row.min_p for row in rows], 0.0),
@@ -70,17 +72,18 @@ def choose(
         forbidden: `[B, V]` bool, tokens that cannot be drawn (stop tokens before `min_tokens`).
     """
     policy = scale_by_temperature(logits, params.temperature)
+    policy_weights = weigh(policy)
     wanted = logits
     if params.penalty is not None:
         assert seen is not None, "a repetition penalty needs the tokens seen"
         wanted = _penalise(wanted, seen, params.penalty)
     if forbidden is not None:
         wanted = wanted.masked_fill(forbidden, -torch.inf)
-    greedy = wanted.argmax(-1)
-    wanted = policy if wanted is logits else scale_by_temperature(wanted, params.temperature)
-    drawn = invert_cdf(_filter(wanted, params), uniform)
-    tokens = torch.where(params.temperature > 0, drawn, greedy)
-    return Choice(tokens, target_logprobs(policy, tokens))
+    cut = _filter(policy if wanted is logits else scale_by_temperature(wanted, params.temperature), params)
+    tokens = invert_cdf((policy_weights if cut is policy else weigh(cut)).weights, uniform)
+    if params.any_greedy:
+        tokens = torch.where(params.temperature > 0, tokens, wanted.argmax(-1))
+    return Choice(tokens, target_logprobs(policy, tokens, policy_weights))
 
 
 def _penalise(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -113,10 +116,13 @@ def _filter(logits: Tensor, params: RowParams) -> Tensor:
     return logits.masked_fill(logits < least[:, None], -torch.inf)
 
 
-def invert_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
-    """`[B]` tokens: the first whose cumulative probability exceeds `uniform [B]`, by spans and then within one span."""
-    rows, vocabulary = logits.shape
-    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+def invert_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
+    """`[B]` tokens: the first whose cumulative probability exceeds `uniform [B]`, by spans and then within one span.
+
+    Args:
+        weights: `[B, V]`, probabilities up to a factor.
+    """
+    rows, vocabulary = weights.shape
     spans = pad(weights, (0, -vocabulary % _SPAN)).view(rows, -1, _SPAN)
     upto = spans.sum(-1).double().cumsum(-1)
     point = uniform * upto[:, -1]

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from groupwise.engines.native.cache import BlockCache, CacheShape
+from groupwise.engines.native.cache import CacheShape, make_cache
 from groupwise.engines.native.keys import uniforms
 from groupwise.errors import EngineError
 from groupwise.model.exact import BLOCK
@@ -69,6 +70,7 @@ class Scheduler:
     def __init__(self, shape: CacheShape, *, max_samples: int, max_bytes: int) -> None:
         self._shape = shape
         self._max_samples = max_samples
+        self._at_once = shape.device.type == "cuda"  # a cache that keeps its address is made long enough from the start
         self._max_blocks = max_bytes // (shape.bytes_per_token * BLOCK)
         self.waiting: deque[Sample] = deque()
         self.running: list[Sample] = []
@@ -79,8 +81,8 @@ class Scheduler:
         """Release all memory; only when nothing runs."""
         assert not self.running, "caches of running samples cannot be dropped"
         self.prompts.clear()
-        self.prompt_cache = BlockCache(self._shape, 0)
-        self.sample_cache = BlockCache(self._shape, 0)
+        self.prompt_cache = make_cache(self._shape)
+        self.sample_cache = make_cache(self._shape)
 
     @property
     def busy(self) -> bool:
@@ -103,7 +105,8 @@ class Scheduler:
         if self.waiting and not self.running:
             self._refuse(self.waiting[0])
         if admitted:
-            self._make_room()
+            longest = max(sample.request.sampling.max_tokens for sample in self.running)
+            self.make_room(lanes=len(self.running), prompts=len(self.prompts), tokens=longest if self._at_once else 0)
         return admitted
 
     def _lane_of(self, sample: Sample) -> PromptLane | None:
@@ -134,11 +137,12 @@ class Scheduler:
             "rollout.max_completion_tokens"
         )
 
-    def _make_room(self) -> None:
-        # Lanes are a multiple of 4 beyond what runs, because decode rows are padded so.
-        for cache, lanes in ((self.sample_cache, -(-len(self.running) // 4) * 4), (self.prompt_cache, len(self.prompts))):
-            if cache.lanes < lanes:
-                cache.widen(lanes)
+    def make_room(self, *, lanes: int, prompts: int, tokens: int) -> None:
+        """Room for a step of `lanes` samples with `tokens` completion tokens each, and for `prompts` prompts."""
+        for cache, wanted in ((self.sample_cache, lanes), (self.prompt_cache, prompts)):
+            if cache.lanes < wanted:
+                cache.widen(wanted)
+        self.sample_cache.reserve(tokens)
         self.prompt_cache.reserve(max(len(lane.token_ids) for lane in self.prompts))
 
     def release(self, sample: Sample) -> None:
@@ -155,7 +159,7 @@ class Scheduler:
             self._release_prompt(prompt)
 
     def _waits_for(self, prompt: PromptLane) -> bool:
-        return bool(self.waiting) and self.waiting[0].request.prompt.uid == prompt.uid
+        return bool(self.waiting) and self._lane_of(self.waiting[0]) is prompt
 
     def _release_prompt(self, prompt: PromptLane) -> None:
         lane = next(index for index, known in enumerate(self.prompts) if known is prompt)
@@ -164,13 +168,18 @@ class Scheduler:
             self.prompts[lane] = last
             self.prompt_cache.move(len(self.prompts), lane, len(last.token_ids))
 
-    def remove(self, request_ids: Sequence[str] | None) -> list[Sample]:
-        """Take these requests (or all) out of both lists; returns them."""
+    def find(self, request_ids: Sequence[str] | None) -> list[Sample]:
+        """Samples of these requests (or all), waiting and running."""
         wanted = None if request_ids is None else set(request_ids)
-        gone = [s for s in [*self.waiting, *self.running] if wanted is None or s.request.id in wanted]
-        for sample in gone:
-            if sample in self.running:
-                self.release(sample)
-            else:
-                self.waiting.remove(sample)
-        return gone
+        return [s for s in [*self.waiting, *self.running] if wanted is None or s.request.id in wanted]
+
+    @torch.inference_mode()  # lanes move, and tensors made in that mode can be written in no other
+    def remove(self, samples: Sequence[Sample]) -> None:
+        """Take these samples out of both lists, where they are still in one."""
+        gone = set(samples)
+        self.waiting = deque(sample for sample in self.waiting if sample not in gone)
+        for sample in [sample for sample in self.running if sample in gone]:
+            self.release(sample)
+        # A prompt was kept for a sample that waited; it must not outlive it, or later weights would meet its old keys.
+        for prompt in [prompt for prompt in self.prompts if prompt.running == 0 and not self._waits_for(prompt)]:
+            self._release_prompt(prompt)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from groupwise.engines.native.scheduler import Sample
 from groupwise.model.loading import LoadedModel
 from groupwise.types import FinishReason
@@ -23,5 +25,10 @@ def find_finish(sample: Sample, loaded: LoadedModel) -> FinishReason | None:
 def _completes(sample: Sample, stops: tuple[str, ...], loaded: LoadedModel) -> bool:
     """Whether a stop string ends in the newest token. Every token is at least one byte, so a tail of tokens suffices."""
     longest = max(len(stop.encode()) for stop in stops)
-    tail = loaded.decode(sample.tokens[-(longest + 8) :])
-    return any(stop in tail for stop in stops)
+    tokens = sample.tokens[-(longest + 8) :]
+    tail = loaded.decode(tokens)
+    if not any(stop in tail for stop in stops):
+        return False
+    # Under `min_tokens` one may stand there already; it ends nothing any more.
+    known = len(os.path.commonprefix([loaded.decode(tokens[:-1]), tail]))
+    return any(stop in tail and tail.rfind(stop) + len(stop) > known for stop in stops)

@@ -1,0 +1,124 @@
+"""Groups into the trainer's batch: who counts, who learns, and what is reported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from groupwise.algorithms import build_algorithm
+from groupwise.config import AlgorithmConfig
+from groupwise.metrics import resolve
+from groupwise.rollout.batch import BatchShape, build_batch
+from groupwise.types import RolloutGroup, TrainingBatch, TrainingRow
+
+
+def build(groups: list[RolloutGroup], *, steps: int = 1, tokens: int = 1000, **settings: Any) -> TrainingBatch:
+    return build_batch(
+        groups,
+        build_algorithm(AlgorithmConfig.model_validate(settings)),
+        shape=BatchShape(steps, tokens, 9),
+        reward_weights={"r": 1.0},
+    )
+
+
+def rows(batch: TrainingBatch, *, backward: bool) -> list[TrainingRow]:
+    found = [mb for mini in batch.minibatches for mb in mini.microbatches if mb.backward is backward]
+    return [row for mb in found for row in mb.rows]
+
+
+def test_denominators_count_the_whole_batch(make_group: Any) -> None:
+    batch = build([make_group(0, [1.0, 0.0], [3, 5]), make_group(1, [1.0, 1.0], [2, 4])], tokens=1)
+    (mini,) = batch.minibatches
+    assert mini.denominators.tokens == 14
+    assert mini.denominators.sequences == 4
+    assert mini.denominators.max_tokens == 9
+    assert len(mini.microbatches) == 4
+
+
+def test_a_row_carries_its_rollout(make_group: Any) -> None:
+    batch = build([make_group(5, [1.0, 0.0], [2, 3])])
+    first, second = rows(batch, backward=True)
+    assert first.group == 5
+    assert first.prompt_ids == (6, 7, 8)
+    assert first.token_ids == (10, 11)
+    assert first.logprobs == (-0.5, -0.51)
+    assert first.advantages[0] > 0 > second.advantages[0]
+    assert len(set(second.advantages)) == 1
+
+
+def test_advantages_are_one_per_rollout_also_for_those_left_out(make_group: Any) -> None:
+    batch = build([make_group(0, [1.0, "failed", 0.0, None])])
+    (advantages,) = batch.advantages
+    assert advantages[1] == 0.0 == advantages[3]
+    # (1, 0): mean 0.5, std 0.7071 with n - 1
+    assert advantages[0] == pytest.approx(0.7071, abs=1e-3)
+    assert advantages[2] == pytest.approx(-0.7071, abs=1e-3)
+
+
+def test_failed_and_unrewarded_rollouts_are_neither_rows_nor_counted(make_group: Any) -> None:
+    batch = build([make_group(0, [1.0, "failed", 0.0, None], [2, 30, 3, 40])])
+    assert [len(r.token_ids) for r in rows(batch, backward=True)] == [2, 3]
+    assert rows(batch, backward=False) == []
+    assert batch.minibatches[0].denominators.tokens == 5
+    assert batch.minibatches[0].denominators.sequences == 2
+    found = resolve(batch.metrics)
+    assert found["rollout/failed"] == 1
+    assert found["reward"] == 0.5
+
+
+def test_equal_rewards_are_measured_without_backward_but_counted(make_group: Any) -> None:
+    batch = build([make_group(0, [1.0, 1.0], [3, 4]), make_group(1, [1.0, 0.0], [2, 2])])
+    assert [r.group for r in rows(batch, backward=False)] == [0, 0]
+    assert [r.group for r in rows(batch, backward=True)] == [1, 1]
+    assert batch.minibatches[0].denominators.tokens == 11
+    assert resolve(batch.metrics)["frac_reward_zero_std"] == 0.5
+
+
+@pytest.mark.parametrize("settings", [{"kl_coef": 0.1}, {"entropy_coef": 0.01}])
+def test_with_kl_or_entropy_every_row_learns(make_group: Any, settings: dict[str, float]) -> None:
+    batch = build([make_group(0, [1.0, 1.0])], **settings)
+    assert len(rows(batch, backward=True)) == 2
+
+
+def test_nothing_usable_gives_an_empty_mini_batch(make_group: Any) -> None:
+    batch = build([make_group(0, [None, "failed"]), make_group(1, ["failed", "failed"])])
+    assert batch.minibatches[0].microbatches == ()
+    assert batch.minibatches[0].denominators.tokens == 0
+    found = resolve(batch.metrics)
+    assert found["rollout/failed"] == 3
+    assert "reward" not in found
+    assert "reward_std" not in found
+    assert batch.advantages == ((0.0, 0.0), (0.0, 0.0))
+
+
+def test_one_reward_in_a_group_is_compared_with_nothing(make_group: Any) -> None:
+    batch = build([make_group(0, [1.0, None])])
+    assert batch.advantages == ((0.0, 0.0),)
+    found = resolve(batch.metrics)
+    assert found["reward"] == 1.0
+    assert "reward_std" not in found
+
+
+@pytest.mark.parametrize(("count", "steps", "sizes"), [(4, 2, [2, 2]), (5, 2, [2, 3]), (3, 3, [1, 1, 1]), (5, 1, [5])])
+def test_shares_are_contiguous_whole_groups(make_group: Any, count: int, steps: int, sizes: list[int]) -> None:
+    batch = build([make_group(k, [1.0, 0.0]) for k in range(count)], steps=steps)
+    found = [sorted({r.group for mb in mini.microbatches for r in mb.rows}) for mini in batch.minibatches]
+    assert [len(share) for share in found] == sizes
+    assert [group for share in found for group in share] == list(range(count))
+    assert [mini.denominators.sequences for mini in batch.minibatches] == [2.0 * size for size in sizes]
+
+
+def test_more_steps_than_groups_is_refused(make_group: Any) -> None:
+    with pytest.raises(AssertionError, match="2 optimiser steps"):
+        build([make_group(0, [1.0, 0.0])], steps=2)
+
+
+def test_length_metrics(make_group: Any) -> None:
+    found = resolve(build([make_group(0, [1.0, 0.0, 0.5, "failed"], [2, 3, 7, 4])]).metrics)
+    assert found["completions/mean_length"] == 4
+    assert found["completions/min_length"] == 2
+    assert found["completions/max_length"] == 7
+    assert found["completions/clipped_ratio"] == 0.25
+    assert found["completions/mean_terminated_length"] == 2.5
+    assert found["reward_std"] == pytest.approx(0.5)

@@ -1,0 +1,103 @@
+"""The split of rows into micro-batches: nothing lost, nothing over the budget, groups whole where they fit."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from groupwise.model.packing import pack
+from groupwise.rollout.microbatches import split_rows
+from groupwise.types import MicroBatch, TrainingRow
+
+
+def row(group: int, prompt: int, length: int, name: int = 0) -> TrainingRow:
+    return TrainingRow(group, (1,) * prompt, (name % 50 + 2,) * length, (1,) * length, (1.0,) * length, (0.0,) * length)
+
+
+def cost(microbatch: MicroBatch) -> int:
+    """Tokens as they are computed: each group's prompt once."""
+    prompts = {r.group: len(r.prompt_ids) for r in microbatch.rows}
+    return sum(prompts.values()) + sum(len(r.token_ids) for r in microbatch.rows)
+
+
+@st.composite
+def row_lists(draw: st.DrawFn) -> list[TrainingRow]:
+    rows = []
+    for group in range(draw(st.integers(0, 5))):
+        prompt = draw(st.integers(1, 12))
+        rows += [row(group, prompt, n) for n in draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))]
+    return [
+        TrainingRow(r.group, r.prompt_ids, r.token_ids, r.loss_mask, (float(i),) * len(r.token_ids), r.logprobs)
+        for i, r in enumerate(rows)
+    ]
+
+
+@given(rows=row_lists(), budget=st.integers(1, 80))
+def test_every_row_exactly_once(rows: list[TrainingRow], budget: int) -> None:
+    placed = Counter(r.advantages[0] for microbatch in split_rows(rows, budget) for r in microbatch.rows)
+    assert placed == Counter(float(i) for i in range(len(rows)))
+
+
+@given(rows=row_lists(), budget=st.integers(1, 80))
+def test_the_budget_holds_and_a_longer_row_stands_alone(rows: list[TrainingRow], budget: int) -> None:
+    for microbatch in split_rows(rows, budget):
+        if cost(microbatch) > budget:
+            assert len(microbatch.rows) == 1
+            assert microbatch.rows[0].num_tokens > budget
+
+
+@given(rows=row_lists(), budget=st.integers(1, 80))
+def test_a_group_that_fits_is_in_one_place(rows: list[TrainingRow], budget: int) -> None:
+    groups: dict[int, list[TrainingRow]] = defaultdict(list)
+    for r in rows:
+        groups[r.group].append(r)
+    microbatches = split_rows(rows, budget)
+    for group, members in groups.items():
+        whole = len(members[0].prompt_ids) + sum(len(r.token_ids) for r in members) <= budget
+        places = sum(any(r.group == group for r in microbatch.rows) for microbatch in microbatches)
+        assert places == 1 if whole else places >= 1
+
+
+@given(rows=row_lists(), budget=st.integers(1, 80))
+def test_rows_of_one_prompt_are_neighbours(rows: list[TrainingRow], budget: int) -> None:
+    for microbatch in split_rows(rows, budget):
+        order = [r.group for r in microbatch.rows]
+        assert order == [group for group in dict.fromkeys(order) for _ in range(order.count(group))]
+        assert len(pack(microbatch.rows).targets) == sum(len(r.token_ids) for r in microbatch.rows)
+
+
+@given(rows=row_lists(), budget=st.integers(1, 80))
+def test_the_split_is_a_function_of_its_arguments(rows: list[TrainingRow], budget: int) -> None:
+    assert split_rows(rows, budget) == split_rows(list(rows), budget)
+
+
+def test_two_parts_of_a_group_that_meet_stand_side_by_side() -> None:
+    rows = [row(0, 1, n) for n in (4, 19, 2)] + [row(1, 1, 3)]  # a group in three pieces: 5, 20 and 3 tokens
+    assert [[r.group for r in m.rows] for m in split_rows(rows, 20)] == [[0], [0, 0, 1]]
+
+
+def test_one_long_row_lifts_no_other_over_the_budget() -> None:
+    rows = [row(0, 2, 100), *(row(g, 2, 8) for g in range(1, 9))]
+    sizes = sorted(cost(m) for m in split_rows(rows, 20))
+    assert sizes == [20, 20, 20, 20, 102]
+
+
+def test_micro_batches_are_of_about_equal_size() -> None:
+    sizes = [cost(m) for m in split_rows([row(g, 1, 9) for g in range(10)], 60)]
+    assert sizes == [50, 50]
+
+
+def test_a_shared_prompt_counts_once() -> None:
+    assert len(split_rows([row(0, 50, 10) for _ in range(4)], 90)) == 1
+
+
+def test_no_rows_give_no_micro_batch() -> None:
+    assert split_rows([], 10) == ()
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_backward_is_handed_on(backward: bool) -> None:
+    assert [m.backward for m in split_rows([row(0, 1, 2)], 1, backward=backward)] == [backward]
