@@ -16,14 +16,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig, OptimConfig, RolloutConfig, TrainConfig
@@ -57,6 +56,11 @@ class ModelShape:
         """Weights of the matrices in all layers: what every token is multiplied with, the head apart."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.mlp)
+
+    @property
+    def weights(self) -> int:
+        """Weights that every sampled token is multiplied with."""
+        return self.layer_weights + self.head_weights
 
     @property
     def head_weights(self) -> int:
@@ -174,23 +178,14 @@ def measure_ceiling(bench: Bench, size: int) -> Ceiling:
 
 def build_model(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     config = Qwen3Config(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=32_768,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.mlp, head_dim=shape.head_dim,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
         model: PreTrainedModel = Qwen3ForCausalLM._from_config(config, dtype=dtype)
-    return wrap_model(model, cast(PreTrainedTokenizerBase, NoTokenizer()))
+    return wrap_model(model, cast(Any, NoTokenizer()))
 
 
 @torch.no_grad()
@@ -263,12 +258,14 @@ async def sample(engine: NativeEngine, prompts: Sequence[Prompt], tokens: int, *
         await engine.abort()
 
     started = time.perf_counter()
+    work = asyncio.gather(*(one(prompt) for prompt in prompts))
     timer = asyncio.create_task(stop())
-    groups = await asyncio.gather(*(one(prompt) for prompt in prompts))
+    await asyncio.wait({work, timer}, return_when=asyncio.FIRST_COMPLETED)
+    if timer.done():
+        timer.result()  # an abort that failed would leave the work unfinished for ever
+    groups = await work
     seconds = time.perf_counter() - started
     timer.cancel()
-    with suppress(asyncio.CancelledError):
-        await timer
     capped = any(c.finish_reason == "abort" for group in groups for c in group)
     return Sampled(tuple(prompts), tuple(groups), seconds, capped)
 
@@ -283,11 +280,9 @@ def measure_decode(bench: Bench, ceiling: Ceiling, samples: int) -> Sampled:
         torch.cuda.reset_peak_memory_stats(bench.device)
     found = asyncio.run(sample(engine, prompts, bench.tokens, cap=bench.cap))
     steps = max(1, max(len(c.token_ids) for group in found.groups for c in group))
-    shape, width = bench.shape, bench.dtype.itemsize
-    weights = (shape.layer_weights + shape.head_weights) * width
-    cached = shape.kv_bytes(bench.dtype) * (len(prompts) * bench.prompt_tokens + count * steps / 2)
-    products = 2 * count * (shape.layer_weights + shape.head_weights)
-    floor = max((weights + cached) / ceiling.bandwidth, products / ceiling.flops)
+    cached = bench.shape.kv_bytes(bench.dtype) * (len(prompts) * bench.prompt_tokens + count * steps / 2)
+    read = bench.shape.weights * bench.dtype.itemsize + cached
+    floor = max(read / ceiling.bandwidth, 2 * count * bench.shape.weights / ceiling.flops)
     per_step = found.seconds / steps
     bench.record(
         "decode", samples=count, prompt_tokens=bench.prompt_tokens, tokens=found.tokens, capped=found.capped,
@@ -396,8 +391,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     ceiling = measure_ceiling(bench, args.matmul_size or (8192 if device.type == "cuda" else 512))
     entropy = set_entropy(bench.loaded, make_prompts(shape, 4, args.prompt_tokens), ENTROPY)
-    parameters = sum(p.numel() for p in bench.loaded.model.parameters())
-    bench.record("model", model_shape=args.model_shape, parameters=parameters, entropy_nats=entropy, **asdict(shape))
+    bench.record("model", model_shape=args.model_shape, entropy_nats=entropy, **asdict(shape))
     found = [measure_decode(bench, ceiling, samples) for samples in args.samples]
     measure_training(bench, ceiling, found[-1])
 

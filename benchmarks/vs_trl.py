@@ -116,7 +116,7 @@ def compare(part: str, setting: Setting, rounds: int) -> dict[str, Any]:
         for side in sides:
             before = len(side.figures)
             side.turn()
-            latest = ", ".join(f"{figure.wall:.4g}" for figure in side.figures[before:])
+            latest = ", ".join(f"{x.wall:.4g} (processor: {x.cpu:.4g})" for x in side.figures[before:])
             print(f"  round {number + 1}/{rounds}  {side.name:<10} {latest} {UNITS[part]}", flush=True)
     for side in sides:
         side.close()

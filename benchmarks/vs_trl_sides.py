@@ -78,13 +78,13 @@ class Setting:
         return self.prompts * self.samples
 
 
-def make_reward(watch: Stopwatch) -> Callable[..., list[float]]:
+def make_reward(watch: Stopwatch) -> Callable[..., list[float | None]]:
     """The reward of both sides: cheap, not the same for a whole group, and it marks the moment when sampling ended.
 
     From that moment of one step to that of the next is one whole step: training, weights, records, sampling.
     """
 
-    def distinct_characters(completions: list[Any], **_: Any) -> list[float]:
+    def distinct_characters(completions: list[Any], **_: Any) -> list[float | None]:
         watch.mark()
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         return [len(set(text)) / 100 for text in texts]
@@ -130,7 +130,7 @@ def make_generate(setting: Setting) -> Callable[[], list[Figure]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(setting.model, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32).eval()
     texts = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in _messages(setting)]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
 

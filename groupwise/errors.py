@@ -37,6 +37,10 @@ class RewardError(GroupwiseError, RuntimeError):
     """A reward function raised, hung or returned something that is not a reward."""
 
 
+class TrainingError(GroupwiseError, RuntimeError):
+    """Training cannot go on, such as after several gradients that are not finite."""
+
+
 class CheckpointError(GroupwiseError, RuntimeError):
     """A checkpoint could not be written or read."""
 

@@ -30,7 +30,7 @@ class StopRequest:
 
 @contextmanager
 def catch_interrupts() -> Iterator[StopRequest]:
-    """Within it, Ctrl-C (and SIGTERM) sets the request. Outside the main thread, where signals cannot be caught, nothing does."""
+    """Within it, Ctrl-C (and SIGTERM) sets the request. Only the main thread gets signals; elsewhere nothing does."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

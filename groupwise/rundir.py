@@ -119,22 +119,9 @@ class RunDirectory:
             ConfigError: the directory holds something and neither flag is given, both are, there is nothing to
                 resume, or there is something in it that no run writes.
         """
+        entries = check_place(path, resume=resume, overwrite=overwrite)
         folder = Path(path)
-        if resume and overwrite:
-            raise ConfigError("got both --resume and --overwrite; expected one: go on with the old run, or replace it")
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(
-                f"train.output = {str(folder)!r}: got a file; expected a folder, new or of an earlier run"
-            )
-        entries = sorted(entry.name for entry in folder.iterdir() if _holds_something(entry)) if folder.is_dir() else []
-        if resume:
-            _check_resumable(folder, entries)
-        elif entries and not overwrite:
-            raise ConfigError(
-                f"{folder}: the run directory is not empty; use --resume to continue from its last checkpoint, "
-                "--overwrite to replace it, or another --output"
-            )
-        elif entries:
+        if entries and not resume:
             _remove_run(folder, entries)
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -187,6 +174,30 @@ class RunDirectory:
             logger.setLevel(before)
             logger.removeHandler(handler)
             handler.close()
+
+
+def check_place(path: str | Path, *, resume: bool, overwrite: bool) -> list[str]:
+    """Everything that `RunDirectory.create` refuses, without changing anything; returns the names that are there.
+
+    Raises:
+        ConfigError: as `RunDirectory.create`.
+    """
+    folder = Path(path)
+    if resume and overwrite:
+        raise ConfigError("got both --resume and --overwrite; expected one: go on with the old run, or replace it")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"train.output = {str(folder)!r}: got a file; expected a folder, new or of an earlier run")
+    entries = sorted(entry.name for entry in folder.iterdir() if _holds_something(entry)) if folder.is_dir() else []
+    if resume:
+        _check_resumable(folder, entries)
+    elif entries and not overwrite:
+        raise ConfigError(
+            f"{folder}: the run directory is not empty; use --resume to continue from its last checkpoint, "
+            "--overwrite to replace it, or another --output"
+        )
+    elif entries:
+        _check_removable(folder, entries)
+    return entries
 
 
 def versions() -> dict[str, Any]:
@@ -281,7 +292,7 @@ def _check_resumable(folder: Path, entries: list[str]) -> None:
         )
 
 
-def _remove_run(folder: Path, entries: list[str]) -> None:
+def _check_removable(folder: Path, entries: list[str]) -> None:
     foreign = [name for name in entries if name not in KNOWN_NAMES and not _TEMPORARY.fullmatch(name)]
     if foreign:
         raise ConfigError(
@@ -293,6 +304,9 @@ def _remove_run(folder: Path, entries: list[str]) -> None:
             f"{folder}: --overwrite removes only run directories, and there is no config.json of a run in it; "
             "remove the folder yourself or choose another --output"
         )
+
+
+def _remove_run(folder: Path, entries: list[str]) -> None:
     # config.json goes last: a removal that is cut short can be repeated.
     for name in sorted(entries, key=lambda name: name == "config.json"):
         entry = folder / name

@@ -26,7 +26,7 @@ from groupwise.metrics import Last
 from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, resolve_device
 from groupwise.policy import Policy
 from groupwise.rollout.microbatches import split_rows
-from groupwise.rundir import RunDirectory
+from groupwise.rundir import RunDirectory, check_place
 from groupwise.tracking import Trackers, build_trackers, check_backends
 from groupwise.types import Denominators, Stateful, TrainingRow
 
@@ -71,12 +71,14 @@ def run_sft(
     tokenizer = load_tokenizer(config.model) if loaded is None else loaded.tokenizer
     data = load_supervised(source, config.data, tokenizer, max_tokens=config.sft.max_tokens)
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(data.rows) / config.sft.rows_per_step))
+    check_place(_output(config), resume=resume, overwrite=overwrite)
+    loaded = loaded or load_model(config.model)
     run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
     run.record(config)
     with run.logging(), catch_interrupts() as stop:
         logger.info("supervised data: %s", data.describe())
         policy = Policy(
-            loaded or load_model(config.model),
+            loaded,
             SupervisedLoss(),
             optim=config.optim,
             train=config.train,

@@ -1,7 +1,7 @@
 """THE loop, read top to bottom. The only file that knows every component; `groupwise.launch` puts them together.
 
-    producer --groups--> buffer --P groups--> batch --> policy --version--> weight_sync --> engine --> producer
-                                                            `--> checkpoint, trackers, trajectories, ledger
+producer --groups--> buffer --P groups--> batch --> policy --version--> weight_sync --> engine --> producer
+                                                        `--> checkpoint, trackers, trajectories, ledger
 """
 
 from __future__ import annotations
@@ -94,10 +94,9 @@ async def train(parts: TrainParts, *, start: int = 0) -> None:
         with clock("eval"):
             scores = await parts.evaluator.maybe_run(step + 1, final=step + 1 == parts.num_steps)
         stopping = bool(parts.stop)  # read once: a request that comes after the save must wait for the next one
-        with clock("checkpoint"):
-            _maybe_save(parts, step + 1, stopping=stopping)
         found = metrics.merge(batch.metrics, parts.scorer.metrics(), *learned, parts.buffer.metrics(), scores)
         parts.trackers.log(step + 1, metrics.resolve(found | clock.metrics() | _throughput(batch, clock)))
+        _maybe_save(parts, step + 1, stopping=stopping)
         if stopping and step + 1 < parts.num_steps:
             raise Interrupted(f"stopped after step {step + 1}; --resume goes on from there")
         parts.producer.admit(step + 1)

@@ -47,7 +47,8 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one completion is drawn. `temperature = 0` is greedy; `top_k = 0`, `top_p = 1` and `min_p = 0` filter nothing.
+    """How one completion is drawn. `temperature = 0` is greedy; `top_k = 0`, `top_p = 1` and `min_p = 0` filter
+    nothing.
 
     Attributes:
         max_tokens: most completion tokens, the stop token included.
@@ -293,3 +294,5 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
 
     def apply_chat_template(self, conversation: Sequence[Message], **kwargs: Any) -> Any: ...
+
+    def save_pretrained(self, save_directory: Any) -> Any: ...

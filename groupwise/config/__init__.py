@@ -61,6 +61,7 @@ class Config(Section):
         if self.optim.steps_per_batch > rollout.prompts_per_step:
             raise ValueError(
                 f"optim.steps_per_batch = {self.optim.steps_per_batch} is more than "
-                f"rollout.prompts_per_step = {rollout.prompts_per_step}; each optimiser step needs a prompt: lower the first"
+                f"rollout.prompts_per_step = {rollout.prompts_per_step}; each optimiser step "
+                "needs a prompt: lower the first"
             )
         return self

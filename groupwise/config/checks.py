@@ -48,13 +48,13 @@ def _algorithm_problems(config: Config) -> list[str]:
     algorithm, found = config.algorithm, list[str]()
     if algorithm.pass_k is not None and algorithm.pass_k >= config.rollout.group_size:
         found.append(
-            f"algorithm.pass_k = {algorithm.pass_k}: with rollout.group_size = {config.rollout.group_size} every group of "
-            "pass_k samples is the whole group, so all advantages are 0; use a smaller pass_k or a larger group"
+            f"algorithm.pass_k = {algorithm.pass_k}: with rollout.group_size = {config.rollout.group_size} "
+            "every group of pass_k samples is the whole group, so all advantages are 0; lower pass_k, or raise group_size"
         )
     if algorithm.correction != "none" or algorithm.correction_veto is not None:
         found.append(
-            f"algorithm.correction = {algorithm.correction!r}: a mismatch correction has nothing to correct here, because "
-            f"the {config.rollout.engine} engine's log-probs are the trainer's own; leave it out"
+            f"algorithm.correction = {algorithm.correction!r}: a mismatch correction has nothing to correct "
+            f"here, because the {config.rollout.engine} engine's log-probs are the trainer's own; leave it out"
         )
     return found
 

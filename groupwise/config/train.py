@@ -15,6 +15,8 @@ class TrainConfig(Section):
     micro_batch_tokens: int = Field(16_384, ge=1, description="most tokens in one forward and backward pass")
     logprob_chunk_tokens: int = Field(1_024, ge=8, description="tokens whose logits exist at one time")
     max_off_policy_steps: int = Field(0, ge=0, le=0, description="0: every sample is drawn by the newest weights")
-    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 saves only when interrupted and at the end")
+    save_every: int = Field(
+        0, ge=0, description="steps between checkpoints; 0 saves only when interrupted and at the end"
+    )
     keep_checkpoints: int = Field(2, ge=1)
     trajectories: bool = Field(True, description="write every rollout to trajectories/")

@@ -27,7 +27,7 @@ from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, res
 from groupwise.policy import Policy
 from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, Producer
-from groupwise.rundir import RunDirectory
+from groupwise.rundir import RunDirectory, check_place
 from groupwise.tracking import build_trackers, check_backends
 from groupwise.train import TrainParts, train
 from groupwise.types import Engine, SamplingParams
@@ -100,11 +100,12 @@ def run_training(
     scorer = _scorer(config, given)
     data = _load_data(config, given, scorer)
     steps = _num_steps(config, len(data.train.prompts))
+    check_place(_output(config), resume=resume, overwrite=overwrite)
+    loaded = given.loaded or load_model(config.model)
     run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
     run.record(config)
     with run.logging(), catch_interrupts() as stop:
         logger.info("training data: %s", data.train.describe())
-        loaded = given.loaded or load_model(config.model)
         engine = build_engine(config.rollout, loaded)
         policy = Policy(
             loaded,
@@ -257,5 +258,3 @@ def _summary(config: Config, reports: _Reports, *, steps: int, seconds: float) -
     if reports.summaries:
         summary["eval"] = reports.summaries
     return summary
-
-

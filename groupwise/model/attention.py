@@ -33,7 +33,7 @@ class Layout(Protocol):
         ...
 
 
-def _attention(
+def _attention(  # noqa: PLR0913 - the signature is transformers'
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -43,11 +43,14 @@ def _attention(
     layout: Layout,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers: `[1, H, N, d]` in, `[1, N, H, d]` out."""
     layer = module.layer_idx
     assert isinstance(layer, int), "an attention module without layer_idx"
+    assert softcap is None and s_aux is None, "capped scores and attention sinks are refused when a model is loaded"
     call = AttentionCall(layer, scaling if scaling is not None else query.shape[-1] ** -0.5, sliding_window)
     out = layout.attend(call, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
     return out.unsqueeze(0), None

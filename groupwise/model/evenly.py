@@ -1,9 +1,10 @@
-"""Elementwise functions whose bits do not depend on where an element stands: what row invariance needs beside attention.
+"""Elementwise functions whose bits do not depend on where an element stands: row invariance beyond attention.
 
-A CPU computes an elementwise function in vectors, shares a large tensor out among threads, and takes what is left at the end
-of a share one by one, by another algorithm whose last bit can differ (measured: 9 % of all elements for SiLU, 3 % for GELU).
-So the same token would get other bits as the last of a batch, or where another thread begins. Here tensors are padded until
-every thread's share is a whole number of vectors. `exp`, `log`, `tanh`, `sin` and `cos` do not need it, but `exp2`, `sigmoid` and `softplus` do.
+A CPU computes an elementwise function in vectors, shares a large tensor out among threads, and takes what is left at
+the end of a share one by one, by another algorithm whose last bit can differ (measured: 9 % of all elements for SiLU,
+3 % for GELU). So the same token would get other bits as the last of a batch, or where another thread begins. Here
+tensors are padded until every thread's share is a whole number of vectors. `exp`, `log`, `tanh`, `sin` and `cos` do
+not need it; `exp2`, `sigmoid` and `softplus` would.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def evenly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def row_sums(x: Tensor) -> Tensor:
-    """`x.sum(-1)` of `[M, V]`: a single row is summed in company, because threads would share it out and add in another order."""
+    """`x.sum(-1)` of `[M, V]`. A single row is summed in company: alone, threads would share it out."""
     return torch.cat([x, x]).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)
 
 

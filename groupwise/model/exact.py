@@ -1,17 +1,18 @@
 """Attention whose bits do not depend on how it is batched: the arithmetic that sampler and trainer share.
 
-A row of queries meets its keys in blocks of `BLOCK`, counted from the start of each key segment. Scores, their exponentials
-and the sums over one block always have the same shape, and blocks are added in order; a block in which a row sees nothing
-adds exact zeros. So the result of a row depends neither on the number of other rows nor on how far keys are padded.
-A query that sees two segments (its prompt, then its own completion) merges the two partial results.
+A row of queries meets its keys in blocks of `BLOCK`, counted from the start of each key segment. Scores, their
+exponentials and the sums over one block always have the same shape, and blocks are added in order; a block in which a
+row sees nothing adds exact zeros. So the result of a row depends neither on the number of other rows nor on how far
+keys are padded. A query that sees two segments (its prompt, then its own completion) merges the two partial results.
 
 Row counts given to matrix products are multiples of `TILE`: fewer rows take other kernels with another order of sums.
 
-A hidden score is pushed far down, floored and its weight set to zero, in three cheap passes: on a CPU the exponential of a
-number that underflows costs 13 times that of a plain one. (`exp2` would not, but its last elements are computed otherwise
-than the rest, so its bits depend on the place.)
+A hidden score is pushed far down, floored and its weight set to zero, in three cheap passes: on a CPU the exponential
+of a number that underflows costs 13 times that of a plain one. (`exp2` would not, but its last elements are computed
+otherwise than the rest, so its bits depend on the place.)
 
-Shapes: B independent heads, R query rows, d head size, L = BLOCK keys. All sums are float32 (float64 in a float64 model).
+Shapes: B independent heads, R query rows, d head size, L = BLOCK keys. All sums are float32 (float64 in a float64
+model).
 Streaming softmax: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"; the merge is its equation 4.
 """
 
@@ -31,7 +32,7 @@ _FLOOR = -87.0  # of exponents; exp is still a normal float32
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """Attention over one key segment before division: `out [B, R, d]`, row maximum `top [B, R]` row sum `mass [B, R]`."""
+    """Attention over one key segment, undivided: `out [B, R, d]`, row maximum `top [B, R]`, row sum `mass [B, R]`."""
 
     out: Tensor
     top: Tensor
@@ -40,8 +41,8 @@ class Partial:
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """`bias`: 0 where a key is seen, far down where not; `keep`: 1 and 0. Both `[1, r, BLOCK]` for a block's first r rows
-    (all later rows see every key), or `[B or 1, 1, BLOCK]` for all rows."""
+    """`bias`: 0 where a key is seen, far down where not; `keep`: 1 and 0. Both `[1, r, BLOCK]` for a block's first r
+    rows (all later rows see every key), or `[B or 1, 1, BLOCK]` for all rows."""
 
     bias: Tensor
     keep: Tensor
@@ -141,7 +142,7 @@ def merge(first: Partial, second: Partial) -> Partial:
 
 
 def causal_blocks(key: Tensor, value: Tensor, repeat: int, window: int | None) -> list[KeyBlock]:
-    """Blocks of a segment that attends to itself: `[B, T, d]`, T a multiple of `BLOCK`; row r is token `r // repeat`."""
+    """Blocks of a segment that sees itself: `[B, T, d]`, T a multiple of `BLOCK`; row r is token `r // repeat`."""
     length = key.shape[1]
     assert length % BLOCK == 0, f"{length} keys are not a multiple of {BLOCK}"
     token = torch.arange(length, device=key.device)
@@ -164,7 +165,9 @@ def causal_blocks(key: Tensor, value: Tensor, repeat: int, window: int | None) -
     return blocks
 
 
-def prefix_blocks(key: Tensor, value: Tensor, length: int, distance: Tensor | None, window: int | None) -> list[KeyBlock]:
+def prefix_blocks(
+    key: Tensor, value: Tensor, length: int, distance: Tensor | None, window: int | None
+) -> list[KeyBlock]:
     """Blocks of a prefix that every row sees: `[B, T, d]`, T `length` rounded up to `BLOCK`.
 
     Args:

@@ -20,7 +20,7 @@ from groupwise.model.packing import ROW_MULTIPLE, pad_rows
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Log-prob of each target `[M]` and, where asked for, the entropy of its distribution in nats `[M]`; both float32."""
+    """Log-prob of each target `[M]` and, where asked for, its distribution's entropy in nats `[M]`; both float32."""
 
     logprobs: Tensor
     entropy: Tensor | None

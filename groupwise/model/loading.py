@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from groupwise.config import ModelConfig
 from groupwise.errors import ConfigError
 from groupwise.model.attention import ATTENTION_NAME
 from groupwise.model.evenly import make_activations_even
 from groupwise.model.head import LanguageHead
+from groupwise.types import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +28,13 @@ class LoadedModel:
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     head: LanguageHead
     stop_token_ids: tuple[int, ...]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion, special tokens left out."""
-        return cast(str, self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     @property
     def device(self) -> torch.device:
@@ -45,7 +48,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"model.device = {name!r} is no device; use auto, cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"model.device = {name!r} is no device; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"model.device = {name!r}, but torch sees no GPU; use auto or cpu")
     return device
@@ -58,50 +63,57 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The tokenizer of `config.path`, with `config.chat_template` put in."""
     from groupwise.data.chat import set_chat_template
 
+    _check_path(config.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
+        loaded = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"model.path = {config.path!r} has no tokenizer that loads: {_first_line(error)}") from error
+    tokenizer = cast(Tokenizer, loaded)
+    # Without its files, transformers makes a tokenizer of special tokens alone, and says nothing.
+    if not tokenizer.encode("a", add_special_tokens=False):
+        raise ConfigError(
+            f"model.path = {config.path!r} has no tokenizer: got one without a vocabulary; "
+            "put tokenizer.json and tokenizer_config.json beside the weights"
+        )
     if config.chat_template is not None:
         set_chat_template(tokenizer, config.chat_template)
     return tokenizer
 
 
-def load_model(config: ModelConfig, *, tokenizer: PreTrainedTokenizerBase | None = None) -> LoadedModel:
+def load_model(config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> LoadedModel:
     """Load weights and tokenizer.
 
     Raises:
         ConfigError: the folder holds no causal language model, or its architecture cannot run packed.
     """
+    _check_path(config.path)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     try:
         hf_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.path,
             config=hf_config,
             dtype=dtype,
             attn_implementation=ATTENTION_NAME,
             trust_remote_code=config.trust_remote_code,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+        model, report = loaded
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model.path = {config.path!r} could not be loaded: {_first_line(error)}") from error
+    _check_complete(config.path, set(report["missing_keys"]) | {key[0] for key in report["mismatched_keys"]})
     return wrap_model(model.to(device), tokenizer or load_tokenizer(config))
 
 
-def wrap_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+def wrap_model(model: PreTrainedModel, tokenizer: Tokenizer) -> LoadedModel:
     """A module that is in memory already, made ready: packed attention, no dropout."""
-    text = model.config.get_text_config()
-    kinds = set(text.to_dict().get("layer_types") or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise ConfigError(
-            f"{model.config.model_type} has layers of kind {sorted(kinds)}, which cannot run packed; "
-            "use a model whose layers are full or sliding attention (Qwen, Llama, Gemma, Mistral, …)"
-        )
+    _check_attention(model)
     if model.config._attn_implementation != ATTENTION_NAME:
         model.set_attn_implementation(ATTENTION_NAME)
     make_activations_even(model)
@@ -109,7 +121,48 @@ def wrap_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Lo
     return LoadedModel(model, tokenizer, LanguageHead(model), _stop_token_ids(model, tokenizer))
 
 
-def _stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _check_attention(model: PreTrainedModel) -> None:
+    """Refuse what would run, and be wrong."""
+    settings = model.config.get_text_config().to_dict()
+    kinds = set(settings.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    cause = ""
+    if kinds:
+        cause = f"has layers of kind {sorted(kinds)}"
+    elif not model._supports_attention_backend:
+        cause = "computes attention by itself"
+    elif settings.get("attn_logit_softcapping") is not None:
+        cause = "caps its attention scores (attn_logit_softcapping)"
+    elif any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        cause = "has attention sinks"
+    if cause:
+        raise ConfigError(
+            f"{model.config.model_type} {cause}, which cannot run packed; "
+            "use a model whose layers are full or sliding attention (Qwen, Llama, Gemma 3, Mistral, …)"
+        )
+
+
+def _check_path(path: str) -> None:
+    """Say that a folder is missing before the Hub is asked for it by that name."""
+    if not path:
+        raise ConfigError("model.path is empty; give a folder with config.json and weights, or a Hugging Face Hub name")
+    folder = Path(path)
+    if not folder.is_dir() and (folder.is_absolute() or folder.exists() or path.startswith((".", "~"))):
+        raise ConfigError(
+            f"model.path = {path!r} is no folder; give one with config.json and weights, or a Hugging Face Hub name"
+        )
+
+
+def _check_complete(path: str, absent: set[str]) -> None:
+    """Weights that a folder lacks would be random numbers."""
+    if absent:
+        first = min(absent)
+        raise ConfigError(
+            f"model.path = {path!r} lacks {len(absent)} weights that its config.json asks for, or has them in another "
+            f"shape, {first} for one; give the config.json that belongs to these weights"
+        )
+
+
+def _stop_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[int, ...]:
     declared: list[int] = []
     for source in (model.generation_config and model.generation_config.eos_token_id, tokenizer.eos_token_id):
         declared.extend(cast(list[int], source) if isinstance(source, list) else [] if source is None else [source])

@@ -1,9 +1,9 @@
 """Attention over a packed sequence: exact blocks on a CPU, variable-length flash attention on a GPU.
 
 Both compute the same thing (`groupwise.model.packing` draws it). The CPU form is the one whose bits equal decoding's;
-its backward recomputes the weights from the row's log-sum-exp (Dao 2023, "FlashAttention-2", algorithm 2), so nothing of
-size tokens x tokens outlives one layer. The GPU form gives each completion a copy of its prompt's keys and values, which is
-cheap beside the linear layers that ran on the prompt once.
+its backward recomputes the weights from the row's log-sum-exp (Dao 2023, "FlashAttention-2", algorithm 2), so nothing
+of size tokens x tokens outlives one layer. The GPU form gives each completion a copy of its prompt's keys and values,
+which is cheap beside the linear layers that ran on the prompt once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _MAX_SCORES = 1 << 26  # float32 scores of one bucket that exist at one time: 25
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Segments of about one length, computed together: `index [n, T]` into the packed sequence, `real [n * T]` rows that exist.
+    """Segments of about one length, computed together: `index [n, T]` into the packed sequence, `real [n * T]` rows
+    that exist.
 
     Attributes:
         flat: `[V]`, packed positions of the real rows; `real`: `[V]`, their places in the flattened `[n * T]`.
@@ -75,8 +76,8 @@ def make_plan(packed: Packed, num_heads: int) -> Plan:
     buckets: list[Bucket] = []
     for length, segments in sorted(by_length.items()):
         most = max(1, _MAX_SCORES // (num_heads * length * length))
-        for first in range(0, len(segments), most):
-            buckets.append(_bucket(segments[first : first + most], length))
+        starts = range(0, len(segments), most)
+        buckets += [_bucket(segments[first : first + most], length) for first in starts]
     return Plan(tuple(buckets), tuple(_prefixes(packed.segments)), packed.position_ids)
 
 
@@ -107,7 +108,8 @@ class PackedLayout:
     Args:
         packed: on the model's device.
         num_heads: query heads, for sizing the work.
-        on_keys: called with layer, keys and values `[N, Hkv, d]` of every attention module: how the engine fills its cache.
+        on_keys: called with layer, keys and values `[N, Hkv, d]` of every attention module: how the engine fills its
+            cache.
     """
 
     def __init__(
@@ -133,7 +135,7 @@ class PackedLayout:
 
 
 def _gather(x: Tensor, index: Tensor, repeat: int) -> Tensor:
-    """Tokens `index [n, T]` of `[N, Hkv * repeat, d]` as `[Hkv * n, T * repeat, d]`: the rows of one key head together."""
+    """Tokens `index [n, T]` of `[N, Hkv * repeat, d]` as `[Hkv * n, T * repeat, d]`, one key head's rows together."""
     heads = x.unflatten(1, (-1, repeat)).transpose(0, 1)[:, index.flatten()]
     return heads.reshape(heads.shape[0] * index.shape[0], -1, x.shape[-1])
 
@@ -192,9 +194,7 @@ class _ExactAttention(torch.autograd.Function):
         top = query.new_zeros(query.shape[:2], dtype=sums)
         mass = torch.ones_like(top)
         for bucket in plan.buckets:
-            blocks = causal_blocks(
-                _gather(key, bucket.index, 1), _gather(value, bucket.index, 1), repeat, call.window
-            )
+            blocks = causal_blocks(_gather(key, bucket.index, 1), _gather(value, bucket.index, 1), repeat, call.window)
             own = partial_attention(_gather(query, bucket.index, repeat), blocks, call.scale)
             for whole, part in ((out, own.out), (top, own.top), (mass, own.mass)):
                 _scatter(part, bucket, repeat, whole)
@@ -227,9 +227,7 @@ class _ExactAttention(torch.autograd.Function):
                 log_mass=_gather(log_mass[..., None], bucket.index, repeat)[..., 0].masked_fill_(lost, _NO_WEIGHT),
                 delta=_gather(delta[..., None], bucket.index, repeat)[..., 0],
             )
-            blocks = causal_blocks(
-                _gather(key, bucket.index, 1), _gather(value, bucket.index, 1), repeat, call.window
-            )
+            blocks = causal_blocks(_gather(key, bucket.index, 1), _gather(value, bucket.index, 1), repeat, call.window)
             parts = _backward(rows, blocks, call.scale)
             _scatter(parts.query, bucket, repeat, dq)
             _scatter(parts.key, bucket, 1, dk)
@@ -247,7 +245,6 @@ class _ExactAttention(torch.autograd.Function):
             dk[shared.keys] += parts.key[:, : shared.length].transpose(0, 1)
             dv[shared.keys] += parts.value[:, : shared.length].transpose(0, 1)
         return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None
-
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@
     rows of group 1: (p1, c10)
 
 Attention is causal inside every segment, and a completion sees its prompt before itself. A completion's last token is
-left out: nothing is predicted from it. The length is rounded up to `ROW_MULTIPLE`, because matrix kernels give every row
-the same bits only when rows come in full tiles (measured: any multiple of 4 for any number of CPU threads).
+left out: nothing is predicted from it. The length is rounded up to `ROW_MULTIPLE`, because matrix kernels give every
+row the same bits only when rows come in full tiles (measured: any multiple of 4 for any number of CPU threads).
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """The GPU form of packed attention: one call of torch's variable-length flash attention per layer.
 
-Every segment is one sequence of queries. Its keys are its prefix's, then its own; causal masks of unequal lengths align at
-the end, which is what a completion after its prompt needs.
+Every segment is one sequence of queries. Its keys are its prefix's, then its own; causal masks of unequal lengths align
+at the end, which is what a completion after its prompt needs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -15,10 +17,12 @@ from torch.nn.attention.varlen import varlen_attn
 from groupwise.model.attention import AttentionCall
 from groupwise.model.packing import Packed
 
+_TAKES_GQA = "enable_gqa" in signature(varlen_attn).parameters
+
 
 @dataclass(frozen=True, slots=True)
 class VarlenPlan:
-    """`keys [K]`: packed positions of all keys, sequence by sequence; cumulative lengths `[S + 1]` int32; longest lengths."""
+    """`keys [K]`: packed positions of all keys, by sequence; cumulative lengths `[S + 1]` int32; longest lengths."""
 
     num_queries: int
     keys: Tensor
@@ -59,8 +63,10 @@ def _cumulative(lengths: list[int], device: torch.device) -> Tensor:
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, call: AttentionCall) -> Tensor:
     """`[N, Hq, d]` from queries `[N, Hq, d]`, keys and values `[N, Hkv, d]`; padding rows come out zero."""
     window = (-1, 0) if call.window is None else (call.window - 1, 0)
-    # The kernel behind takes fewer key heads than query heads; naming it needs an argument that torch 2.11 has not.
-    out = varlen_attn(
+    # The kernel behind takes fewer key heads than query heads; newer torch wants that said, torch 2.11 has no word for
+    # it.
+    attend = partial(varlen_attn, enable_gqa=True) if _TAKES_GQA else varlen_attn
+    out = attend(
         query[: plan.num_queries],
         key[plan.keys],
         value[plan.keys],
@@ -70,14 +76,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan
         plan.longest_key,
         scale=call.scale,
         window_size=window,
-        **_gqa_argument(),
     )
     assert isinstance(out, Tensor)
     missing = query.shape[0] - plan.num_queries
     return torch.cat([out, out.new_zeros(missing, *out.shape[1:])]) if missing else out
-
-
-def _gqa_argument() -> dict[str, bool]:
-    from inspect import signature
-
-    return {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}

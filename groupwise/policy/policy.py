@@ -16,6 +16,7 @@ from torch import Tensor
 
 from groupwise.algorithms.base import LossInputs, LossOutput
 from groupwise.config import OptimConfig, TrainConfig
+from groupwise.errors import TrainingError
 from groupwise.metrics import Last, Max, Mean, Metrics, Sum
 from groupwise.model.forward import packed_hidden_states
 from groupwise.model.head import LanguageHead, TokenScores, token_scores
@@ -174,7 +175,7 @@ class Policy:
         """Clip, update, forget the gradients. A gradient that is not finite skips the update; three in a row raise.
 
         Raises:
-            FloatingPointError: the third non-finite gradient in a row.
+            TrainingError: the third non-finite gradient in a row.
         """
         rate = learning_rate(self._optim_config, self._updates, self._total_updates)
         norm = self._optimizer.clip(self._optim_config.max_grad_norm)
@@ -188,7 +189,7 @@ class Policy:
             self._skipped += 1
             logger.warning("update %d skipped: the gradient norm is %s", self._updates, norm)
             if self._skipped == 3:
-                raise FloatingPointError(
+                raise TrainingError(
                     "three updates in a row had a gradient that is not finite; lower optim.lr, or look at the rewards "
                     "and log-probs of the last steps in trajectories/"
                 )

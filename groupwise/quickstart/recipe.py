@@ -15,9 +15,9 @@ from groupwise.quickstart.tiny_model import build_tiny_model, check_new_folder, 
 
 SIZE = "0.6m"
 # The task's texts fill this vocabulary, so the model has no token that the tokenizer lacks.
-VOCAB_SIZE = 384
+VOCAB_SIZE = 400
 
-SFT_STEPS = 250
+SFT_STEPS = 320
 SFT_ROWS_PER_STEP = 32
 NUM_SFT = 4000
 

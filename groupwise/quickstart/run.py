@@ -1,4 +1,4 @@
-"""`groupwise quickstart`: the tiny task, a tiny model from scratch, supervised warm-up, GRPO, and what it was good for."""
+"""`groupwise quickstart`: the tiny task, a tiny model from scratch, supervised warm-up, GRPO, before and after."""
 
 from __future__ import annotations
 

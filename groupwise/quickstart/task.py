@@ -25,7 +25,7 @@ SFT_FILE = "sft.jsonl"
 TRAIN_FILE = "train.jsonl"
 EVAL_FILE = "test.jsonl"
 
-SLIP_SHARE = 0.65
+SLIP_SHARE = 0.75
 """Of the demonstrations whose last step subtracts, the share that adds instead."""
 
 FIRST_NUMBERS = range(2, 21)

@@ -73,7 +73,7 @@ class TinySize:
 
 TINY_SIZES: dict[str, TinySize] = {
     "0.1m": TinySize(64, 2, heads=2, kv_heads=1, head_dim=32, mlp=192, vocab_size=512, initializer_range=0.08),
-    "0.6m": TinySize(128, 3, heads=4, kv_heads=2, head_dim=32, mlp=384, vocab_size=512, initializer_range=0.06),
+    "0.6m": TinySize(128, 2, heads=4, kv_heads=2, head_dim=32, mlp=512, vocab_size=512, initializer_range=0.06),
     "1.5m": TinySize(192, 4, heads=6, kv_heads=2, head_dim=32, mlp=448, vocab_size=1024, initializer_range=0.05),
     "5.8m": TinySize(256, 6, heads=4, kv_heads=2, head_dim=64, mlp=768, vocab_size=4096, initializer_range=0.04),
 }

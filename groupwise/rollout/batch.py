@@ -68,9 +68,7 @@ def _advantages(
         return math.nan if number is None else number
 
     inputs = AdvantageInputs(
-        rewards=tuple(
-            torch.tensor([value(r.reward) for r in group.rollouts], dtype=torch.float64) for group in groups
-        ),
+        rewards=tuple(torch.tensor([value(r.reward) for r in group.rollouts], dtype=torch.float64) for group in groups),
         components=tuple(
             torch.tensor(
                 [

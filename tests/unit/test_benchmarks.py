@@ -15,7 +15,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture()
+@pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch):
     """Import a script as a module; those beside it can be imported, too, as when it runs."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -1,11 +1,13 @@
 """Keys and values of prompts and samples. A cache has lanes: one per prompt, or one per sample.
 
-Two forms hold the same content. `BlockCache` (CPU) grows by blocks of tokens, and the block-wise order of sums that makes
-attention exact reads them where they lie. `ArenaCache` (GPU) is one tensor that keeps its address, as CUDA graphs need.
+Two forms hold the same content. `BlockCache` (CPU) grows by blocks of tokens, and the block-wise order of sums that
+makes attention exact reads them where they lie. `ArenaCache` (GPU) is one tensor that keeps its address, as CUDA graphs
+need.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +19,8 @@ from torch.nn.functional import pad
 from groupwise.model.exact import BLOCK
 
 ARENA_SPAN = 256  # keys of a GPU step come in multiples of this, so that few graphs serve all lengths
+
+_GENERATIONS = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,11 @@ class KeyCache(Protocol):
     shape: CacheShape
     lanes: int
 
+    @property
+    def tokens(self) -> int:
+        """Room in every lane."""
+        ...
+
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in every lane. Fresh room is zero: hidden keys must be finite."""
         ...
@@ -92,6 +101,10 @@ class BlockCache:
         self.shape = shape
         self.lanes = lanes
         self.blocks: list[Tensor] = []
+
+    @property
+    def tokens(self) -> int:
+        return len(self.blocks) * BLOCK
 
     def reserve(self, tokens: int) -> None:
         shape = self.shape
@@ -154,13 +167,18 @@ class _Target:
 
 
 class ArenaCache:
-    """`arena`: `[2, layers, lanes, heads, tokens, size]`. `generation` counts its replacements: graphs of old ones are void."""
+    """`arena`: `[2, layers, lanes, heads, tokens, size]`. No two arenas, of any cache, have one `generation`: graphs of
+    old ones are void."""
 
     def __init__(self, shape: CacheShape, lanes: int = 0) -> None:
         self.shape = shape
         self.lanes = lanes
-        self.generation = 0
+        self.generation = next(_GENERATIONS)
         self.arena = self._empty(lanes, 0)
+
+    @property
+    def tokens(self) -> int:
+        return self.arena.shape[4]
 
     def _empty(self, lanes: int, tokens: int) -> Tensor:
         shape = self.shape
@@ -171,7 +189,7 @@ class ArenaCache:
         old, self.arena = self.arena, self._empty(lanes, tokens)
         self.arena[:, :, : old.shape[2], :, : old.shape[4]] = old
         self.lanes = lanes
-        self.generation += 1
+        self.generation = next(_GENERATIONS)
 
     def reserve(self, tokens: int) -> None:
         if tokens > self.arena.shape[4]:

@@ -1,7 +1,8 @@
 """The built-in engine: continuous batching in this process, over the policy's own module and weights, nothing copied.
 
-One step admits waiting samples (their prompts are computed once each), feeds one token of every running sample through the
-model, and draws the next. The forward is the trainer's (`groupwise.model`), so the log-probs it records are the trainer's.
+One step admits waiting samples (their prompts are computed once each), feeds one token of every running sample through
+the model, and draws the next. The forward is the trainer's (`groupwise.model`), so the log-probs it records are the
+trainer's.
 """
 
 from __future__ import annotations
@@ -22,10 +23,8 @@ from groupwise.errors import EngineError
 from groupwise.model.forward import packed_hidden_states
 from groupwise.model.head import token_scores
 from groupwise.model.loading import LoadedModel
-from groupwise.model.packing import pack, pack_prompts
+from groupwise.model.packing import pack
 from groupwise.types import Completion, EngineCaps, FinishReason, SampleRequest, TrainingRow
-
-_PREFILL_TOKENS = 16_384
 
 
 class NativeEngine:
@@ -74,18 +73,20 @@ class NativeEngine:
                 self._scheduler.remove(samples)
 
     def _check(self, request: SampleRequest) -> None:
-        tokens, vocabulary = request.prompt.token_ids, self._loaded.model.get_input_embeddings().weight.shape[0]
+        tokens, vocabulary = request.prompt.token_ids, self._model.config.get_text_config().vocab_size
         if not tokens:
             raise EngineError(f"prompt {request.prompt.uid} has no tokens")
         if not 0 <= min(tokens) <= max(tokens) < vocabulary:
             raise EngineError(
-                f"prompt {request.prompt.uid} has tokens from {min(tokens)} to {max(tokens)}, but the model has embeddings "
-                f"for 0 to {vocabulary - 1}; use the tokenizer that belongs to the model"
+                f"prompt {request.prompt.uid} has tokens from {min(tokens)} to {max(tokens)}, but the model has "
+                f"embeddings for 0 to {vocabulary - 1}; use the tokenizer that belongs to the model"
             )
         if request.sampling.max_tokens < 1:
             raise EngineError(f"max_tokens = {request.sampling.max_tokens} for {request.id}; ask for at least 1")
         if request.policy_version != self._version:
-            raise EngineError(f"asked for policy version {request.policy_version}, but this engine holds {self._version}")
+            raise EngineError(
+                f"asked for policy version {request.policy_version}, but this engine holds {self._version}"
+            )
 
     async def _work(self) -> None:
         """Step until nothing is left; other tasks (rewards) run between steps."""
@@ -110,21 +111,7 @@ class NativeEngine:
 
     def _prefill(self, admitted: list[Sample]) -> None:
         """Compute the new prompts, and draw the first token of every admitted sample."""
-        fresh = [(lane, prompt) for lane, prompt in enumerate(self._scheduler.prompts) if prompt.hidden is None]
-        while fresh:
-            batch = [fresh.pop(0)]
-            while fresh and sum(len(prompt.token_ids) for _, prompt in batch) < _PREFILL_TOKENS:
-                batch.append(fresh.pop(0))
-            packed = pack_prompts([prompt.token_ids for _, prompt in batch]).to(self._loaded.device)
-
-            def keep(layer: int, key: Tensor, value: Tensor, lanes: list[int] = [lane for lane, _ in batch]) -> None:
-                for lane, segment in zip(lanes, packed.segments, strict=True):
-                    span = slice(segment.start, segment.stop)
-                    self._scheduler.prompt_cache.fill(layer, lane, key[span], value[span])
-
-            hidden = packed_hidden_states(self._model, packed, on_keys=keep)[packed.predictors]
-            for (_, prompt), row in zip(batch, hidden, strict=True):
-                prompt.hidden = row
+        self._steps.prefill(self._scheduler.prompts)
         prompts = list({id(sample.prompt): sample.prompt for sample in admitted}.values())
         place = {id(prompt): index for index, prompt in enumerate(prompts)}
         rows = torch.stack([prompt.hidden for prompt in prompts if prompt is not None and prompt.hidden is not None])

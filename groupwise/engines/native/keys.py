@@ -1,7 +1,7 @@
 """The numbers that decide every token: a function of seed, prompt, sample and position, and of nothing else.
 
-Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is counter-based: position t of a stream needs no
-state, so a sample can be drawn again anywhere, alone or in any company, with the same result.
+Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is counter-based: position t of a stream
+needs no state, so a sample can be drawn again anywhere, alone or in any company, with the same result.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which samples are decoded together: admission under the memory bound, lanes, and their compaction.
 
-A prompt holds a lane of the prompt cache while any of its samples waits or runs; a sample holds a lane of the sample cache
-while it runs. Lanes in use are always 0 … n-1: the last one moves into a gap, so a decode step touches no idle lane.
+A prompt holds a lane of the prompt cache while any of its samples waits or runs; a sample holds a lane of the sample
+cache while it runs. Lanes in use are always 0 … n-1: the last one moves into a gap, so a decode step touches no idle
+lane.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ class Scheduler:
             self._refuse(self.waiting[0])
         if admitted:
             longest = max(sample.request.sampling.max_tokens for sample in self.running)
+            if len(admitted) == len(self.running):
+                self._shed(longest)
             self.make_room(lanes=len(self.running), prompts=len(self.prompts), tokens=longest if self._at_once else 0)
         return admitted
 
@@ -127,15 +130,25 @@ class Scheduler:
 
     def _refuse(self, sample: Sample) -> None:
         request = sample.request
-        tokens = (
-            blocks_of(request.sampling.max_tokens) + blocks_of(len(request.prompt.token_ids))
-        ) * BLOCK
+        tokens = (blocks_of(request.sampling.max_tokens) + blocks_of(len(request.prompt.token_ids))) * BLOCK
         raise EngineError(
             f"one sample of {len(request.prompt.token_ids)} prompt and {request.sampling.max_tokens} completion tokens "
-            f"needs {tokens * self._shape.bytes_per_token / 2**30:.2f} GiB of keys and values, but rollout.kv_cache_gib "
+            f"needs {tokens * self._shape.bytes_per_token / 2**30:.2f} GiB of keys and values, but "
+            f"rollout.kv_cache_gib "
             f"allows {self._max_blocks * BLOCK * self._shape.bytes_per_token / 2**30:.2f}; raise it, or lower "
             "rollout.max_completion_tokens"
         )
+
+    def _shed(self, longest: int) -> None:
+        """Start with fresh caches where the old ones, which never shrink, would outgrow the bound: many lanes for short
+        samples, then few for long ones. Only before a step of new samples and new prompts."""
+        if any(prompt.hidden is not None for prompt in self.prompts):
+            return
+        samples, prompts = self.sample_cache, self.prompt_cache
+        lanes = max(samples.lanes, len(self.running)), max(prompts.lanes, len(self.prompts))
+        tokens = max(samples.tokens, longest), max(prompts.tokens, *(len(lane.token_ids) for lane in self.prompts))
+        if lanes[0] * blocks_of(tokens[0]) + lanes[1] * blocks_of(tokens[1]) > self._max_blocks:
+            self.sample_cache, self.prompt_cache = make_cache(self._shape), make_cache(self._shape)
 
     def make_room(self, *, lanes: int, prompts: int, tokens: int) -> None:
         """Room for a step of `lanes` samples with `tokens` completion tokens each, and for `prompts` prompts."""

@@ -1,7 +1,7 @@
-"""One decode step over the running samples, to hidden states: eager on a CPU, replayed CUDA graphs on a GPU.
+"""Prompts and decode steps, to hidden states: eager on a CPU, replayed CUDA graphs on a GPU.
 
-A graph fixes sizes and addresses. So sizes are rounded up to a few values, inputs are copied into tensors that stay, and
-graphs are thrown away when a cache is replaced. The model's weights change in place and keep their addresses.
+A graph fixes sizes and addresses. So sizes are rounded up to a few values, inputs are copied into tensors that stay,
+and graphs are thrown away when a cache is replaced. The model's weights change in place and keep their addresses.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from groupwise.engines.native.cache import ARENA_SPAN, ArenaCache
+from groupwise.engines.native.cache import ARENA_SPAN, ArenaCache, KeyCache
 from groupwise.engines.native.decoding import DecodeLayout, StepInputs, StepShape
 from groupwise.engines.native.scheduler import PromptLane, Sample, Scheduler
 from groupwise.model.exact import TILE
-from groupwise.model.forward import hidden_states
+from groupwise.model.forward import hidden_states, packed_hidden_states
 from groupwise.model.loading import LoadedModel
+from groupwise.model.packing import Segment, pack_prompts
 
 logger = logging.getLogger(__name__)
 
+PREFILL_TOKENS = 16_384
 GRAPH_LANES = 32
 GRAPH_PROMPTS = 8
 
@@ -47,6 +49,19 @@ class DecodeSteps:
         self._scheduler = scheduler
         self._graphs = _Graphs(loaded) if loaded.device.type == "cuda" else None
         self._rounding = _EAGER if self._graphs is None else _GRAPH
+
+    def prefill(self, prompts: Sequence[PromptLane]) -> None:
+        """Compute the new prompts: keys and values, and the hidden state that predicts the first token."""
+        fresh = [lane for lane, prompt in enumerate(prompts) if prompt.hidden is None]
+        while fresh:
+            lanes = [fresh.pop(0)]
+            while fresh and sum(len(prompts[lane].token_ids) for lane in lanes) < PREFILL_TOKENS:
+                lanes.append(fresh.pop(0))
+            packed = pack_prompts([prompts[lane].token_ids for lane in lanes]).to(self._loaded.device)
+            keep = _KeepKeys(self._scheduler.prompt_cache, lanes, packed.segments)
+            hidden = packed_hidden_states(self._loaded.model, packed, on_keys=keep)[packed.predictors]
+            for lane, row in zip(lanes, hidden, strict=True):
+                prompts[lane].hidden = row
 
     def hidden(self, running: Sequence[Sample], prompts: Sequence[PromptLane]) -> Tensor:
         """`[B, H]`, the last hidden states of the running samples' newest tokens, and of padding."""
@@ -74,6 +89,20 @@ class DecodeSteps:
             prompt_tokens=_up(max(len(prompt.token_ids) for prompt in prompts), to.tokens),
             in_order=full and len(running) % to.lanes == 0 and len(prompts) % to.prompts == 0,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _KeepKeys:
+    """Puts the keys and values of packed prompts into their lanes."""
+
+    cache: KeyCache
+    lanes: Sequence[int]
+    segments: Sequence[Segment]
+
+    def __call__(self, layer: int, key: Tensor, value: Tensor) -> None:
+        for lane, segment in zip(self.lanes, self.segments, strict=True):
+            span = slice(segment.start, segment.stop)
+            self.cache.fill(layer, lane, key[span], value[span])
 
 
 def _up(n: int, multiple: int) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from groupwise.engines.native.scheduler import Sample
 from groupwise.model.loading import LoadedModel
 from groupwise.types import FinishReason
@@ -23,12 +21,19 @@ def find_finish(sample: Sample, loaded: LoadedModel) -> FinishReason | None:
 
 
 def _completes(sample: Sample, stops: tuple[str, ...], loaded: LoadedModel) -> bool:
-    """Whether a stop string ends in the newest token. Every token is at least one byte, so a tail of tokens suffices."""
+    """Whether a stop string ends in the newest token. A token is at least one byte, so a tail of tokens suffices."""
     longest = max(len(stop.encode()) for stop in stops)
     tokens = sample.tokens[-(longest + 8) :]
     tail = loaded.decode(tokens)
     if not any(stop in tail for stop in stops):
         return False
     # Under `min_tokens` one may stand there already; it ends nothing any more.
-    known = len(os.path.commonprefix([loaded.decode(tokens[:-1]), tail]))
+    known = _common(loaded.decode(tokens[:-1]), tail)
     return any(stop in tail and tail.rfind(stop) + len(stop) > known for stop in stops)
+
+
+def _common(first: str, second: str) -> int:
+    """Characters that both begin with."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )

@@ -96,7 +96,7 @@ class Lab:
     def recomputed(
         self, loaded: LoadedModel, requests: Sequence[SampleRequest], completions: dict[str, Completion]
     ) -> dict[str, Tensor]:
-        """The trainer's log-probs `[T]` by request: all samples of one temperature in one packed forward, with gradients."""
+        """The trainer's log-probs `[T]` by request: samples of one temperature in one packed forward."""
         found: dict[str, Tensor] = {}
         for temperature in {request.sampling.temperature for request in requests}:
             chosen = [r for r in requests if r.sampling.temperature == temperature]

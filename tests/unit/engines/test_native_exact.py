@@ -49,13 +49,15 @@ def greedy_twin(loaded: LoadedModel, prompt: tuple[int, ...], count: int) -> lis
 
 def test_greedy_tokens_are_those_of_transformers(lab: Lab, architecture: str) -> None:
     loaded = without_stops(lab.model(architecture))
-    prompts = [lab.prompt(f"p{n}", n) for n in (1, 5, 63, 64, 65)]
-    requests = lab.requests(prompts, [SamplingParams(temperature=0.0, max_tokens=70)])
+    prompts = [lab.prompt(f"p{n}", n) for n in (1, 63, 64, 65)]
+    requests = lab.requests(prompts, [SamplingParams(temperature=0.0, max_tokens=40)])
     found = lab.run(lab.engine(loaded), requests)
+    seen: set[int] = set()
     for request in requests:
-        wanted = greedy_twin(loaded, request.prompt.token_ids, 70)
+        wanted = greedy_twin(loaded, request.prompt.token_ids, 40)
         assert list(found[request.id].token_ids) == wanted, request.id
-        assert len(set(wanted)) > 3, "a loop of one token would prove little"
+        seen |= set(wanted)
+    assert len(seen) > 6, "loops of one token would prove little"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -71,7 +73,9 @@ def test_recorded_log_probs_are_the_trainers_to_the_bit(lab: Lab, architecture: 
 
 def test_long_completions_cross_blocks_without_mismatch(lab: Lab) -> None:
     loaded = without_stops(lab.model("gemma3"))
-    requests = lab.requests([lab.prompt("a", 30), lab.prompt("b", 1)], [SamplingParams(max_tokens=n) for n in (64, 65, 140)])
+    requests = lab.requests(
+        [lab.prompt("a", 30), lab.prompt("b", 1)], [SamplingParams(max_tokens=n) for n in (64, 65, 140)]
+    )
     found = lab.run(lab.engine(loaded), requests)
     assert sorted(len(c.token_ids) for c in found.values()) == [64, 64, 65, 65, 140, 140]
     lab.assert_no_mismatch(loaded, requests, found)
@@ -83,30 +87,30 @@ def test_no_mismatch_on_any_number_of_threads(lab: Lab, name: str, number: int, 
     """Odd sizes and many rows, so that threads share a layer out unevenly."""
     set_threads(number)
     loaded = without_stops(lab.model(name, intermediate_size=1234, vocab_size=1001))
-    requests = lab.requests([lab.prompt("a", 30), lab.prompt("b", 9)], [SamplingParams(max_tokens=n) for n in range(4, 24)])
+    requests = lab.requests(
+        [lab.prompt("a", 30), lab.prompt("b", 9)], [SamplingParams(max_tokens=n) for n in range(4, 24)]
+    )
     found = lab.run(lab.engine(loaded), requests)
     lab.assert_no_mismatch(loaded, requests, found)
 
 
 def test_no_mismatch_with_a_large_vocabulary_and_a_single_sample(lab: Lab) -> None:
     """A single row of many numbers is what torch shares out among threads."""
-    loaded = without_stops(lab.model(vocab_size=33_001, initializer_range=0.02))
-    requests = lab.requests([lab.prompt("a", 3)], [SamplingParams(max_tokens=10)])
+    loaded = without_stops(lab.model(vocab_size=99_001))
+    requests = lab.requests([lab.prompt("a", 3)], [SamplingParams(max_tokens=20)])
     found = lab.run(lab.engine(loaded), requests)
     lab.assert_no_mismatch(loaded, requests, found)
-    single = lab.requests([lab.prompt("a", 3)], [SamplingParams(max_tokens=1)])
-    lab.assert_no_mismatch(loaded, single, lab.run(lab.engine(loaded), single))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 def test_samples_are_the_same_bits_in_any_company_order_and_memory(lab: Lab, name: str) -> None:
     loaded = lab.model(name)
-    requests = lab.requests([lab.prompt(f"p{n}", n) for n in (1, 40, 66)], MIXED)
+    requests = lab.requests([lab.prompt(f"p{n}", n) for n in (1, 66)], MIXED)
     wanted = lab.run(lab.engine(loaded), requests)
     for most in (1, 7, 64):
         shuffled = random.Random(most).sample(requests, len(requests))
         assert lab.run(lab.engine(loaded, max_concurrent_samples=most), shuffled) == wanted, most
-    # One sample of 33 + 66 tokens takes three blocks; four hold two samples of one short prompt at most.
+    # One sample of 33 + 66 tokens takes three blocks; four hold two of them.
     block = 64 * 2 * loaded.model.config.num_hidden_layers * 2 * 16 * 4
     for blocks in (3, 4):
         engine = lab.engine(loaded, kv_cache_gib=(blocks + 0.5) * block / 2**30)
@@ -165,7 +169,9 @@ def test_prompts_of_one_uid_but_other_tokens_are_not_mixed_up(lab: Lab) -> None:
 def test_score_is_the_log_prob_at_temperature_one(lab: Lab, architecture: str) -> None:
     loaded = lab.model(architecture)
     engine = lab.engine(loaded)
-    requests = lab.requests([lab.prompt("a", 66)], [SamplingParams(max_tokens=9), SamplingParams(temperature=0.0, max_tokens=9)])
+    requests = lab.requests(
+        [lab.prompt("a", 66)], [SamplingParams(max_tokens=9), SamplingParams(temperature=0.0, max_tokens=9)]
+    )
     found = lab.run(engine, requests)
     for request in requests:
         got = asyncio.run(engine.score(request.prompt.token_ids, found[request.id].token_ids))

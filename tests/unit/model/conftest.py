@@ -108,7 +108,7 @@ def _widen_norms(model: PreTrainedModel) -> None:
 
 @pytest.fixture
 def eager() -> Callable[[PreTrainedModel], PreTrainedModel]:
-    """A copy of a model that runs transformers' own attention: eager, or in float64 the one that does not round to float32."""
+    """A copy that runs transformers' own attention: eager, or in float64 the one that does not round to float32."""
 
     def make(model: PreTrainedModel) -> PreTrainedModel:
         twin = copy.deepcopy(model)
@@ -131,9 +131,7 @@ def make_rows() -> MakeRows:
         rows: list[TrainingRow] = []
         for group, (prompt_length, lengths) in enumerate(shape):
             prompt = tokens(prompt_length)
-            rows.extend(
-                TrainingRow(group, prompt, tokens(n), (1,) * n, (1.0,) * n, (0.0,) * n) for n in lengths
-            )
+            rows.extend(TrainingRow(group, prompt, tokens(n), (1,) * n, (1.0,) * n, (0.0,) * n) for n in lengths)
         return rows
 
     return make

@@ -31,7 +31,11 @@ def targets_of(count: int) -> Tensor:
 
 def scores(model: PreTrainedModel, hidden: Tensor, **options: float) -> TokenScores:
     return token_scores(
-        LanguageHead(model), hidden, targets_of(hidden.shape[0]), with_entropy=True, **options  # type: ignore[arg-type]
+        LanguageHead(model),
+        hidden,
+        targets_of(hidden.shape[0]),
+        with_entropy=True,
+        **options,  # type: ignore[arg-type]
     )
 
 
@@ -104,14 +108,14 @@ def test_entropy_has_the_gradient_of_its_definition() -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-@pytest.mark.parametrize("vocabulary", [283, 33_001])
+@pytest.mark.parametrize("vocabulary", [283, 151_936])
 def test_a_row_weighs_the_same_alone_and_in_company(
     number: int, vocabulary: int, threads: Callable[[int], None]
 ) -> None:
     threads(number)
     logits = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(0)) * 4
     whole = weigh(logits)
-    for rows in (slice(0, 1), slice(5, 6), slice(1, 3), slice(2, 6)):
+    for rows in (*(slice(i, i + 1) for i in range(6)), slice(1, 3), slice(2, 6)):
         part = weigh(logits[rows].clone())
         assert torch.equal(part.mass, whole.mass[rows])
         assert torch.equal(part.weights, whole.weights[rows])

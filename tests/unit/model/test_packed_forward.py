@@ -37,7 +37,9 @@ def eager_scores(model: PreTrainedModel, rows: Sequence[TrainingRow]) -> TokenSc
     for row in rows:
         tokens = torch.tensor(row.prompt_ids + row.token_ids)
         logits = model(input_ids=tokens[None], use_cache=False).logits[0, len(row.prompt_ids) - 1 : -1]
-        law = torch.distributions.Categorical(logits=logits.to(torch.promote_types(logits.dtype, torch.float32)) / TEMPERATURE)
+        law = torch.distributions.Categorical(
+            logits=logits.to(torch.promote_types(logits.dtype, torch.float32)) / TEMPERATURE
+        )
         logprobs.append(law.log_prob(torch.tensor(row.token_ids)))
         entropies.append(law.entropy())
     return TokenScores(torch.cat(logprobs), torch.cat(entropies))
@@ -82,7 +84,9 @@ def test_scores_and_gradients_equal_the_unpacked_eager_forward(
     for name, grad in gradients(model).items():
         scale = float(wanted[name].abs().max())
         assert scale > 0, name
-        torch.testing.assert_close(grad, wanted[name], rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            grad, wanted[name], rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_no_split_or_order_of_the_batch_changes_the_gradient(

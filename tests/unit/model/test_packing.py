@@ -40,7 +40,11 @@ def test_every_prediction_sees_its_prompt_and_what_was_written_before(
 ) -> None:
     rows = rows_of(groups)
     packed = pack(rows)
-    wanted = [(i, list(r.prompt_ids + r.token_ids[:t]), r.token_ids[t]) for i, r in enumerate(rows) for t in range(len(r.token_ids))]
+    wanted = [
+        (i, list(r.prompt_ids + r.token_ids[:t]), r.token_ids[t])
+        for i, r in enumerate(rows)
+        for t in range(len(r.token_ids))
+    ]
     assert packed.row.tolist() == [i for i, _, _ in wanted]
     assert packed.targets.tolist() == [target for _, _, target in wanted]
     for predictor, (_, context, _) in zip(packed.predictors.tolist(), wanted, strict=True):
@@ -54,7 +58,9 @@ def test_nothing_is_packed_twice_and_the_rest_is_padding(groups: list[tuple[list
     real = sum(len(prompt) + sum(len(c) - 1 for c in completions) for prompt, completions in groups)
     assert packed.token_ids.shape == packed.position_ids.shape == (-(-real // ROW_MULTIPLE) * ROW_MULTIPLE,)
     assert sum(s.length for s in packed.segments) == real
-    assert [s.start for s in packed.segments] == [sum(s.length for s in packed.segments[:i]) for i in range(len(packed.segments))]
+    assert [s.start for s in packed.segments] == [
+        sum(s.length for s in packed.segments[:i]) for i in range(len(packed.segments))
+    ]
     assert all(s.length > 0 for s in packed.segments)
     assert not packed.token_ids[real:].any()
 

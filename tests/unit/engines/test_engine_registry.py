@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from groupwise.config import RolloutConfig
+from groupwise.engines import ENGINES, build_engine, check_engine
+from groupwise.engines.native import NativeEngine
+from groupwise.errors import ConfigError
+
+
+def test_every_known_name_passes() -> None:
+    for name in ENGINES:
+        check_engine(name)
+
+
+@pytest.mark.parametrize("name", ["nativ", "", "NATIVE", "übung", "vllm2"])
+def test_an_unknown_name_is_refused_with_the_nearest(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.engine = .* is unknown; did you mean 'native'"):
+        check_engine(name)
+
+
+def test_the_native_engine_is_built(lab: Any) -> None:
+    assert isinstance(build_engine(RolloutConfig(engine="native"), lab.model()), NativeEngine)
