@@ -191,11 +191,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown = {"size": args.size, **{k: v for k, v in asdict(setting).items() if k != "folder"}}
         print(" ".join(f"{k}={v}" for k, v in (versions() | shown).items()), flush=True)
         wanted = PARTS if args.part == "all" else (args.part,)
-        results = [compare(part, setting, args.rounds) for part in wanted]
+        results: list[dict[str, Any]] = []
+        for part in wanted:
+            results.append(compare(part, setting, args.rounds))
+            if args.json:  # after each part: a long run that is cut short keeps what it found
+                document = {"versions": versions(), "setting": shown, "results": results}
+                args.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     report(results)
-    if args.json:
-        document = {"versions": versions(), "setting": shown, "results": results}
-        args.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def _algorithm_problems(config: Config) -> list[str]:
     if algorithm.pass_k is not None and algorithm.pass_k >= config.rollout.group_size:
         found.append(
             f"algorithm.pass_k = {algorithm.pass_k}: with rollout.group_size = {config.rollout.group_size} "
-            "every group of pass_k samples is the whole group, so all advantages are 0; lower pass_k, or raise group_size"
+            "a group of pass_k samples is the whole group, so all advantages are 0; lower pass_k or raise group_size"
         )
     if algorithm.correction != "none" or algorithm.correction_veto is not None:
         found.append(

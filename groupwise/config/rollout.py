@@ -22,5 +22,7 @@ class RolloutConfig(Section):
     stop_token_ids: tuple[int, ...] = Field((), description="tokens that end a completion, beside the model's own")
     max_concurrent_samples: int = Field(256, ge=1, description="samples decoded together")
     kv_cache_gib: float | None = Field(
-        None, gt=0, description="most memory for keys and values; none is 60 % of what the GPU has free, 4 on a CPU"
+        None,
+        gt=0,
+        description="memory for keys and values; none is 60 % of what training leaves free on the GPU, 4 on a CPU",
     )

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 ENGINES = ("native",)
 
 
-def build_engine(config: RolloutConfig, loaded: LoadedModel) -> Engine:
+def build_engine(config: RolloutConfig, loaded: LoadedModel, *, reserved_bytes: int = 0) -> Engine:
     """The engine that `rollout.engine` names.
+
+    Args:
+        reserved_bytes: GPU memory that is free now and that training will take.
 
     Raises:
         ConfigError: no such engine.
@@ -24,7 +27,7 @@ def build_engine(config: RolloutConfig, loaded: LoadedModel) -> Engine:
     check_engine(config.engine)
     from groupwise.engines.native import NativeEngine
 
-    return NativeEngine(loaded, config)
+    return NativeEngine(loaded, config, reserved_bytes=reserved_bytes)
 
 
 def check_engine(name: str) -> None:

@@ -106,7 +106,6 @@ def run_training(
     run.record(config)
     with run.logging(), catch_interrupts() as stop:
         logger.info("training data: %s", data.train.describe())
-        engine = build_engine(config.rollout, loaded)
         policy = Policy(
             loaded,
             algorithm,
@@ -116,6 +115,7 @@ def run_training(
             temperature=config.rollout.temperature,
             gradient_checkpointing=config.model.gradient_checkpointing,
         )
+        engine = build_engine(config.rollout, loaded, reserved_bytes=policy.bytes_to_come)
         reports = _Reports(run)
         buffer = Buffer(
             prompts_per_step=config.rollout.prompts_per_step, max_off_policy_steps=config.train.max_off_policy_steps

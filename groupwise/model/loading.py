@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from groupwise.config import ModelConfig
 from groupwise.errors import ConfigError
@@ -91,6 +92,7 @@ def load_model(config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> Lo
         ConfigError: the folder holds no causal language model, or its architecture cannot run packed.
     """
     _check_path(config.path)
+    disable_progress_bar()  # its bars would tear the run's own
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     try:

@@ -48,6 +48,11 @@ class MasterOptimizer:
 
         return add
 
+    @property
+    def bytes_to_come(self) -> int:
+        """Memory that the first update takes beyond what is held before it: gradients and both moments, float32."""
+        return 12 * sum(master.numel() for master in self._masters.values())
+
     def clip(self, max_norm: float) -> float:
         """Scale all gradients down to `max_norm` together (0: leave them); returns the norm that they had."""
         grads = [m.grad for m in self._masters.values() if m.grad is not None]

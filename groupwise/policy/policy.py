@@ -82,6 +82,11 @@ class Policy:
         self._skipped = 0
         self._is_sampler = True
 
+    @property
+    def bytes_to_come(self) -> int:
+        """Memory that training will take beside activations, and has not taken yet."""
+        return self._optimizer.bytes_to_come
+
     def forward_backward(self, batch: MicroBatch, denominators: Denominators) -> Metrics:
         """Add the gradient of one micro-batch; metrics of its tokens.
 

@@ -36,14 +36,16 @@ class NativeEngine:
             print(completion.text)
     """
 
-    def __init__(self, loaded: LoadedModel, config: RolloutConfig) -> None:
+    def __init__(self, loaded: LoadedModel, config: RolloutConfig, *, reserved_bytes: int = 0) -> None:
         self._loaded = loaded
         self._model = loaded.model
         self._version = 0
         self._worker: asyncio.Task[None] | None = None
         shape = _cache_shape(loaded)
         self._scheduler = Scheduler(
-            shape, max_samples=config.max_concurrent_samples, max_bytes=_cache_bytes(config, shape.device)
+            shape,
+            max_samples=config.max_concurrent_samples,
+            max_bytes=_cache_bytes(config, shape.device, reserved_bytes),
         )
         self._steps = DecodeSteps(loaded, self._scheduler)
 
@@ -212,10 +214,10 @@ def _cache_shape(loaded: LoadedModel) -> CacheShape:
     return CacheShape(config.num_hidden_layers, heads, size, loaded.model.dtype, loaded.device)
 
 
-def _cache_bytes(config: RolloutConfig, device: torch.device) -> int:
+def _cache_bytes(config: RolloutConfig, device: torch.device, reserved_bytes: int) -> int:
     if config.kv_cache_gib is not None:
         return int(config.kv_cache_gib * 2**30)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free * 0.6)
+        return int(max(0, free - reserved_bytes) * 0.6)
     return 4 * 2**30

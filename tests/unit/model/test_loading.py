@@ -136,7 +136,7 @@ def test_a_spoiled_folder_is_refused_by_name(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_a_path_that_is_no_folder_is_refused(load: Callable[[ModelConfig], object], good: Path, tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere", good / "config.json", "./nowhere", "../übung"):
-        with pytest.raises(ConfigError, match="is no folder; give a folder"):
+        with pytest.raises(ConfigError, match="is no folder; give "):
             load(config_of(path))
     with pytest.raises(ConfigError, match=r"model\.path is empty"):
         load(config_of(""))
