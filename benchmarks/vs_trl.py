@@ -43,8 +43,7 @@ def child(side: str, setting: Setting) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     import torch
 
-    if setting.threads:
-        torch.set_num_threads(setting.threads)
+    torch.set_num_threads(setting.threads)
     run = SIDES[side](setting)
     for _ in sys.stdin:
         channel.write(json.dumps([asdict(figure) for figure in run()]) + "\n")
@@ -178,13 +177,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="groupwise-bench-") as folder:
         write_inputs(Path(folder), size=args.size)
+        import torch
+
         setting = Setting(
             folder=folder,
             prompts=args.prompts,
             samples=args.samples,
             tokens=args.tokens,
             kl_coef=args.kl_coef,
-            threads=args.threads,
+            threads=args.threads or torch.get_num_threads(),
             steps=args.steps,
             trl_batch=args.trl_batch or args.prompts * args.samples,
         )

@@ -51,7 +51,7 @@ class Setting:
     """The work that both sides do; `folder` holds `model/` and `train.jsonl`.
 
     Attributes:
-        threads: of torch; 0 leaves torch's own choice.
+        threads: of torch.
         steps: counted steps of one training run.
         trl_batch: TRL's per_device_train_batch_size; smaller values accumulate gradients to the same batch.
     """

@@ -7,6 +7,7 @@ In training each chunk is recomputed in the backward pass, so memory grows with 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,22 +65,37 @@ class Weighed:
 def weigh(logits: Tensor) -> Weighed:
     """Exponentials of `logits [M, V]`, safe from overflow."""
     top = logits.detach().amax(-1)
-    weights = (logits - top[:, None]).exp()
+    weights = (logits - top[:, None]).exp_()
     return Weighed(weights, top, row_sums(weights))
 
 
 def target_logprobs(logits: Tensor, targets: Tensor, weighed: Weighed | None = None) -> Tensor:
     """`[M]` log-probs of `targets [M]` under the rows of `logits [M, V]`; `weighed` is theirs, when it is known."""
-    weighed = weighed or weigh(logits)
-    # The top goes first: its digits would drown those of the mass.
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - weighed.top - weighed.mass.log()
+    return _TargetLogprobs.apply(logits, targets, weighed)
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """One pass over `[M, V]` in the backward: the gradient of a logit is (1 where it is the target) - its probability."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weighed: Weighed | None) -> Tensor:
+        weighed = weighed or weigh(logits)
+        ctx.save_for_backward(weighed.weights, weighed.mass, targets)
+        # The top goes first: its digits would drown those of the mass.
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - weighed.top - weighed.mass.log()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        weights, mass, targets = ctx.saved_tensors
+        grad = weights * (-grads[0] / mass)[:, None]
+        return grad.scatter_add_(-1, targets[:, None], grads[0][:, None]), None, None
 
 
 def scale_by_temperature(logits: Tensor, temperature: Tensor | float) -> Tensor:
     """Logits of the distribution that is sampled; temperature 0 (greedy) counts as 1."""
     if isinstance(temperature, Tensor):
         return logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
-    return logits / (temperature or 1.0)
+    return logits if temperature in (0.0, 1.0) else logits / temperature
 
 
 def token_scores(

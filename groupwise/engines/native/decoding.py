@@ -87,15 +87,12 @@ class DecodeLayout:
 
         own_query = pad(query.reshape(lanes * heads, repeat, -1), (0, 0, 0, -repeat % TILE))
         own = partial_attention(own_query, _blocks(own_spans, masks.own), call.scale)
-        own = Partial(*(x[:, :repeat].reshape(lanes, heads * repeat, *x.shape[2:]) for x in _fields(own)))
-
         shared_query = _group_rows(self._to_members(query), shape.prompts, heads, repeat)
         shared_query = pad(shared_query, (0, 0, 0, -shared_query.shape[1] % TILE))
         shared = partial_attention(shared_query, _blocks(shared_spans, masks.shared), call.scale)
         seen = Partial(*(self._to_lanes(_ungroup_rows(x, shape, repeat)) for x in _fields(shared)))
-
-        both = merge(seen, own)
-        return both.out.div_(both.mass[..., None]).to(query.dtype)
+        both = merge(seen, Partial(*(_lane_rows(x, lanes, repeat) for x in _fields(own))))
+        return both.out.div_(both.mass[..., None]).to(query.dtype).reshape(lanes, heads * repeat, -1)
 
     def _to_members(self, query: Tensor) -> Tensor:
         """`[B, Hq, d]` by lane to `[prompts * W, Hq, d]` by prompt."""
@@ -166,6 +163,11 @@ def _blocks(spans: Sequence[Span], masks: Sequence[Mask | None]) -> list[KeyBloc
     return [KeyBlock(span.key, span.value, 0, mask) for span, mask in zip(spans, masks, strict=True)]
 
 
+def _lane_rows(x: Tensor, lanes: int, repeat: int) -> Tensor:
+    """`[B * heads, R, …]` as `[B, heads, repeat, …]`, a view without the padding rows."""
+    return x.unflatten(0, (lanes, -1))[:, :, :repeat]
+
+
 def _fields(part: Partial) -> list[Tensor]:
     return [part.out, part.top, part.mass]
 
@@ -176,8 +178,8 @@ def _group_rows(x: Tensor, count: int, heads: int, repeat: int) -> Tensor:
 
 
 def _ungroup_rows(x: Tensor, shape: StepShape, repeat: int) -> Tensor:
-    """`[prompts * heads, R, …]` to `[prompts * W, heads * repeat, …]`, padding rows dropped."""
+    """`[prompts * heads, R, …]` to `[prompts * W, heads, repeat, …]`, padding rows dropped."""
     count, width, tail = shape.prompts, shape.width, x.shape[2:]
     heads = x.shape[0] // count
     x = x[:, : width * repeat].reshape(count, heads, width, repeat, *tail).transpose(1, 2)
-    return x.reshape(count * width, heads * repeat, *tail)
+    return x.reshape(count * width, heads, repeat, *tail)

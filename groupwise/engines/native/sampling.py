@@ -24,12 +24,14 @@ class RowParams:
     """Sampling parameters of B rows; a filter that no row uses is None.
 
     Attributes:
-        temperature: `[B]` float32, 0 for greedy; `any_greedy` says whether one is.
+        temperature: `[B]` float32, 0 for greedy; `any_greedy` says whether one is, `any_scaled` whether one is
+            neither 0 nor 1.
         top_k: `[B]` int64 (0: all). top_p, min_p, penalty: `[B]` float32.
     """
 
     temperature: Tensor
     any_greedy: bool
+    any_scaled: bool
     top_k: Tensor | None
     top_p: Tensor | None
     min_p: Tensor | None
@@ -45,6 +47,7 @@ class RowParams:
         return RowParams(
             temperature=torch.tensor([row.temperature for row in rows], dtype=torch.float32, device=device),
             any_greedy=any(row.temperature == 0 for row in rows),
+            any_scaled=any(row.temperature not in (0.0, 1.0) for row in rows),
             top_k=column([row.top_k for row in rows], 0, torch.int64),
             top_p=column([row.top_p for row in rows], 1.0),
             min_p=column([row.min_p for row in rows], 0.0),
@@ -71,7 +74,8 @@ def choose(
         seen: `[B, V]` bool, tokens that the repetition penalty concerns; needed when `params.penalty` is set.
         forbidden: `[B, V]` bool, tokens that cannot be drawn (stop tokens before `min_tokens`).
     """
-    policy = scale_by_temperature(logits, params.temperature)
+    temperature = params.temperature if params.any_scaled else 1.0
+    policy = scale_by_temperature(logits, temperature)
     policy_weights = weigh(policy)
     wanted = logits
     if params.penalty is not None:
@@ -79,7 +83,7 @@ def choose(
         wanted = _penalise(wanted, seen, params.penalty)
     if forbidden is not None:
         wanted = wanted.masked_fill(forbidden, -torch.inf)
-    cut = _filter(policy if wanted is logits else scale_by_temperature(wanted, params.temperature), params)
+    cut = _filter(policy if wanted is logits else scale_by_temperature(wanted, temperature), params)
     tokens = invert_cdf((policy_weights if cut is policy else weigh(cut)).weights, uniform)
     if params.any_greedy:
         tokens = torch.where(params.temperature > 0, tokens, wanted.argmax(-1))
