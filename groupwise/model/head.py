@@ -75,7 +75,7 @@ def target_logprobs(logits: Tensor, targets: Tensor, weighed: Weighed | None = N
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """One pass over `[M, V]` in the backward: the gradient of a logit is (1 where it is the target) - its probability."""
+    """One pass over `[M, V]` in the backward: a logit's gradient is (1 where it is the target) - its probability."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, weighed: Weighed | None) -> Tensor:
