@@ -55,6 +55,7 @@ def in_child(action: Callable[[], None]) -> int:
     if child == 0:
         code = 99
         try:
+            torch.set_num_threads(1)  # the parent's other threads are not there, and would be waited for
             action()
             code = 0
         finally:
