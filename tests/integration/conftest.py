@@ -94,11 +94,18 @@ class Task:
     def flags(self, output: Path, *more: str) -> list[str]:
         """The same run as command-line arguments."""
         return [
-            *("--model", str(self.model), "--data", str(self.rows), "--reward", self.reward("low")),
-            *("--output", str(output), "--seed", "3", "--model.dtype", "float32", "--model.device", "cpu"),
+            *self.supervised_flags(output),
+            *("--reward", self.reward("low")),
             *("--rollout.group_size", "4", "--rollout.prompts_per_step", "4", "--rollout.max_completion_tokens", "8"),
-            *("--optim.lr", "0.003", "--train.micro_batch_tokens", "100", "--tracking.backends", "jsonl"),
             *more,
+        ]
+
+    def supervised_flags(self, output: Path) -> list[str]:
+        """Those of them that `groupwise sft` takes too."""
+        return [
+            *("--model", str(self.model), "--data", str(self.rows)),
+            *("--output", str(output), "--seed", "3", "--model.dtype", "float32", "--model.device", "cpu"),
+            *("--optim.lr", "0.003", "--train.micro_batch_tokens", "100", "--tracking.backends", "jsonl"),
         ]
 
 

@@ -63,7 +63,8 @@ def test_bad_data_names_file_and_line(
         elif isinstance(content, str):
             content = content.replace('"say red:"', '"say red:", "completion": "red"')
     run = tmp_path / "run"
-    message = refused(capsys, command, [*task.flags(run), *write(tmp_path / "bad.jsonl", content)])
+    flags = task.supervised_flags(run) if command == "sft" else task.flags(run)
+    message = refused(capsys, command, [*flags, *write(tmp_path / "bad.jsonl", content)])
     for part in wanted:
         assert part in message, message
     assert not run.exists()

@@ -331,3 +331,8 @@ def test_a_closed_pipe_is_quiet() -> None:
     result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.startswith("model.path")
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("word", ["--reward=gsm8k", "--eval-data=t.jsonl", "--rollout.group_size=4", "--eval.every=5"])
+def test_sft_refuses_what_would_not_act(capsys: pytest.CaptureFixture[str], word: str) -> None:
+    assert word.split("=")[0] in refused(capsys, "sft", "--model", "m", "--data", "d.jsonl", word)

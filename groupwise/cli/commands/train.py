@@ -12,18 +12,9 @@ if TYPE_CHECKING:
     from groupwise.config import Config
     from groupwise.config.loading import LoadedConfig
 
-_ALL_SETTINGS = (
-    "model.",
-    "data.",
-    "reward.",
-    "rollout.",
-    "algorithm.",
-    "optim.",
-    "train.",
-    "sft.",
-    "eval.",
-    "tracking.",
-)
+_SHARED_SETTINGS = ("model.", "data.", "optim.", "train.", "tracking.")
+_TRAIN_SETTINGS = (*_SHARED_SETTINGS, "reward.", "rollout.", "algorithm.", "eval.")
+_SFT_SETTINGS = (*_SHARED_SETTINGS, "sft.")
 _EPILOG = (
     "Any setting can be given as --section.key VALUE, e.g. --optim.lr 1e-6; it wins over the recipe.\n"
     "`groupwise config` lists them all; --dry-run shows what this run would use and where each value comes from."
@@ -31,13 +22,19 @@ _EPILOG = (
 
 
 def _add_arguments(parser: Parser) -> None:
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE.toml", help="a file with settings")
-    parser.add_argument("--model", "--model-path", metavar="PATH", help="folder or Hub name (model.path)")
-    parser.add_argument("--data", "--data-path", metavar="FILE", help="rows to train on (data.train)")
+    _add_shared(parser)
     parser.add_argument("--eval-data", metavar="FILE", help="held-out rows (data.eval)")
     parser.add_argument(
         "--reward", action="append", metavar="NAME", help="replaces the recipe's rewards; may repeat (reward.N.name)"
     )
+
+
+def _add_shared(parser: Parser) -> None:
+    """What supervised training takes as well: it scores and evaluates nothing."""
+    parser.set_defaults(eval_data=None, reward=None)
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE.toml", help="a file with settings")
+    parser.add_argument("--model", "--model-path", metavar="PATH", help="folder or Hub name (model.path)")
+    parser.add_argument("--data", "--data-path", metavar="FILE", help="rows to train on (data.train)")
     parser.add_argument("--output", metavar="DIR", help="run directory (train.output)")
     parser.add_argument("--seed", metavar="N", help="of everything random (train.seed)")
     start = parser.add_mutually_exclusive_group()
@@ -135,14 +132,14 @@ TRAIN = Command(
     summary="train a model by group-relative reinforcement learning",
     add_arguments=_add_arguments,
     run=_train,
-    settings=_ALL_SETTINGS,
+    settings=_TRAIN_SETTINGS,
     epilog=_EPILOG,
 )
 SFT = Command(
     name="sft",
     summary="warm a model up on worked answers (supervised)",
-    add_arguments=_add_arguments,
+    add_arguments=_add_shared,
     run=_sft,
-    settings=_ALL_SETTINGS,
+    settings=_SFT_SETTINGS,
     epilog=_EPILOG,
 )
