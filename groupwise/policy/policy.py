@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
@@ -19,10 +18,11 @@ from groupwise.config import OptimConfig, TrainConfig
 from groupwise.errors import TrainingError
 from groupwise.metrics import Last, Max, Mean, Metrics, Sum
 from groupwise.model.forward import packed_hidden_states
-from groupwise.model.head import LanguageHead, TokenScores, token_scores
+from groupwise.model.head import TokenScores, token_scores
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packing import Packed, pack
 from groupwise.policy.optimizer import MasterOptimizer
+from groupwise.policy.reference import Reference
 from groupwise.policy.schedule import learning_rate
 from groupwise.types import Denominators, MicroBatch, TrainingRow
 
@@ -45,7 +45,7 @@ class Policy:
     """A model with its optimiser. Micro-batch losses add up until `optim_step`.
 
     Args:
-        objective: decides whether a frozen copy of the initial weights is kept as the reference.
+        objective: decides whether a copy of the initial weights is kept as the `reference`.
         temperature: of sampling; log-probs are those of the sampled distribution.
         total_updates: optimiser steps of the whole run, for the schedule.
         gradient_checkpointing: recompute each layer in the backward pass.
@@ -74,7 +74,9 @@ class Policy:
         self._total_updates = total_updates
         self._temperature = temperature
         self._checkpointing = gradient_checkpointing
-        self._reference = _frozen_copy(loaded) if objective.needs_reference else None
+        self.reference: Reference | None = None
+        if objective.needs_reference:
+            self.reference = Reference(loaded, temperature=temperature, chunk_tokens=train.logprob_chunk_tokens)
         if gradient_checkpointing:
             loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
         self._optimizer = MasterOptimizer(loaded.model, optim)
@@ -127,33 +129,29 @@ class Policy:
         def per_token(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device)
 
+        known = [row.ref_logprobs for row in rows if row.ref_logprobs is not None]
+        recomputed = [row.old_logprobs for row in rows if row.old_logprobs is not None]
+        assert len(known) in (0, len(rows)), "some rows of a micro-batch have the reference's log-probs, others not"
+        assert len(recomputed) in (0, len(rows)), "some rows of a micro-batch have recomputed log-probs, others not"
+        sampled = per_token([x for row in rows for x in row.logprobs])
+        reference = None if self.reference is None or known else self.reference.logprobs(packed)
         return LossInputs(
             logprobs=scores.logprobs,
-            old_logprobs=per_token([x for row in rows for x in row.logprobs]),
-            ref_logprobs=None if self._reference is None else self._reference_logprobs(packed),
+            old_logprobs=per_token([x for values in recomputed for x in values]) if recomputed else sampled,
+            ref_logprobs=per_token([x for values in known for x in values]) if known else reference,
             entropy=scores.entropy,
             advantages=per_token([x for row in rows for x in row.advantages]),
             mask=per_token([float(x) for row in rows for x in row.loss_mask]),
             row=packed.row,
             num_rows=len(rows),
             denominators=denominators,
+            sampler_logprobs=sampled if recomputed else None,
         )
-
-    @torch.no_grad()
-    def _reference_logprobs(self, packed: Packed) -> Tensor:
-        assert self._reference is not None
-        hidden = packed_hidden_states(self._reference.model, packed)
-        return token_scores(
-            self._reference.head,
-            hidden[packed.predictors],
-            packed.targets,
-            temperature=self._temperature,
-            chunk_tokens=self._chunk_tokens,
-        ).logprobs
 
     def _mismatch(self, rows: Sequence[TrainingRow], inputs: LossInputs) -> dict[str, Mean | Max]:
         """How far the sampler's log-probs are from the trainer's, while both have the same weights."""
-        drift = ((inputs.logprobs.detach() - inputs.old_logprobs) * inputs.mask).abs()
+        sampled = inputs.old_logprobs if inputs.sampler_logprobs is None else inputs.sampler_logprobs
+        drift = ((inputs.logprobs.detach() - sampled) * inputs.mask).abs()
         largest = float(drift.max())
         if largest > 0 and self.loaded.device.type == "cpu":
             first = int((drift > 0).nonzero()[0])
@@ -175,6 +173,11 @@ class Policy:
     def log_probs(self, rows: Sequence[TrainingRow]) -> Tensor:
         """`[M]` log-probs of the rows' completion tokens, row after row, at the sampling temperature."""
         return self._scores(pack(rows).to(self.loaded.device), False).logprobs
+
+    def reference_log_probs(self, rows: Sequence[TrainingRow]) -> Tensor:
+        """`[M]`, as `log_probs`, of the reference."""
+        assert self.reference is not None, "the objective asked for no reference"
+        return self.reference.logprobs(pack(rows).to(self.loaded.device))
 
     def optim_step(self) -> Metrics:
         """Clip, update, forget the gradients. A gradient that is not finite skips the update; three in a row raise.
@@ -224,8 +227,3 @@ class Policy:
             os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _frozen_copy(loaded: LoadedModel) -> LoadedModel:
-    model = copy.deepcopy(loaded.model).requires_grad_(False).eval()
-    return LoadedModel(model, loaded.tokenizer, LanguageHead(model), loaded.stop_token_ids)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from groupwise.algorithms import LossInputs, build_algorithm
 from groupwise.config import AlgorithmConfig
+from groupwise.config.algorithm import SEQUENCE_LOSSES
 from groupwise.metrics import Mean, merge, resolve
 from groupwise.types import Denominators
 
@@ -60,8 +61,11 @@ def grad_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 EVERY = [
-    {"name": name, "kl_coef": 0.1, "entropy_coef": 0.01, "correction": "mask", "top_entropy_fraction": 0.7}
-    for name in ("grpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "sapo", "gmpo", "rloo")
+    {"name": name, "kl_coef": 0.1, "entropy_coef": 0.01, "correction": "mask", "top_entropy_fraction": fraction}
+    for name, fraction in (
+        *((name, 0.7) for name in ("grpo", "dr_grpo", "dapo", "gspo_token", "cispo", "sapo", "rloo")),
+        *((name, 1.0) for name in SEQUENCE_LOSSES),
+    )
 ]
 
 

@@ -100,7 +100,7 @@ def test_a_restored_buffer_goes_on_at_its_position(make_group: Any) -> None:
             held.put(make_group(index, [1.0]))
         await held.take()
         state = held.state_dict()
-        assert state == {"next_index": 2}
+        assert state == {"next_index": 2, "step": 1}
         other = buffer(2)
         other.put(make_group(0, [1.0]))
         other.load_state_dict(state)
