@@ -127,7 +127,7 @@ class Policy:
         device = self.loaded.device
 
         def per_token(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
+            return torch.tensor(values, dtype=scores.logprobs.dtype, device=device)
 
         known = [row.ref_logprobs for row in rows if row.ref_logprobs is not None]
         recomputed = [row.old_logprobs for row in rows if row.old_logprobs is not None]
