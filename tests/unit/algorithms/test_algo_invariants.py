@@ -222,6 +222,16 @@ def test_metrics_count_what_the_clip_stopped():
     assert share.total == pytest.approx(output.loss.item() - 0.1 * 0.1 * 4 / 8)
 
 
+def test_a_kl_in_the_reward_is_measured_and_no_part_of_the_loss():
+    rows = make_rows(5)
+    plain = build_algorithm(config_of()).loss(to_inputs(rows, count(rows)))
+    output = build_algorithm(config_of(kl_coef=0.5, kl_in="reward")).loss(to_inputs(rows, count(rows)))
+    assert output.loss.item() == plain.loss.item()
+    in_loss = build_algorithm(config_of(kl_coef=0.5, kl_estimator="k1")).loss(to_inputs(rows, count(rows)))
+    assert in_loss.loss.item() != plain.loss.item()
+    assert resolve(output.metrics)["kl"] == resolve(in_loss.metrics)["kl"]
+
+
 def test_missing_tensors_and_wrong_shapes_are_refused():
     rows = make_rows(0)
     inputs = to_inputs(rows, count(rows))
