@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from groupwise.algorithms import build_algorithm
+from groupwise.algorithms import Algorithm, build_algorithm
 from groupwise.checkpoint import find_latest, load_checkpoint
 from groupwise.config import Config
 from groupwise.config.checks import check_trainable, sampling_remark
@@ -25,7 +25,7 @@ from groupwise.evaluation.report import EvalReport
 from groupwise.files import append_rows, write_json_atomic
 from groupwise.interrupt import catch_interrupts
 from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, resolve_device
-from groupwise.policy import Policy
+from groupwise.policy import Objective, Policy
 from groupwise.policy.upkeep import AdaptiveEntropy, ReferenceSync, Upkeep
 from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, LogprobPass, Producer, Selection
@@ -33,7 +33,7 @@ from groupwise.rollout.batch import teaches
 from groupwise.rundir import RunDirectory, check_place
 from groupwise.tracking import build_trackers, check_backends
 from groupwise.train import TrainParts, train
-from groupwise.types import Engine, SamplingParams
+from groupwise.types import Engine, RolloutGroup, SamplingParams
 from groupwise.weight_sync import InProcessSync
 
 logger = logging.getLogger(__name__)
@@ -111,23 +111,15 @@ def run_training(
         logger.info("training data: %s", data.train.describe())
         if remark := sampling_remark(config):
             logger.warning(remark)
-        control = algorithm.entropy_control
-        adaptive = None if control is None else AdaptiveEntropy(algorithm, control)
-        policy = Policy(
-            loaded,
-            adaptive or algorithm,
-            optim=config.optim,
-            train=config.train,
-            total_updates=steps * config.optim.steps_per_batch,
-            temperature=config.rollout.temperature,
-            gradient_checkpointing=config.model.gradient_checkpointing,
-        )
+        adaptive = None if algorithm.entropy_control is None else AdaptiveEntropy(algorithm, algorithm.entropy_control)
+        policy = _policy(config, loaded, adaptive or algorithm, steps=steps)
         engine = build_engine(config.rollout, loaded, reserved_bytes=policy.bytes_to_come)
         reports = _Reports(run)
         buffer = Buffer(
             prompts_per_step=config.rollout.prompts_per_step, max_off_policy_steps=config.train.max_off_policy_steps
         )
         producer = _producer(config, data, engine, scorer, buffer=buffer, steps=steps)
+        keep = partial(teaches, algorithm=algorithm, reward_weights=scorer.weights)
         parts = TrainParts(
             config=config,
             algorithm=algorithm,
@@ -135,19 +127,8 @@ def run_training(
             upkeep=_upkeep(config, policy, adaptive),
             producer=producer,
             buffer=buffer,
-            selection=Selection(
-                buffer,
-                producer,
-                prompts_per_step=config.rollout.prompts_per_step,
-                cap=config.rollout.dynamic_sampling_cap,
-                teaches=partial(teaches, algorithm=algorithm, reward_weights=scorer.weights),
-            ),
-            logprobs=LogprobPass(
-                policy,
-                old=config.recomputes_logprobs,
-                reference=algorithm.kl_in_reward,
-                micro_batch_tokens=config.train.micro_batch_tokens,
-            ),
+            selection=_selection(config, buffer, producer, keep=keep),
+            logprobs=_logprobs(config, policy, algorithm),
             scorer=scorer,
             weight_sync=InProcessSync(policy, engine),
             evaluator=_evaluator(config, given, data, engine, reports=reports),
@@ -260,6 +241,36 @@ def _producer(
         sampling=_sampling(config),
         group_size=config.rollout.group_size,
         total_steps=steps,
+    )
+
+
+def _policy(config: Config, loaded: LoadedModel, objective: Objective, *, steps: int) -> Policy:
+    return Policy(
+        loaded,
+        objective,
+        optim=config.optim,
+        train=config.train,
+        total_updates=steps * config.optim.steps_per_batch,
+        temperature=config.rollout.temperature,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+    )
+
+
+def _selection(
+    config: Config, buffer: Buffer, producer: Producer, *, keep: Callable[[RolloutGroup], bool]
+) -> Selection:
+    rollout = config.rollout
+    return Selection(
+        buffer, producer, prompts_per_step=rollout.prompts_per_step, cap=rollout.dynamic_sampling_cap, teaches=keep
+    )
+
+
+def _logprobs(config: Config, policy: Policy, algorithm: Algorithm) -> LogprobPass:
+    return LogprobPass(
+        policy,
+        old=config.recomputes_logprobs,
+        reference=algorithm.kl_in_reward,
+        micro_batch_tokens=config.train.micro_batch_tokens,
     )
 
 
