@@ -23,8 +23,17 @@ from groupwise.evaluation.evaluator import Evaluator, eval_sampling
 from groupwise.evaluation.report import EvalReport
 from groupwise.files import append_rows, write_json_atomic
 from groupwise.interrupt import catch_interrupts
-from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, resolve_device
+from groupwise.model.loading import (
+    LoadedModel,
+    check_quantization,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    with_adapter,
+)
 from groupwise.policy import Policy
+from groupwise.policy.bundle import BundleWriter
+from groupwise.policy.update_rules import check_optimizer
 from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, Producer
 from groupwise.rundir import RunDirectory, check_place
@@ -96,12 +105,14 @@ def run_training(
     check_engine(config.rollout.engine)
     check_backends(config.tracking)
     resolve_device(config.model.device)
+    check_quantization(config.model)
+    check_optimizer(config.optim)
     algorithm = build_algorithm(config.algorithm)
     scorer = _scorer(config, given)
     data = _load_data(config, given, scorer)
     steps = _num_steps(config, len(data.train.prompts))
     check_place(_output(config), resume=resume, overwrite=overwrite)
-    loaded = given.loaded or load_model(config.model)
+    loaded = with_adapter(given.loaded or load_model(config.model), config.lora, seed=config.train.seed)
     run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
     run.record(config)
     with run.logging(), catch_interrupts() as stop:
@@ -115,6 +126,7 @@ def run_training(
             temperature=config.rollout.temperature,
             gradient_checkpointing=config.model.gradient_checkpointing,
         )
+        policy.bundles = BundleWriter(run, config)
         engine = build_engine(config.rollout, loaded, reserved_bytes=policy.bytes_to_come)
         reports = _Reports(run)
         buffer = Buffer(

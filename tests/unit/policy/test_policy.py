@@ -21,6 +21,7 @@ from groupwise.errors import TrainingError
 from groupwise.metrics import Metrics, resolve
 from groupwise.model.loading import LoadedModel
 from groupwise.policy import Policy
+from groupwise.policy.reference import Reference
 from groupwise.rollout.batch import BatchShape, build_batch
 from groupwise.types import (
     Completion,
@@ -342,8 +343,9 @@ def test_the_reference_stays_while_the_policy_moves(make_model: Any) -> None:
     assert kls[1][0] > 0
     assert kls[2][0] > kls[1][0] / 10
     reference = policy._reference  # nothing public shows the reference's weights
-    assert reference is not None
-    for (name, mine), now in zip(make_model().model.named_parameters(), reference.model.parameters(), strict=True):
+    assert isinstance(reference, Reference)
+    frozen = reference.loaded.model.parameters()
+    for (name, mine), now in zip(make_model().model.named_parameters(), frozen, strict=True):
         assert torch.equal(mine, now), name
         assert not now.requires_grad
 
