@@ -25,7 +25,6 @@ from groupwise.interrupt import StopRequest, catch_interrupts
 from groupwise.metrics import Last
 from groupwise.model.loading import (
     LoadedModel,
-    check_quantization,
     load_model,
     load_tokenizer,
     resolve_device,
@@ -33,7 +32,6 @@ from groupwise.model.loading import (
 )
 from groupwise.policy import Policy
 from groupwise.policy.bundle import BundleWriter
-from groupwise.policy.update_rules import check_optimizer
 from groupwise.rollout.microbatches import split_rows
 from groupwise.rundir import RunDirectory, check_place
 from groupwise.tracking import Trackers, build_trackers, check_backends
@@ -75,8 +73,6 @@ def run_sft(
     check_supervised(config, provided=provided)
     check_backends(config.tracking)
     resolve_device(config.model.device)
-    check_quantization(config.model)
-    check_optimizer(config.optim)
     source = read_rows(config.data.train if train_data is None else train_data)
     check_supervised_rows(source, config.data)
     tokenizer = load_tokenizer(config.model) if loaded is None else loaded.tokenizer

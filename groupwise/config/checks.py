@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import Path
 
 from groupwise.config import Config, LoraConfig, OptimConfig
@@ -103,11 +104,30 @@ def _method_problems(config: Config) -> list[str]:
             f"model.quantization = {config.model.quantization!r}: weights of 4 bits cannot be trained, and lora.rank = "
             "0 trains all weights; set lora.rank, e.g. to 16, which trains adapters on them"
         )
+    if config.model.quantization != "none":
+        found += _without_bitsandbytes(f"model.quantization = {config.model.quantization!r}")
+    if optim.name == "adamw_8bit":
+        found += _without_bitsandbytes("optim.name = 'adamw_8bit'")
     if optim.name != "muon" and optim.momentum != OptimConfig.model_fields["momentum"].default:
         found.append(
             f"optim.momentum is a setting of muon, and optim.name = {optim.name!r} has optim.betas; leave it out"
         )
     return found
+
+
+def require_bitsandbytes(setting: str) -> None:
+    """Refuse a setting that needs it.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    _refuse(_without_bitsandbytes(setting))
+
+
+def _without_bitsandbytes(setting: str) -> list[str]:
+    if find_spec("bitsandbytes") is not None:
+        return []
+    return [f"{setting} needs bitsandbytes, which is not installed: `pip install 'groupwise[lowbit]'`"]
 
 
 def _adapter_disagreement(config: Config) -> str | None:

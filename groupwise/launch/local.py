@@ -25,7 +25,6 @@ from groupwise.files import append_rows, write_json_atomic
 from groupwise.interrupt import catch_interrupts
 from groupwise.model.loading import (
     LoadedModel,
-    check_quantization,
     load_model,
     load_tokenizer,
     resolve_device,
@@ -33,7 +32,6 @@ from groupwise.model.loading import (
 )
 from groupwise.policy import Policy
 from groupwise.policy.bundle import BundleWriter
-from groupwise.policy.update_rules import check_optimizer
 from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, Producer
 from groupwise.rundir import RunDirectory, check_place
@@ -105,8 +103,6 @@ def run_training(
     check_engine(config.rollout.engine)
     check_backends(config.tracking)
     resolve_device(config.model.device)
-    check_quantization(config.model)
-    check_optimizer(config.optim)
     algorithm = build_algorithm(config.algorithm)
     scorer = _scorer(config, given)
     data = _load_data(config, given, scorer)

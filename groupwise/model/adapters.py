@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 from transformers import PreTrainedModel
@@ -108,7 +109,7 @@ def load_adapter(model: PreTrainedModel, file: AdapterFile) -> None:
         _inject(model, config)
         state = load_peft_weights(str(file.folder), device="cpu")
         report = peft.set_peft_model_state_dict(model, state, adapter_name=_NAME)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{place}: {' '.join(str(error).split())[:300]}; {mend}") from error
     strangers = [*(name for name in report.missing_keys if ".lora_" in name), *report.unexpected_keys]
     if strangers:
@@ -125,8 +126,7 @@ def adapter_of(model: PreTrainedModel) -> peft.LoraConfig | None:
 
 def adds_nothing(model: PreTrainedModel) -> bool:
     """Whether the adapter is as it was made: without a part in what the model computes."""
-    zero = (".lora_B.", ".lora_embedding_A.")
-    return not any(bool(p.any()) for name, p in model.named_parameters() if any(part in name for part in zero))
+    return not any(bool(p.any()) for name, p in model.named_parameters() if ".lora_B." in name)
 
 
 def dropout_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -136,14 +136,15 @@ def dropout_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _inject(model: PreTrainedModel, config: peft.LoraConfig) -> None:
+    linears = _linears_without(model)
     model.requires_grad_(False)
     try:
         model.add_adapter(config, _NAME)
     except ValueError as error:
         raise ConfigError(
-            f"lora.target_modules = {config.target_modules!r}: {error}; the model's linear layers are "
-            f"{', '.join(_linears_without(model))}"
+            f"lora.target_modules: {error}; the model's linear layers are {', '.join(linears)}"
         ) from error
+    _check_targets(model, config, linears)
     base = Path(model.name_or_path or "")
     if model.name_or_path and base.is_dir():  # so that the adapter finds it from everywhere
         config.base_model_name_or_path = str(base.resolve())
@@ -154,6 +155,24 @@ def _inject(model: PreTrainedModel, config: peft.LoraConfig) -> None:
         for inner in layer.lora_A.values():
             if inner.out_features % _COLUMNS:
                 inner.__class__ = FullTileLinear
+
+
+def _check_targets(model: PreTrainedModel, config: peft.LoraConfig, linears: list[str]) -> None:
+    """Refuse what peft lets pass: a name that no layer has beside names that some have, and layers at the ends."""
+    layers = _layers(model)
+    names = [name for name, module in model.named_modules() if module in layers]
+    targets = config.target_modules if isinstance(config.target_modules, list | set) else []
+    unknown = sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))
+    if unknown:
+        raise ConfigError(
+            f"lora.target_modules: got {', '.join(unknown)}, which the model does not have; its linear layers are "
+            f"{', '.join(linears)}"
+        )
+    if any(layer in (model.get_input_embeddings(), model.get_output_embeddings()) for layer in layers):
+        raise ConfigError(
+            f"lora.target_modules: got the embedding or the head in {', '.join(sorted(targets))}; these may be one "
+            f"tensor, and get no adapter; name some of {', '.join(linears)}, or all-linear"
+        )
 
 
 def _layers(model: nn.Module) -> list[Any]:

@@ -13,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from groupwise.config import LoraConfig, ModelConfig
+from groupwise.config.checks import require_bitsandbytes
 from groupwise.config.lora import AdapterFile, read_adapter_file
 from groupwise.errors import ConfigError
 from groupwise.model.adapters import adapter_of, add_adapter, continue_adapter, load_adapter
 from groupwise.model.attention import ATTENTION_NAME
 from groupwise.model.evenly import make_activations_even
 from groupwise.model.head import LanguageHead
-from groupwise.model.quantized import nf4_settings, require_bitsandbytes, unpack_before_products
+from groupwise.model.quantized import nf4_settings, unpack_before_products
 from groupwise.types import Tokenizer
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ def load_model(config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> Lo
         ConfigError: the folder holds no causal language model, or its architecture cannot run packed.
     """
     _check_path(config.path)
-    check_quantization(config)
+    if config.quantization != "none":
+        require_bitsandbytes(f"model.quantization = {config.quantization!r}")
     adapter = read_adapter_file(Path(config.path))
     if adapter is None:
         return wrap_model(_load_weights(config), tokenizer or load_tokenizer(config))
@@ -114,12 +116,6 @@ def load_model(config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> Lo
     model = _load_weights(config.model_copy(update={"path": adapter.base}))
     load_adapter(model, adapter)
     return wrap_model(model, tokenizer or load_tokenizer(config))
-
-
-def check_quantization(config: ModelConfig) -> None:
-    """Refuse `model.quantization` where its library is missing."""
-    if config.quantization != "none":
-        require_bitsandbytes(f"model.quantization = {config.quantization!r}")
 
 
 def with_adapter(loaded: LoadedModel, lora: LoraConfig, *, seed: int = 0) -> LoadedModel:

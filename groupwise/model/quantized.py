@@ -8,25 +8,12 @@ the same bits in any company, on every device, in sampling and in training.
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import BitsAndBytesConfig
-
-from groupwise.errors import ConfigError
-
-
-def require_bitsandbytes(setting: str) -> None:
-    """Refuse a setting that needs it, before anything is loaded.
-
-    Raises:
-        ConfigError: bitsandbytes is not installed.
-    """
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError(f"{setting} needs bitsandbytes, which is not installed; `pip install 'groupwise[lowbit]'`")
 
 
 def nf4_settings(dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -52,9 +52,8 @@ class AdapterReference:
     def sync(self, alpha: float) -> None:
         """Each weight of its adapter becomes `alpha` x the policy's + (1 - `alpha`) x its own, in float32."""
         if not self._own:  # off is a B of zero, whatever A is
-            zero = (".lora_B.", ".lora_embedding_A.")
             self._own = {
-                name: torch.zeros_like(p) if any(part in name for part in zero) else p.detach().clone()
+                name: torch.zeros_like(p) if ".lora_B." in name else p.detach().clone()
                 for name, p in self._trained.items()
             }
         for name, trained in self._trained.items():

@@ -140,8 +140,10 @@ class Policy:
             if drops:
                 key = f"{self._seed}/{self._updates}/{len(self._learned)}"
                 torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest()))
-            yield
-        self.loaded.model.eval()
+            try:
+                yield
+            finally:
+                self.loaded.model.eval()
 
     def _scores(self, packed: Packed, with_entropy: bool) -> TokenScores:
         hidden = packed_hidden_states(self.loaded.model, packed)

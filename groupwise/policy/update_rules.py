@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from groupwise.config import OptimConfig
+from groupwise.config.checks import require_bitsandbytes
 from groupwise.errors import ConfigError
-from groupwise.model.quantized import require_bitsandbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,6 @@ class Rule:
     state_bytes: int
 
 
-def check_optimizer(config: OptimConfig) -> None:
-    """Refuse an optimiser whose library is missing, before anything is loaded."""
-    if config.name == "adamw_8bit":
-        require_bitsandbytes("optim.name = 'adamw_8bit'")
-
-
 def make_rules(masters: Mapping[str, Tensor], config: OptimConfig, *, ends: Collection[str] = ()) -> list[Rule]:
     """One optimiser for all parameters; under Muon one for the matrices and one for the rest.
 
@@ -44,7 +38,6 @@ def make_rules(masters: Mapping[str, Tensor], config: OptimConfig, *, ends: Coll
     Raises:
         ConfigError: a pattern of `optim.weight_decay_groups` matches no parameter, or a library is missing.
     """
-    check_optimizer(config)
     _check_patterns(masters, config)
     if config.name == "adamw_8bit":
         return [_adamw_8bit(masters, config)]
@@ -65,6 +58,7 @@ def _adamw(masters: Mapping[str, Tensor], config: OptimConfig) -> Rule:
 
 def _adamw_8bit(masters: Mapping[str, Tensor], config: OptimConfig) -> Rule:
     """AdamW with moments in 8 bits by blocks of 256 (Dettmers et al. 2022); tensors below 4,096 entries keep 32."""
+    require_bitsandbytes("optim.name = 'adamw_8bit'")
     from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
     optimizer = AdamW8bit(_groups(masters, config), lr=config.lr, betas=config.betas, eps=config.eps)
