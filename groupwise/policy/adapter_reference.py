@@ -10,43 +10,33 @@ import torch
 from torch import Tensor
 
 from groupwise.model.adapters import adds_nothing
-from groupwise.model.forward import packed_hidden_states
-from groupwise.model.head import token_scores
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packing import Packed
 from groupwise.policy.reference import Reference
 
 
-class AdapterReference:
+class AdapterReference(Reference):
     """The base with its adapter off while the adapter is as it was made; else with an adapter of its own, which is the
-    one that training began with, or what `sync` made of it.
+    one that training began with, or what `sync` made of it. Arguments as for `Reference`.
 
-    Args: as for `Reference`.
+    Its `logprobs` come before the policy's own forward, because they change the module that then has a backward pass
+    to come.
     """
 
     def __init__(self, policy: LoadedModel, *, temperature: float, chunk_tokens: int) -> None:
-        self._policy = policy
+        self.loaded = policy
         self._temperature = temperature
         self._chunk_tokens = chunk_tokens
         self._trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-        self._own = (
-            {} if adds_nothing(policy.model) else {name: p.detach().clone() for name, p in self._trained.items()}
-        )
+        self._own: dict[str, Tensor] = {}
         self._has_moved = False
+        if not adds_nothing(policy.model):
+            self._own = {name: p.detach().clone() for name, p in self._trained.items()}
 
     @torch.no_grad()
     def logprobs(self, packed: Packed) -> Tensor:
-        """`[M]` float32, of the packed completion tokens, at the sampling temperature. It runs before the policy's own
-        forward, because it changes the module that has a backward pass to come."""
-        with self._swapped(self._own) if self._own else self._adapter_off():
-            hidden = packed_hidden_states(self._policy.model, packed)
-            return token_scores(
-                self._policy.head,
-                hidden[packed.predictors],
-                packed.targets,
-                temperature=self._temperature,
-                chunk_tokens=self._chunk_tokens,
-            ).logprobs
+        with self._swapped() if self._own else self._adapter_off():
+            return super().logprobs(packed)
 
     @torch.no_grad()
     def sync(self, alpha: float) -> None:
@@ -71,25 +61,25 @@ class AdapterReference:
 
     @contextmanager
     def _adapter_off(self) -> Iterator[None]:
-        self._policy.model.disable_adapters()
+        self.loaded.model.disable_adapters()
         try:
             yield
         finally:
-            self._policy.model.enable_adapters()
+            self.loaded.model.enable_adapters()
 
     @contextmanager
-    def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    def _swapped(self) -> Iterator[None]:
         held = {name: p.data for name, p in self._trained.items()}
         try:
             for name, p in self._trained.items():
-                p.data = weights[name].to(p.dtype)
+                p.data = self._own[name].to(p.dtype)
             yield
         finally:
             for name, p in self._trained.items():
                 p.data = held[name]
 
 
-def make_reference(policy: LoadedModel, *, temperature: float, chunk_tokens: int) -> Reference | AdapterReference:
-    """The policy as it is now."""
+def make_reference(policy: LoadedModel, *, temperature: float, chunk_tokens: int) -> Reference:
+    """The policy as it is now: a frozen copy, or with an adapter the same module."""
     kind = Reference if policy.adapter is None else AdapterReference
     return kind(policy, temperature=temperature, chunk_tokens=chunk_tokens)

@@ -142,17 +142,12 @@ def _plain(value: Any) -> Any:
 
 
 def _from_json(content: Any) -> LearnedBatch:
-    rows = tuple(
-        TrainingRow(
-            group=int(row["group"]),
-            prompt_ids=tuple(row["prompt_ids"]),
-            token_ids=tuple(row["token_ids"]),
-            loss_mask=tuple(row["loss_mask"]),
-            advantages=tuple(row["advantages"]),
-            logprobs=tuple(row["logprobs"]),
-        )
-        for row in content["rows"]
-    )
+    rows = tuple(_row(row) for row in content["rows"])
     return LearnedBatch(
         MicroBatch(rows, content["backward"]), Denominators(**content["denominators"]), float(content["loss"])
     )
+
+
+def _row(content: Any) -> TrainingRow:
+    values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in content.items()}
+    return TrainingRow(**values)

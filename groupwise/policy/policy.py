@@ -27,6 +27,7 @@ from groupwise.model.packing import Packed, pack
 from groupwise.policy.adapter_reference import make_reference
 from groupwise.policy.bundle import BundleWriter, LearnedBatch
 from groupwise.policy.optimizer import Gradient, MasterOptimizer
+from groupwise.policy.reference import Reference
 from groupwise.policy.schedule import learning_rate
 from groupwise.types import Denominators, MicroBatch, TrainingRow
 
@@ -49,7 +50,7 @@ class Policy:
     """A model with its optimiser. Micro-batch losses add up until `optim_step`.
 
     Args:
-        objective: decides whether the initial policy is kept as the reference.
+        objective: decides whether the initial policy is kept as the `reference`.
         temperature: of sampling; log-probs are those of the sampled distribution.
         total_updates: optimiser steps of the whole run, for the schedule.
         gradient_checkpointing: recompute each layer in the backward pass.
@@ -84,11 +85,9 @@ class Policy:
         self._chunk_tokens = train.logprob_chunk_tokens
         self._checkpointing = gradient_checkpointing
         self._dropout = dropout_layers(loaded.model)
-        self._reference = (
-            make_reference(loaded, temperature=temperature, chunk_tokens=train.logprob_chunk_tokens)
-            if objective.needs_reference
-            else None
-        )
+        self.reference: Reference | None = None
+        if objective.needs_reference:
+            self.reference = make_reference(loaded, temperature=temperature, chunk_tokens=train.logprob_chunk_tokens)
         if gradient_checkpointing:
             loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
         self._optimizer = MasterOptimizer(loaded.model, optim, ends=_ends(loaded))
@@ -110,7 +109,7 @@ class Policy:
         """
         packed = pack(batch.rows).to(self.loaded.device)
         # Before the policy's own forward, because with LoRA it is the same module.
-        reference = None if self._reference is None else self._reference.logprobs(packed)
+        reference = None if self.reference is None else self.reference.logprobs(packed)
         with torch.set_grad_enabled(batch.backward), self._learning_mode(batch.backward):
             scores = self._scores(packed, self._objective.needs_entropy)
             inputs = self._inputs(batch.rows, packed, scores, reference, denominators)

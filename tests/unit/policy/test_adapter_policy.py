@@ -162,14 +162,14 @@ def test_dropout_acts_in_training_alone_and_by_key(make_model: Any, caplog: pyte
 def test_the_reference_of_a_new_adapter_is_the_base_without_a_copy(make_model: Any) -> None:
     base = make_policy(make_model())
     policy = make_policy(adapted(make_model()), kl_coef=0.1)
-    assert isinstance(policy._reference, AdapterReference)
+    assert isinstance(policy.reference, AdapterReference)
     kls = [update(policy)["kl"] for _ in range(3)]
     assert kls[0] == 0.0
     assert kls[1] > 0
     packed = pack([row(0, 6)])
-    assert torch.equal(policy._reference.logprobs(packed), base.log_probs([row(0, 6)]))
+    assert torch.equal(policy.reference.logprobs(packed), base.log_probs([row(0, 6)]))
     assert not torch.equal(policy.log_probs([row(0, 6)]), base.log_probs([row(0, 6)]))
-    assert policy._reference.state_dict() == {}
+    assert policy.reference.state_dict() == {}
     assert all(p.requires_grad for n, p in policy.loaded.model.named_parameters() if ".lora_" in n)
 
 
@@ -180,7 +180,7 @@ def test_kl_with_an_adapter_has_the_gradient_that_a_full_copy_gives(make_model: 
             update(make_policy(loaded))
         policy = make_policy(loaded, kl_coef=0.5)
         copied = make_policy(loaded, kl_coef=0.5)
-        copied._reference = Reference(loaded, temperature=1.0, chunk_tokens=8)
+        copied.reference = Reference(loaded, temperature=1.0, chunk_tokens=8)
         update(policy)
         mine, theirs = gradient(policy), gradient(copied)
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
@@ -194,15 +194,15 @@ def test_the_reference_of_a_trained_adapter_is_that_adapter(make_model: Any) -> 
     policy = make_policy(loaded, kl_coef=0.1)
     expected = policy.log_probs([row(0, 6)])
     update(policy)
-    assert policy._reference is not None
-    assert torch.equal(policy._reference.logprobs(packed), expected)
+    assert policy.reference is not None
+    assert torch.equal(policy.reference.logprobs(packed), expected)
     assert not torch.equal(policy.log_probs([row(0, 6)]), expected)
 
 
 def test_the_reference_can_follow_the_policy(make_model: Any) -> None:
     loaded = adapted(make_model())
     policy = make_policy(loaded, kl_coef=0.1)
-    reference = policy._reference
+    reference = policy.reference
     assert isinstance(reference, AdapterReference)
     packed, rows = pack([row(0, 6)]), [row(0, 6)]
     update(policy)

@@ -21,7 +21,6 @@ from groupwise.errors import TrainingError
 from groupwise.metrics import Metrics, resolve
 from groupwise.model.loading import LoadedModel
 from groupwise.policy import Policy
-from groupwise.policy.reference import Reference
 from groupwise.rollout.batch import BatchShape, build_batch
 from groupwise.types import (
     Completion,
@@ -342,16 +341,15 @@ def test_the_reference_stays_while_the_policy_moves(make_model: Any) -> None:
     assert kls[0] == [0.0]
     assert kls[1][0] > 0
     assert kls[2][0] > kls[1][0] / 10
-    reference = policy._reference  # nothing public shows the reference's weights
-    assert isinstance(reference, Reference)
-    frozen = reference.loaded.model.parameters()
-    for (name, mine), now in zip(make_model().model.named_parameters(), frozen, strict=True):
+    assert policy.reference is not None
+    reference = policy.reference.loaded
+    for (name, mine), now in zip(make_model().model.named_parameters(), reference.model.parameters(), strict=True):
         assert torch.equal(mine, now), name
         assert not now.requires_grad
 
 
 def test_without_kl_there_is_no_reference(make_model: Any) -> None:
-    assert make_policy(make_model())._reference is None
+    assert make_policy(make_model()).reference is None
 
 
 # --- state ---
