@@ -1,7 +1,7 @@
 """THE loop, read top to bottom. The only file that knows every component; `groupwise.launch` puts them together.
 
-producer --groups--> buffer --P groups--> batch --> policy --version--> weight_sync --> engine --> producer
-                                                        `--> checkpoint, trackers, trajectories, ledger
+producer --> buffer --> selection --P groups--> batch --> policy --version--> weight_sync --> engine --> producer
+                                                            `--> checkpoint, trackers, trajectories, ledger
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from groupwise.files import append_rows
 from groupwise.interrupt import StopRequest
 from groupwise.metrics import Last, Metric, Metrics
 from groupwise.policy import Policy
+from groupwise.policy.upkeep import Upkeep
 from groupwise.rewards import RewardScorer
-from groupwise.rollout import Buffer, Producer, build_batch
+from groupwise.rollout import Buffer, LogprobPass, Producer, Selection, build_batch
 from groupwise.rollout.batch import BatchShape
 from groupwise.rollout.records import ledger_rows, trajectory_rows
 from groupwise.rundir import RunDirectory
@@ -41,8 +42,11 @@ class TrainParts:
     config: Config
     algorithm: Algorithm
     policy: Policy
+    upkeep: Upkeep
     producer: Producer
     buffer: Buffer
+    selection: Selection
+    logprobs: LogprobPass
     scorer: RewardScorer
     weight_sync: InProcessSync
     evaluator: Evaluator
@@ -56,6 +60,7 @@ class TrainParts:
         """What a checkpoint holds."""
         return {
             "policy": self.policy,
+            "upkeep": self.upkeep,
             "producer": self.producer,
             "buffer": self.buffer,
             "evaluator": self.evaluator,
@@ -81,20 +86,24 @@ async def train(parts: TrainParts, *, start: int = 0) -> None:
     for step in range(start, parts.num_steps):
         clock = Clock()
         with clock("rollout"):
-            groups = await parts.buffer.take()
-        batch = build_batch(groups, parts.algorithm, shape=shape, reward_weights=weights)
+            chosen = await parts.selection.take(step)
+        with clock("train"):
+            groups = parts.logprobs.add(chosen.groups)
+        batch = build_batch(groups, parts.algorithm, shape=shape, reward_weights=weights, dropped=chosen.dropped)
         learned: list[Metrics] = []
         for minibatch in batch.minibatches:
             with clock("train"):
                 learned += [parts.policy.forward_backward(mb, minibatch.denominators) for mb in minibatch.microbatches]
                 await parts.weight_sync.wait()
                 learned.append(parts.policy.optim_step())
+        learned.append(parts.upkeep.after(step + 1, learned))
         _record(parts, batch, step + 1)
         await parts.weight_sync.publish(step + 1)
         with clock("eval"):
             scores = await parts.evaluator.maybe_run(step + 1, final=step + 1 == parts.num_steps)
         stopping = bool(parts.stop)  # read once: a request that comes after the save must wait for the next one
-        found = metrics.merge(batch.metrics, parts.scorer.metrics(), *learned, parts.buffer.metrics(), scores)
+        sampled = (chosen.metrics, batch.metrics, parts.scorer.metrics(), parts.buffer.metrics())
+        found = metrics.merge(*sampled, *learned, scores)
         parts.trackers.log(step + 1, metrics.resolve(found | clock.metrics() | _throughput(batch, clock)))
         _maybe_save(parts, step + 1, stopping=stopping)
         if stopping and step + 1 < parts.num_steps:
@@ -105,7 +114,7 @@ async def train(parts: TrainParts, *, start: int = 0) -> None:
 def _record(parts: TrainParts, batch: TrainingBatch, step: int) -> None:
     if parts.config.train.trajectories:
         append_rows(parts.run.trajectory_file(step), trajectory_rows(batch, step=step))
-    parts.run.append_ledger(ledger_rows(batch.groups, step=step))
+    parts.run.append_ledger(ledger_rows(batch.groups, step=step, dropped=batch.dropped))
 
 
 def _maybe_save(parts: TrainParts, step: int, *, stopping: bool) -> None:
@@ -116,5 +125,6 @@ def _maybe_save(parts: TrainParts, step: int, *, stopping: bool) -> None:
 
 
 def _throughput(batch: TrainingBatch, clock: Clock) -> dict[str, Metric]:
-    sampled = sum(len(rollout.token_ids) for group in batch.groups for rollout in group.rollouts)
+    groups = (*batch.groups, *batch.dropped)
+    sampled = sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts)
     return {"throughput/tokens_per_second": Last(sampled / clock.elapsed)}

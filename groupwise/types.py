@@ -113,6 +113,8 @@ class Rollout:
         token_ids, loss_mask, logprobs, policy_versions: each `[T]`; `loss_mask` is 1 where the model wrote the token.
         rewards: each reward function's raw value by name; None where the function does not apply.
         reward: the weighted sum, or None when no function gave a value.
+        old_logprobs, ref_logprobs: `[T]`, by the policy before the step's first update, and by the reference; None
+            where the algorithm does not ask for them.
 
     Example:
         Rollout(sample_index=0, token_ids=(7, 2), loss_mask=(1, 1), logprobs=(-0.1, -0.3), policy_versions=(4, 4),
@@ -130,9 +132,13 @@ class Rollout:
     reward: float | None = None
     status: RolloutStatus = "ok"
     cause: str = ""
+    old_logprobs: tuple[float, ...] | None = None
+    ref_logprobs: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        lengths = {len(self.token_ids), len(self.loss_mask), len(self.logprobs), len(self.policy_versions)}
+        computed = [values for values in (self.old_logprobs, self.ref_logprobs) if values is not None]
+        arrays = (self.token_ids, self.loss_mask, self.logprobs, self.policy_versions, *computed)
+        lengths = {len(values) for values in arrays}
         assert len(lengths) == 1, f"per-token arrays of one rollout differ in length: {sorted(lengths)}"
 
 
@@ -160,6 +166,8 @@ class TrainingRow:
         loss_mask: `[T]`, 1 where the loss counts.
         advantages: `[T]`.
         logprobs: `[T]`, the sampler's log-probs; zeros in supervised training.
+        old_logprobs: `[T]`, by the policy before the step's first update; None: the sampler's are these.
+        ref_logprobs: `[T]`, by the reference; None: the policy asks it when it needs them.
     """
 
     group: int
@@ -168,9 +176,13 @@ class TrainingRow:
     loss_mask: tuple[int, ...]
     advantages: tuple[float, ...]
     logprobs: tuple[float, ...]
+    old_logprobs: tuple[float, ...] | None = None
+    ref_logprobs: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        lengths = {len(self.token_ids), len(self.loss_mask), len(self.advantages), len(self.logprobs)}
+        computed = [values for values in (self.old_logprobs, self.ref_logprobs) if values is not None]
+        arrays = (self.token_ids, self.loss_mask, self.advantages, self.logprobs, *computed)
+        lengths = {len(values) for values in arrays}
         assert len(lengths) == 1, f"per-token arrays of one row differ in length: {sorted(lengths)}"
         assert self.prompt_ids and self.token_ids, "a training row needs at least one prompt and one completion token"
 
@@ -221,12 +233,14 @@ class TrainingBatch:
     Attributes:
         groups: the groups it was built from, in index order.
         advantages: `[groups][G]`, one number per rollout, for trajectories.
+        dropped: groups that were sampled for it and teach nothing: measured and recorded, not learned.
     """
 
     groups: tuple[RolloutGroup, ...]
     advantages: tuple[tuple[float, ...], ...]
     minibatches: tuple[MiniBatch, ...]
     metrics: Metrics
+    dropped: tuple[RolloutGroup, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

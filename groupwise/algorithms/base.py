@@ -21,8 +21,8 @@ from groupwise.algorithms.corrections import (
     truncated,
     veto_mask,
 )
-from groupwise.algorithms.entropy import top_entropy_mask
-from groupwise.algorithms.kl import KlEstimator, kl_penalty
+from groupwise.algorithms.entropy import EntropyControl, top_entropy_mask
+from groupwise.algorithms.kl import KlEstimator, KlPlace, kl_penalty
 from groupwise.algorithms.reduce import Normaliser, token_weights
 from groupwise.metrics import Mean, Metric, Metrics
 from groupwise.types import Denominators
@@ -68,7 +68,7 @@ class LossInputs:
     Attributes:
         logprobs: `[N]`, float32, of the policy that is trained; requires grad.
         old_logprobs: `[N]`, of the policy at sampling time: the sampler's, or recomputed by the trainer.
-        ref_logprobs: `[N]`, of the reference; needed when `Algorithm.needs_reference`.
+        ref_logprobs: `[N]`, of the reference; needed for a KL in the loss.
         entropy: `[N]`, nats; needed (with its gradient for a bonus) when `Algorithm.needs_entropy`.
         advantages: `[N]`.
         mask: `[N]`, 1 where the loss counts, else 0. What stands at a 0 is never read, be it NaN.
@@ -140,6 +140,11 @@ class Algorithm:
 
     The loss is Σ_t w_t·(c_t·l_t + kl_coef·KL_t - entropy_coef·H_t): l the policy loss, c the corrections and the
     entropy filter, w the normaliser's weights (`groupwise.algorithms.reduce.token_weights`), which c does not change.
+
+    Attributes:
+        kl_in: with `reward` the KL is taken off the rewards before advantages, and is no part of the loss.
+        entropy_control: how `entropy_coef` is to change from step to step; None keeps it.
+        masks_truncated: completions cut at the length limit have no loss.
     """
 
     name: str
@@ -147,9 +152,12 @@ class Algorithm:
     policy_loss: PolicyLoss
     normaliser: Normaliser = "token"
     kl_coef: float = 0.0
+    kl_in: KlPlace = "loss"
     kl_estimator: KlEstimator = "k3"
     entropy_coef: float = 0.0
+    entropy_control: EntropyControl | None = None
     top_entropy_fraction: float = 1.0
+    masks_truncated: bool = False
     correction: Correction = NO_CORRECTION
 
     @property
@@ -157,8 +165,26 @@ class Algorithm:
         return self.kl_coef > 0
 
     @property
+    def kl_in_loss(self) -> bool:
+        return self.kl_coef > 0 and self.kl_in == "loss"
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.kl_coef > 0 and self.kl_in == "reward"
+
+    @property
     def needs_entropy(self) -> bool:
-        return self.entropy_coef > 0 or self.top_entropy_fraction < 1
+        return self.has_entropy_bonus or self.top_entropy_fraction < 1
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Now, or in some later step."""
+        return self.entropy_coef > 0 or self.entropy_control is not None
+
+    @property
+    def learns_without_advantage(self) -> bool:
+        """Whether a token whose advantage is zero has a gradient."""
+        return self.kl_in_loss or self.has_entropy_bonus
 
     @property
     def needs_sampler_logprobs(self) -> bool:
@@ -176,7 +202,7 @@ class Algorithm:
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """The micro-batch's loss and metrics (`policy_loss`, `kl`, `entropy`, `clip_ratio/*`, `correction/*`)."""
-        assert inputs.ref_logprobs is not None or not self.needs_reference, f"{self.name}: kl_coef needs ref_logprobs"
+        assert inputs.ref_logprobs is not None or not self.kl_in_loss, f"{self.name}: kl_coef needs ref_logprobs"
         assert inputs.entropy is not None or not self.needs_entropy, f"{self.name}: needs entropy"
         inputs = _without_masked(inputs)
         weights = token_weights(
@@ -187,9 +213,10 @@ class Algorithm:
         policy_loss = torch.sum(weights * corrections * self._entropy_filter(inputs) * term.values)
         sums = _Sums(inputs.mask)
         loss = policy_loss
-        if self.needs_reference and inputs.ref_logprobs is not None:
+        if inputs.ref_logprobs is not None:
             kl = kl_penalty(inputs.logprobs, inputs.ref_logprobs, estimator=self.kl_estimator)
-            loss = loss + self.kl_coef * torch.sum(weights * kl)
+            if self.kl_in_loss:
+                loss = loss + self.kl_coef * torch.sum(weights * kl)
             sums.add("kl", kl)
         if inputs.entropy is not None:
             if self.entropy_coef > 0:

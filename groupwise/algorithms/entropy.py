@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -27,12 +29,27 @@ def top_entropy_mask(entropy: Tensor, *, fraction: float, mask: Tensor, row: Ten
     return ((rank < kept[row]) & (mask > 0)).to(mask.dtype)
 
 
-def adapt_entropy_coef(
-    coef: float, entropy: float, *, target: float, step: float = 0.005, low: float = 0.0, high: float = 1.0
-) -> float:
-    """The next bonus weight: up by `step` when `entropy` (nats) is below `target`, else down, within [low, high].
+@dataclass(frozen=True, slots=True)
+class EntropyControl:
+    """The adaptive entropy control of Skywork-OR1 (arXiv:2505.22312).
 
-    The adaptive entropy control of Skywork-OR1 (arXiv:2505.22312), which applies the bonus only while entropy ≤ target.
+    Attributes:
+        target: nats, the entropy below which the bonus acts.
+        step: by how much its weight changes in one training step, within `low` and `high`.
+
+    Example:
+        EntropyControl(target=0.2).adapt(0.01, 0.15)     # 0.015: entropy is below the target
     """
-    assert low <= high, f"adaptive entropy: low {low} is above high {high}"
-    return min(max(coef + (step if entropy < target else -step), low), high)
+
+    target: float
+    step: float = 0.005
+    low: float = 0.0
+    high: float = 1.0
+
+    def adapt(self, coef: float, entropy: float) -> float:
+        """The next weight: up by `step` when `entropy` (nats) is below the target, else down, within the bounds."""
+        return min(max(coef + (self.step if entropy < self.target else -self.step), self.low), self.high)
+
+    def acting(self, coef: float, entropy: float) -> float:
+        """The weight that acts: `coef` while `entropy` is not above the target, else 0."""
+        return coef if entropy <= self.target else 0.0

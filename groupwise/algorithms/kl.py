@@ -22,6 +22,7 @@ from torch import Tensor
 from groupwise.algorithms.reduce import row_sum
 
 KlEstimator: TypeAlias = Literal["k1", "k2", "k3"]
+KlPlace: TypeAlias = Literal["loss", "reward"]
 
 MAX_LOG_RATIO = 20.0
 """exp() is taken of at most ±this. Beyond e^20 = 5·10^8 a float32 loss has no digits left, and an overflow would turn a

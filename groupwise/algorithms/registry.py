@@ -19,6 +19,7 @@ from groupwise.algorithms.advantages.reinforce_pp_baseline import reinforce_pp_b
 from groupwise.algorithms.advantages.rloo import rloo
 from groupwise.algorithms.base import Algorithm, TokenLoss
 from groupwise.algorithms.corrections import Correction
+from groupwise.algorithms.entropy import EntropyControl
 from groupwise.algorithms.losses.cispo import cispo
 from groupwise.algorithms.losses.gmpo import gmpo
 from groupwise.algorithms.losses.gspo import gspo
@@ -32,8 +33,8 @@ from groupwise.config.algorithm import (
     RECIPES,
     AlgorithmConfig,
     AlgorithmRecipe,
-    check_algorithm,
 )
+from groupwise.config.algorithm_checks import check_algorithm
 
 ADVANTAGES: Mapping[str, Callable[..., tuple[Tensor, ...]]] = {
     "grpo": grpo,
@@ -75,9 +76,12 @@ def build_algorithm(config: AlgorithmConfig) -> Algorithm:
         policy_loss=partial(LOSSES[config.loss], **loss_settings),
         normaliser=config.normaliser,
         kl_coef=config.kl_coef,
+        kl_in=config.kl_in,
         kl_estimator=config.kl_estimator,
         entropy_coef=config.entropy_coef,
+        entropy_control=_entropy_control(config),
         top_entropy_fraction=config.top_entropy_fraction,
+        masks_truncated=config.overlong == "mask",
         correction=Correction(
             kind=config.correction,
             level=config.correction_level or "token",
@@ -87,6 +91,13 @@ def build_algorithm(config: AlgorithmConfig) -> Algorithm:
             off_policy_mask=config.off_policy_mask,
         ),
     )
+
+
+def _entropy_control(config: AlgorithmConfig) -> EntropyControl | None:
+    step, low, high = config.entropy_coef_step, config.entropy_coef_min, config.entropy_coef_max
+    if config.entropy_target is None or step is None or low is None or high is None:
+        return None
+    return EntropyControl(config.entropy_target, step, low, high)
 
 
 def describe_algorithms() -> list[AlgorithmRecipe]:

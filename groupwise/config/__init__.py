@@ -12,7 +12,7 @@ from groupwise.config.lora import LoraConfig
 from groupwise.config.model import ModelConfig
 from groupwise.config.optim import OptimConfig
 from groupwise.config.reward import RewardConfig
-from groupwise.config.rollout import RolloutConfig
+from groupwise.config.rollout import EXACT_ENGINES, RolloutConfig
 from groupwise.config.sft import SftConfig
 from groupwise.config.tracking import TrackingConfig
 from groupwise.config.train import TrainConfig
@@ -52,6 +52,17 @@ class Config(Section):
     sft: SftConfig = SftConfig()  # type: ignore[call-arg]
     eval: EvalConfig = EvalConfig()  # type: ignore[call-arg]
     tracking: TrackingConfig = TrackingConfig()  # type: ignore[call-arg]
+
+    @property
+    def exact_logprobs(self) -> bool:
+        """Whether the sampler's log-probs are those of the weights that learn from them."""
+        return self.rollout.engine in EXACT_ENGINES and self.train.max_off_policy_steps == 0
+
+    @property
+    def recomputes_logprobs(self) -> bool:
+        """Whether a forward of the policy gives the old log-probs, beside the sampler's."""
+        chosen = self.algorithm.old_logprobs
+        return chosen == "policy" or (chosen == "auto" and not self.exact_logprobs)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

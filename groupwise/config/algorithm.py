@@ -7,16 +7,14 @@ So the resolved config shows every number that acts.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from groupwise.config.base import Section
-from groupwise.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +171,18 @@ CORRECTION_SETTINGS: Mapping[str, Mapping[str, Any]] = {
 }
 """The keys that each mismatch correction takes, with their defaults."""
 
+SEQUENCE_LOSSES = ("gspo", "gmpo")
+"""Losses with one ratio per completion."""
+
+KL_SETTINGS: Mapping[str, Mapping[str, Any]] = {"loss": {"kl_estimator": "k3"}, "reward": {"kl_estimator": "k1"}}
+"""The keys that each place of the KL takes, with their defaults."""
+
+SWITCHED_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "reference_sync_every": {"reference_mixup": 0.6},
+    "entropy_target": {"entropy_coef_step": 0.005, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0},
+}
+"""A key that is off when it is 0 or none, and the keys that act while it is on, with their defaults."""
+
 
 class AlgorithmConfig(Section):
     name: str = Field("grpo", description="`groupwise algorithms` lists them")
@@ -194,10 +204,35 @@ class AlgorithmConfig(Section):
     sapo_temperature_positive: float | None = Field(None, gt=0, description="loss sapo: where the advantage is above 0")
     sapo_temperature_negative: float | None = Field(None, gt=0, description="loss sapo: where it is 0 or below")
     kl_coef: float = Field(0.0, ge=0, description="weight of the KL to the reference; 0 loads no reference")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3")
-    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
+    kl_in: Literal["loss", "reward"] = Field(
+        "loss", description="each token's KL is part of its loss, or a completion's sum is taken off its reward"
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="not given: k3 in the loss, k1 in the reward")
+    reference_sync_every: int = Field(
+        0, ge=0, description="training steps after which the reference moves towards the policy; 0 keeps it frozen"
+    )
+    reference_mixup: float | None = Field(
+        None, gt=0, le=1, description="the reference becomes mixup x policy + (1 - mixup) x reference"
+    )
+    entropy_coef: float = Field(
+        0.0, ge=0, description="weight of the entropy bonus; with entropy_target, the first one"
+    )
+    entropy_target: float | None = Field(
+        None, gt=0, description="nats; the weight rises while entropy is below, falls while above; none keeps it fixed"
+    )
+    entropy_coef_step: float | None = Field(None, gt=0, description="by how much the weight rises or falls in a step")
+    entropy_coef_min: float | None = Field(None, ge=0)
+    entropy_coef_max: float | None = Field(None, gt=0)
     top_entropy_fraction: float = Field(
         1.0, gt=0, le=1, description="this part of each completion's tokens, those of most entropy, has a policy loss"
+    )
+    overlong: Literal["keep", "mask"] = Field(
+        "keep", description="mask: a completion cut at max_completion_tokens shapes the baseline, but has no loss"
+    )
+    old_logprobs: Literal["auto", "sampler", "policy"] = Field(
+        "auto",
+        description="log-probs that ratios start from: the sampler's, or the policy's own, from one more forward; auto "
+        "is the sampler's where they are exact: the native engine with train.max_off_policy_steps = 0",
     )
     correction: Literal["none", "truncate", "mask", "decoupled"] = Field(
         "none", description="weight by policy over sampler: cut at correction_high, 0 out of bounds, or as it is"
@@ -225,69 +260,34 @@ class AlgorithmConfig(Section):
         recipe = RECIPES.get(str(chosen.get("name", "grpo")))
         if recipe is None:
             return chosen
-        parts = {"advantage": recipe.advantage, "loss": recipe.loss, "correction": "none", **chosen}
+        parts = {"advantage": recipe.advantage, "loss": recipe.loss, "correction": "none", "kl_in": "loss", **chosen}
         defaults: dict[str, Any] = dict.fromkeys(conditional)
-        for part_key, table in _TABLES.items():
+        for part_key, table in PART_SETTINGS.items():
             defaults.update(table.get(str(parts[part_key]), {}))
+        if parts["loss"] in SEQUENCE_LOSSES and parts["correction"] != "none":
+            defaults["correction_level"] = "sequence"
+        for switch, dependents in SWITCHED_SETTINGS.items():
+            if chosen.get(switch):
+                defaults.update(dependents)
         # A recipe's numbers belong to its own parts: DAPO's clip must not reach a GSPO loss chosen beside its name.
         defaults.update({key: value for key, value in recipe.settings.items() if _comes_with(key, recipe, parts)})
         return {"normaliser": recipe.normaliser, **defaults, **parts}
 
 
-def check_algorithm(config: AlgorithmConfig) -> None:
-    """Refuse unknown names and settings that could not act. Light: needs no torch.
-
-    Raises:
-        ConfigError: names the key, the reason and what to do.
-    """
-    _known(config.name, RECIPES, key="name")
-    _known(config.advantage, ADVANTAGE_SETTINGS, key="advantage")
-    _known(config.loss, LOSS_SETTINGS, key="loss")
-    chosen = {"advantage": config.advantage, "loss": config.loss, "correction": config.correction}
-    values: Mapping[str, Any] = config.model_dump()
-    for key in _conditional_keys():
-        if values[key] is None or _is_used(key, chosen):
-            continue
-        own = ", ".join(f"{part_key} = {part!r}" for part_key, part in chosen.items())
-        users = [
-            f"{part_key} = {part!r}" for part_key, table in _TABLES.items() for part in table if key in table[part]
-        ]
-        raise ConfigError(
-            f"algorithm.{key} = {values[key]!r} has no effect with {own}; remove it, or choose {' or '.join(users)}"
-        )
-    _check_bounds(config)
-
-
-def _check_bounds(config: AlgorithmConfig) -> None:
-    low, high = config.correction_low, config.correction_high
-    if low is not None and high is not None and low >= high:
-        raise ConfigError(f"algorithm.correction_low = {low} is not below correction_high = {high}; lower the first")
-
-
-_TABLES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+PART_SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "advantage": ADVANTAGE_SETTINGS,
     "loss": LOSS_SETTINGS,
     "correction": CORRECTION_SETTINGS,
+    "kl_in": KL_SETTINGS,
 }
+"""Every key that names a part, and what its parts take."""
 
 
 def _conditional_keys() -> list[str]:
-    return sorted({key for table in _TABLES.values() for settings in table.values() for key in settings})
+    tables = [*PART_SETTINGS.values(), SWITCHED_SETTINGS]
+    return sorted({key for table in tables for settings in table.values() for key in settings})
 
 
 def _comes_with(key: str, recipe: AlgorithmRecipe, parts: Mapping[str, Any]) -> bool:
     own = {"advantage": recipe.advantage, "loss": recipe.loss}
-    return any(key in _TABLES[part_key][part] and parts[part_key] == part for part_key, part in own.items())
-
-
-def _is_used(key: str, parts: Mapping[str, Any]) -> bool:
-    return any(key in table.get(str(parts[part_key]), {}) for part_key, table in _TABLES.items())
-
-
-def _known(name: str, names: Iterable[str], *, key: str) -> None:
-    known = sorted(names)
-    if name in known:
-        return
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}? It is" if nearest else "it is"
-    raise ConfigError(f"algorithm.{key} = {name!r} does not exist; {hint} one of {', '.join(known)}")
+    return any(key in PART_SETTINGS[part_key][part] and parts[part_key] == part for part_key, part in own.items())

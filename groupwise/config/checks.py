@@ -53,12 +53,77 @@ def _algorithm_problems(config: Config) -> list[str]:
             f"algorithm.pass_k = {algorithm.pass_k}: with rollout.group_size = {config.rollout.group_size} "
             "a group of pass_k samples is the whole group, so all advantages are 0; lower pass_k or raise group_size"
         )
+    return found + _correction_problems(config) + _dynamic_sampling_problems(config) + _overlong_problems(config)
+
+
+def _correction_problems(config: Config) -> list[str]:
+    algorithm, found = config.algorithm, list[str]()
     if algorithm.correction != "none" or algorithm.correction_veto is not None:
+        name = "correction" if algorithm.correction != "none" else "correction_veto"
+        setting = f"algorithm.{name} = {config.algorithm.model_dump()[name]!r}"
+        if not config.recomputes_logprobs:
+            found.append(
+                f"{setting}: it weighs the policy's log-probs against the sampler's, and here the sampler's stand for "
+                "both, as they are exact; leave it out, or set algorithm.old_logprobs to 'policy' to compute them "
+                "again and see"
+            )
+        if config.rollout.filters:
+            found.append(
+                f"{setting} does not go with {' and '.join(config.rollout.filters)}: the sampler's log-probs are those "
+                "before such filters, so the weight would not be that of the distribution that was sampled from; "
+                "leave out one or the other"
+            )
+    if algorithm.off_policy_mask is not None and config.exact_logprobs and config.optim.steps_per_batch == 1:
         found.append(
-            f"algorithm.correction = {algorithm.correction!r}: a mismatch correction has nothing to correct "
-            f"here, because the {config.rollout.engine} engine's log-probs are the trainer's own; leave it out"
+            f"algorithm.off_policy_mask = {algorithm.off_policy_mask}: with optim.steps_per_batch = 1 every sample is "
+            "learned by the very weights that drew it, so there is no drift to mask; leave it out, or take more steps"
         )
     return found
+
+
+def _dynamic_sampling_problems(config: Config) -> list[str]:
+    cap, found = config.rollout.dynamic_sampling_cap, list[str]()
+    if cap == 0:
+        return found
+    setting = f"rollout.dynamic_sampling_cap = {cap}"
+    if cap == 1:
+        found.append(f"{setting}: no prompt could be replaced; use 2 or more, or 0 to keep every group")
+    if config.algorithm.advantage == "reinforce_pp":
+        found.append(
+            f"{setting} does not go with algorithm.advantage = 'reinforce_pp': its baseline is the whole batch's, so a "
+            "group of equal rewards teaches as well; use 'reinforce_pp_baseline', or set the cap to 0"
+        )
+    if config.train.max_off_policy_steps:
+        found.append(
+            f"{setting} does not go with train.max_off_policy_steps = {config.train.max_off_policy_steps}: groups that "
+            "come in place of others would have other weights than theirs; set one of the two to 0"
+        )
+    return found
+
+
+def _overlong_problems(config: Config) -> list[str]:
+    longest, found = config.rollout.max_completion_tokens, list[str]()
+    for number, reward in enumerate(config.reward):
+        most, buffer = reward.args.get("max_tokens"), reward.args.get("buffer_tokens")
+        if reward.name != "overlong" or not isinstance(most, int) or not isinstance(buffer, int):
+            continue
+        start = most - buffer
+        if start >= longest:
+            found.append(
+                f"reward.{number} (overlong): its penalty starts beyond {start} tokens, which no completion has with "
+                f"rollout.max_completion_tokens = {longest}; set its max_tokens to {longest}"
+            )
+    return found
+
+
+def sampling_remark(config: Config) -> str | None:
+    """What to know about samples that do not come from the policy's own distribution; None where they do."""
+    if not config.rollout.filters:
+        return None
+    return (
+        f"{' and '.join(config.rollout.filters)}: samples come from a filtered distribution, and are learned as if "
+        "the policy itself had drawn them; ratios and log-probs are the policy's, before filters"
+    )
 
 
 def check_supervised(config: Config, *, provided: Collection[str] = ()) -> None:

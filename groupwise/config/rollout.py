@@ -6,6 +6,9 @@ from pydantic import Field
 
 from groupwise.config.base import Section
 
+EXACT_ENGINES = ("native",)
+"""Engines whose log-probs are the trainer's own, bit by bit on a CPU."""
+
 
 class RolloutConfig(Section):
     engine: str = Field("native", description="native runs in this process on the policy's own weights")
@@ -20,9 +23,22 @@ class RolloutConfig(Section):
     min_completion_tokens: int = Field(0, ge=0)
     stop: tuple[str, ...] = Field((), description="strings that end a completion")
     stop_token_ids: tuple[int, ...] = Field((), description="tokens that end a completion, beside the model's own")
+    dynamic_sampling_cap: int = Field(
+        0,
+        ge=0,
+        description="replace groups that teach nothing (equal rewards) by fresh prompts, until a step has sampled this "
+        "many times prompts_per_step; 0 keeps every group",
+    )
     max_concurrent_samples: int = Field(256, ge=1, description="samples decoded together")
     kv_cache_gib: float | None = Field(
         None,
         gt=0,
         description="memory for keys and values; none is 60 % of what training leaves free on the GPU, 4 on a CPU",
     )
+
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """The settings, as `name = value`, for which samples come from another distribution than the policy's."""
+        neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "min_completion_tokens": 0}
+        values = self.model_dump(include=set(neutral))
+        return tuple(f"rollout.{name} = {values[name]}" for name, off in neutral.items() if values[name] != off)

@@ -8,13 +8,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from groupwise.algorithms import build_algorithm
 from groupwise.checkpoint import find_latest, load_checkpoint
 from groupwise.config import Config
-from groupwise.config.checks import check_trainable
+from groupwise.config.checks import check_trainable, sampling_remark
 from groupwise.data import PromptSampler, PromptSet, check_rows, load_prompts, read_rows
 from groupwise.data.files import Source
 from groupwise.engines import build_engine, check_engine
@@ -32,8 +33,10 @@ from groupwise.model.loading import (
 )
 from groupwise.policy import Policy
 from groupwise.policy.bundle import BundleWriter
+from groupwise.policy.upkeep import AdaptiveEntropy, ReferenceSync, Upkeep
 from groupwise.rewards import RewardScorer
-from groupwise.rollout import Buffer, Producer
+from groupwise.rollout import Buffer, LogprobPass, Producer, Selection
+from groupwise.rollout.batch import teaches
 from groupwise.rundir import RunDirectory, check_place
 from groupwise.tracking import build_trackers, check_backends
 from groupwise.train import TrainParts, train
@@ -113,9 +116,13 @@ def run_training(
     run.record(config)
     with run.logging(), catch_interrupts() as stop:
         logger.info("training data: %s", data.train.describe())
+        if remark := sampling_remark(config):
+            logger.warning(remark)
+        control = algorithm.entropy_control
+        adaptive = None if control is None else AdaptiveEntropy(algorithm, control)
         policy = Policy(
             loaded,
-            algorithm,
+            adaptive or algorithm,
             optim=config.optim,
             train=config.train,
             total_updates=steps * config.optim.steps_per_batch,
@@ -128,12 +135,27 @@ def run_training(
         buffer = Buffer(
             prompts_per_step=config.rollout.prompts_per_step, max_off_policy_steps=config.train.max_off_policy_steps
         )
+        producer = _producer(config, data, engine, scorer, buffer=buffer, steps=steps)
         parts = TrainParts(
             config=config,
             algorithm=algorithm,
             policy=policy,
-            producer=_producer(config, data, engine, scorer, buffer=buffer, steps=steps),
+            upkeep=_upkeep(config, policy, adaptive),
+            producer=producer,
             buffer=buffer,
+            selection=Selection(
+                buffer,
+                producer,
+                prompts_per_step=config.rollout.prompts_per_step,
+                cap=config.rollout.dynamic_sampling_cap,
+                teaches=partial(teaches, algorithm=algorithm, reward_weights=scorer.weights),
+            ),
+            logprobs=LogprobPass(
+                policy,
+                old=config.recomputes_logprobs,
+                reference=algorithm.kl_in_reward,
+                micro_batch_tokens=config.train.micro_batch_tokens,
+            ),
             scorer=scorer,
             weight_sync=InProcessSync(policy, engine),
             evaluator=_evaluator(config, given, data, engine, reports=reports),
@@ -245,8 +267,15 @@ def _producer(
         buffer,
         sampling=_sampling(config),
         group_size=config.rollout.group_size,
-        total_groups=steps * config.rollout.prompts_per_step,
+        total_steps=steps,
     )
+
+
+def _upkeep(config: Config, policy: Policy, adaptive: AdaptiveEntropy | None) -> Upkeep:
+    reference, alpha = policy.reference, config.algorithm.reference_mixup
+    if reference is None or alpha is None:
+        return Upkeep(entropy=adaptive, sync=None)
+    return Upkeep(entropy=adaptive, sync=ReferenceSync(reference, config.algorithm.reference_sync_every, alpha))
 
 
 def _evaluator(config: Config, given: Given, data: _Data, engine: Engine, *, reports: _Reports) -> Evaluator:

@@ -1,4 +1,4 @@
-"""What training adds to a model: backward passes, the optimiser, schedules, a frozen reference."""
+"""What training adds to a model: backward passes, the optimiser, schedules, the reference."""
 
 from groupwise.policy.policy import Objective, Policy
 

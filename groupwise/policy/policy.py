@@ -109,7 +109,8 @@ class Policy:
         """
         packed = pack(batch.rows).to(self.loaded.device)
         # Before the policy's own forward, because with LoRA it is the same module.
-        reference = None if self.reference is None else self.reference.logprobs(packed)
+        known = batch.rows[0].ref_logprobs is not None
+        reference = None if self.reference is None or known else self.reference.logprobs(packed)
         with torch.set_grad_enabled(batch.backward), self._learning_mode(batch.backward):
             scores = self._scores(packed, self._objective.needs_entropy)
             inputs = self._inputs(batch.rows, packed, scores, reference, denominators)
@@ -166,23 +167,30 @@ class Policy:
         device = self.loaded.device
 
         def per_token(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
+            return torch.tensor(values, dtype=scores.logprobs.dtype, device=device)
 
+        known = [row.ref_logprobs for row in rows if row.ref_logprobs is not None]
+        recomputed = [row.old_logprobs for row in rows if row.old_logprobs is not None]
+        assert len(known) in (0, len(rows)), "some rows of a micro-batch have the reference's log-probs, others not"
+        assert len(recomputed) in (0, len(rows)), "some rows of a micro-batch have recomputed log-probs, others not"
+        sampled = per_token([x for row in rows for x in row.logprobs])
         return LossInputs(
             logprobs=scores.logprobs,
-            old_logprobs=per_token([x for row in rows for x in row.logprobs]),
-            ref_logprobs=reference,
+            old_logprobs=per_token([x for values in recomputed for x in values]) if recomputed else sampled,
+            ref_logprobs=per_token([x for values in known for x in values]) if known else reference,
             entropy=scores.entropy,
             advantages=per_token([x for row in rows for x in row.advantages]),
             mask=per_token([float(x) for row in rows for x in row.loss_mask]),
             row=packed.row,
             num_rows=len(rows),
             denominators=denominators,
+            sampler_logprobs=sampled if recomputed else None,
         )
 
     def _mismatch(self, rows: Sequence[TrainingRow], inputs: LossInputs) -> dict[str, Mean | Max]:
         """How far the sampler's log-probs are from the trainer's, while both have the same weights."""
-        drift = ((inputs.logprobs.detach() - inputs.old_logprobs) * inputs.mask).abs()
+        sampled = inputs.old_logprobs if inputs.sampler_logprobs is None else inputs.sampler_logprobs
+        drift = ((inputs.logprobs.detach() - sampled) * inputs.mask).abs()
         largest = float(drift.max())
         if largest > 0 and self.loaded.device.type == "cpu" and not self._dropout:
             first = int((drift > 0).nonzero()[0])
@@ -204,6 +212,11 @@ class Policy:
     def log_probs(self, rows: Sequence[TrainingRow]) -> Tensor:
         """`[M]` log-probs of the rows' completion tokens, row after row, at the sampling temperature."""
         return self._scores(pack(rows).to(self.loaded.device), False).logprobs
+
+    def reference_log_probs(self, rows: Sequence[TrainingRow]) -> Tensor:
+        """`[M]`, as `log_probs`, of the reference."""
+        assert self.reference is not None, "the objective asked for no reference"
+        return self.reference.logprobs(pack(rows).to(self.loaded.device))
 
     def optim_step(self) -> Metrics:
         """Clip, update, forget the gradients. A gradient that is not finite skips the update; three in a row raise.

@@ -2,6 +2,8 @@
 
 from groupwise.rollout.batch import build_batch
 from groupwise.rollout.buffer import Buffer
+from groupwise.rollout.logprobs import LogprobPass
 from groupwise.rollout.producer import Producer
+from groupwise.rollout.selection import Selection
 
-__all__ = ["Buffer", "Producer", "build_batch"]
+__all__ = ["Buffer", "LogprobPass", "Producer", "Selection", "build_batch"]

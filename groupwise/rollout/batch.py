@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from groupwise.algorithms.base import AdvantageInputs, Algorithm
+from groupwise.algorithms.kl import kl_in_reward, kl_penalty
 from groupwise.metrics import Max, Mean, Metric, Min, Sum
 from groupwise.rollout.microbatches import split_rows
 from groupwise.types import Denominators, MiniBatch, Rollout, RolloutGroup, TrainingBatch, TrainingRow
@@ -36,6 +38,7 @@ def build_batch(
     *,
     shape: BatchShape,
     reward_weights: dict[str, float],
+    dropped: Sequence[RolloutGroup] = (),
 ) -> TrainingBatch:
     """Turn groups `[P]` into mini-batches.
 
@@ -44,31 +47,65 @@ def build_batch(
 
     Args:
         reward_weights: weight of each reward by name.
+        dropped: groups sampled for this batch that it leaves out.
     """
-    advantages = _advantages(groups, algorithm, reward_weights)
-    shares = _shares(len(groups), shape.steps_per_batch)
-    always = algorithm.needs_reference or algorithm.needs_entropy
+    rewards = [_rewards(group) for group in groups]
+    metrics = batch_metrics([*groups, *dropped])
+    if algorithm.kl_in_reward:
+        penalised = [_less_kl(raw, group, algorithm) for raw, group in zip(rewards, groups, strict=True)]
+        metrics["reward_kl_penalty"] = _mean_difference(rewards, penalised)
+        rewards = penalised
+    advantages = _advantages(groups, rewards, algorithm, weights=reward_weights)
     minibatches = [
-        _minibatch([row for g in share for row in _rows(groups[g], advantages[g])], shape, always=always)
-        for share in shares
+        _minibatch([row for g in share for row in _rows(groups[g], advantages[g], algorithm)], shape, algorithm)
+        for share in _shares(len(groups), shape.steps_per_batch)
     ]
-    return TrainingBatch(tuple(groups), advantages, tuple(minibatches), batch_metrics(groups))
+    return TrainingBatch(tuple(groups), advantages, tuple(minibatches), metrics, tuple(dropped))
+
+
+def teaches(group: RolloutGroup, algorithm: Algorithm, *, reward_weights: dict[str, float]) -> bool:
+    """Whether the group alone, by its rewards, has an advantage that is not zero."""
+    (advantages,) = _advantages([group], [_rewards(group)], algorithm, weights=reward_weights)
+    return any(advantages)
 
 
 def _shares(count: int, steps: int) -> list[range]:
-    """Contiguous, of sizes that differ by at most one."""
-    assert steps <= count, f"{steps} optimiser steps need at least as many prompts, got {count}"
+    """Contiguous, of sizes that differ by at most one; some are empty where there are fewer groups than steps."""
     return [range(count * i // steps, count * (i + 1) // steps) for i in range(steps)]
 
 
+def _rewards(group: RolloutGroup) -> Tensor:
+    """`[G]`, NaN where there is none."""
+    return torch.tensor([math.nan if r.reward is None else r.reward for r in group.rollouts], dtype=torch.float64)
+
+
+def _less_kl(rewards: Tensor, group: RolloutGroup, algorithm: Algorithm) -> Tensor:
+    """`[G]` rewards of a group less the KL of its completions at sampling time."""
+    counted = [(i, r) for i, r in enumerate(group.rollouts) if r.ref_logprobs is not None]
+    old = [x for _, r in counted for x in (r.logprobs if r.old_logprobs is None else r.old_logprobs)]
+    kl = kl_penalty(
+        torch.tensor(old, dtype=torch.float64),
+        torch.tensor([x for _, r in counted for x in r.ref_logprobs or ()], dtype=torch.float64),
+        estimator=algorithm.kl_estimator,
+    )
+    mask = torch.tensor([float(x) for _, r in counted for x in r.loss_mask], dtype=torch.float64)
+    row = torch.tensor([i for i, r in counted for _ in r.token_ids], dtype=torch.int64)
+    return kl_in_reward(rewards, kl, coef=algorithm.kl_coef, mask=mask, row=row)
+
+
+def _mean_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> Mean:
+    taken = [x for one, other in zip(before, after, strict=True) for x in (one - other).tolist() if not math.isnan(x)]
+    return Mean(sum(taken), len(taken))
+
+
 def _advantages(
-    groups: Sequence[RolloutGroup], algorithm: Algorithm, weights: dict[str, float]
+    groups: Sequence[RolloutGroup], rewards: Sequence[Tensor], algorithm: Algorithm, *, weights: dict[str, float]
 ) -> tuple[tuple[float, ...], ...]:
     def value(number: float | None) -> float:
         return math.nan if number is None else number
 
     inputs = AdvantageInputs(
-        rewards=tuple(torch.tensor([value(r.reward) for r in group.rollouts], dtype=torch.float64) for group in groups),
+        rewards=tuple(rewards),
         components=tuple(
             torch.tensor(
                 [
@@ -87,7 +124,7 @@ def _advantages(
     return tuple(tuple(values.tolist()) for values in algorithm.advantages(inputs))
 
 
-def _rows(group: RolloutGroup, advantages: Sequence[float]) -> list[TrainingRow]:
+def _rows(group: RolloutGroup, advantages: Sequence[float], algorithm: Algorithm) -> list[TrainingRow]:
     return [
         TrainingRow(
             group=group.index,
@@ -96,13 +133,21 @@ def _rows(group: RolloutGroup, advantages: Sequence[float]) -> list[TrainingRow]
             loss_mask=rollout.loss_mask,
             advantages=(advantage,) * len(rollout.token_ids),
             logprobs=rollout.logprobs,
+            old_logprobs=rollout.old_logprobs,
+            ref_logprobs=rollout.ref_logprobs,
         )
         for rollout, advantage in zip(group.rollouts, advantages, strict=True)
-        if rollout.reward is not None and rollout.token_ids
+        if is_learnable(rollout) and not (algorithm.masks_truncated and rollout.finish_reason == "length")
     ]
 
 
-def _minibatch(rows: Sequence[TrainingRow], shape: BatchShape, *, always: bool) -> MiniBatch:
+def is_learnable(rollout: Rollout) -> bool:
+    """Whether it has tokens, and a reward for them."""
+    return rollout.reward is not None and bool(rollout.token_ids)
+
+
+def _minibatch(rows: Sequence[TrainingRow], shape: BatchShape, algorithm: Algorithm) -> MiniBatch:
+    always = algorithm.learns_without_advantage
     learning = [row for row in rows if always or any(row.advantages)]
     measured = [row for row in rows if not (always or any(row.advantages))]
     counts = [sum(row.loss_mask) for row in rows]

@@ -64,7 +64,7 @@ class Producer:
     """Keeps the engine busy with every group whose version exists, and puts finished groups into the buffer.
 
     Args:
-        total_groups: groups of the whole run; none beyond is sampled.
+        total_steps: steps of the whole run; no group beyond is sampled.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Producer:
         *,
         sampling: SamplingParams,
         group_size: int,
-        total_groups: int,
+        total_steps: int,
     ) -> None:
         self._engine = engine
         self._scorer = scorer
@@ -84,16 +84,19 @@ class Producer:
         self._buffer = buffer
         self._sampling = sampling
         self._group_size = group_size
-        self._total = total_groups
+        self._total_steps = total_steps
         self._tasks: set[asyncio.Task[None]] = set()
 
     def admit(self, version: int) -> None:
         """Start every group that `version` (the newest) allows and that is not started yet."""
-        while self._sampler.position < self._total and self._buffer.pin(self._sampler.position) <= version:
+        while self._is_due(self._sampler.position, version):
             item = self._sampler.take(1)[0]
             task = asyncio.get_running_loop().create_task(self._produce(item.index, item.prompt, version))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _is_due(self, index: int, version: int) -> bool:
+        return self._buffer.step_of(index) < self._total_steps and self._buffer.pin(index) <= version
 
     async def _produce(self, index: int, prompt: Prompt, version: int) -> None:
         # An engine's draw is a function of seed, prompt and sample; a prompt that comes again must not draw the same.

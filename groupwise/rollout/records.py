@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from groupwise.types import RolloutGroup, TrainingBatch
@@ -11,7 +11,8 @@ from groupwise.types import RolloutGroup, TrainingBatch
 
 def trajectory_rows(batch: TrainingBatch, *, step: int) -> Iterator[dict[str, Any]]:
     """One row per rollout: prompt, text, each reward, advantage, lengths, finish reason, version."""
-    for group, advantages in zip(batch.groups, batch.advantages, strict=True):
+    without = [(0.0,) * len(group.rollouts) for group in batch.dropped]
+    for group, advantages in zip((*batch.groups, *batch.dropped), (*batch.advantages, *without), strict=True):
         for rollout, advantage in zip(group.rollouts, advantages, strict=True):
             yield {
                 "step": step,
@@ -35,15 +36,19 @@ def trajectory_rows(batch: TrainingBatch, *, step: int) -> Iterator[dict[str, An
             }
 
 
-def ledger_rows(groups: tuple[RolloutGroup, ...], *, step: int) -> Iterator[dict[str, Any]]:
-    """One row per group: which prompt was sampled for which step, and a digest of what came of it."""
-    for group in groups:
+def ledger_rows(
+    groups: Sequence[RolloutGroup], *, step: int, dropped: Sequence[RolloutGroup] = ()
+) -> Iterator[dict[str, Any]]:
+    """One row per group: which prompt served which step, if it was learned, a digest of what came of it."""
+    left_out = {group.index for group in dropped}
+    for group in sorted((*groups, *dropped), key=lambda group: group.index):
         content = repr([(r.token_ids, r.logprobs, r.reward) for r in group.rollouts]).encode()
         yield {
             "step": step,
             "group": group.index,
             "uid": group.prompt.uid,
             "samples": len(group.rollouts),
+            "learned": group.index not in left_out,
             "policy_version": min((v for r in group.rollouts for v in r.policy_versions), default=None),
             "digest": hashlib.blake2b(content, digest_size=16).hexdigest(),
         }

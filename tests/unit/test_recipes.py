@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from groupwise.config import Config
-from groupwise.config.algorithm import check_algorithm
+from groupwise.config.algorithm_checks import check_algorithm
 from groupwise.config.checks import check_supervised, check_trainable
 from groupwise.config.loading import load_config
 from groupwise.engines import check_engine

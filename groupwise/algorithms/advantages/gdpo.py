@@ -16,9 +16,8 @@ def gdpo(inputs: AdvantageInputs) -> tuple[Tensor, ...]:
     function that gave a rollout no value adds 0 to it.
     """
     groups = zip(inputs.components, inputs.rewards, strict=True)
-    return whiten(
-        [_decoupled(components, rewards, weights=inputs.weights) for components, rewards in groups], inputs.rewards
-    )
+    decoupled = [_decoupled(components, rewards, weights=inputs.weights) for components, rewards in groups]
+    return whiten(decoupled, inputs.rewards, centred=True)
 
 
 def _decoupled(components: Tensor, rewards: Tensor, *, weights: tuple[float, ...]) -> Tensor:

@@ -9,5 +9,8 @@ from groupwise.algorithms.base import AdvantageInputs
 
 
 def reinforce_pp_baseline(inputs: AdvantageInputs) -> tuple[Tensor, ...]:
-    """A_i = (d_i - mean) / (std + 1e-4) over the batch, where d_i = r_i - mean of the group (arXiv:2501.03262)."""
-    return whiten(by_group(inputs, lambda rewards, _: rewards - rewards.mean()), inputs.rewards)
+    """A_i = d_i / (std of d over the batch + 1e-4), where d_i = r_i - mean of the group (arXiv:2501.03262).
+
+    The paper also subtracts the batch's mean of d, which is 0.
+    """
+    return whiten(by_group(inputs, lambda rewards, _: rewards - rewards.mean()), inputs.rewards, centred=True)

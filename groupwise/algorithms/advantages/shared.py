@@ -44,19 +44,23 @@ def all_equal(values: Tensor) -> bool:
     return values.numel() == 0 or bool(values.max() == values.min())
 
 
-def standardised(values: Tensor) -> Tensor:
-    """(v - mean) / (std + `EPSILON`) with the unbiased std; exactly 0 when all values are equal."""
+def standardised(values: Tensor, *, centred: bool = False) -> Tensor:
+    """(v - mean) / (std + `EPSILON`) with the unbiased std; exactly 0 when all values are equal.
+
+    Args:
+        centred: the mean is known to be 0; what rounding made of it is not subtracted, so a zero stays exactly zero.
+    """
     if all_equal(values):
         return torch.zeros_like(values)
-    return (values - values.mean()) / (values.std() + EPSILON)
+    return (values if centred else values - values.mean()) / (values.std() + EPSILON)
 
 
-def whiten(groups: Sequence[Tensor], rewards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def whiten(groups: Sequence[Tensor], rewards: Sequence[Tensor], *, centred: bool = False) -> tuple[Tensor, ...]:
     """`groups` standardised over all rollouts of the batch that have a reward; 0 for the others."""
     if not groups:
         return ()
     valid = ~torch.isnan(torch.cat(list(rewards)))
     flat = torch.cat(list(groups))
     result = torch.zeros_like(flat)
-    result[valid] = standardised(flat[valid])
+    result[valid] = standardised(flat[valid], centred=centred)
     return torch.split(result, [group.shape[0] for group in groups])

@@ -104,7 +104,7 @@ def _sft(args: argparse.Namespace) -> None:
 
 def _check_parts(config: Config) -> None:
     """What training would refuse in the names that its parts go by."""
-    from groupwise.config.algorithm import check_algorithm
+    from groupwise.config.algorithm_checks import check_algorithm
     from groupwise.engines import check_engine
     from groupwise.rewards import RewardScorer
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from groupwise.algorithms import LossInputs, build_algorithm
 from groupwise.config import AlgorithmConfig
+from groupwise.config.algorithm import SEQUENCE_LOSSES
 from groupwise.metrics import Mean, merge, resolve
 from groupwise.types import Denominators
 
@@ -60,8 +61,11 @@ def grad_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 EVERY = [
-    {"name": name, "kl_coef": 0.1, "entropy_coef": 0.01, "correction": "mask", "top_entropy_fraction": 0.7}
-    for name in ("grpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "sapo", "gmpo", "rloo")
+    {"name": name, "kl_coef": 0.1, "entropy_coef": 0.01, "correction": "mask", "top_entropy_fraction": fraction}
+    for name, fraction in (
+        *((name, 0.7) for name in ("grpo", "dr_grpo", "dapo", "gspo_token", "cispo", "sapo", "rloo")),
+        *((name, 1.0) for name in SEQUENCE_LOSSES),
+    )
 ]
 
 
@@ -216,6 +220,16 @@ def test_metrics_count_what_the_clip_stopped():
     assert isinstance(share, Mean)
     assert share.weight == 0.5
     assert share.total == pytest.approx(output.loss.item() - 0.1 * 0.1 * 4 / 8)
+
+
+def test_a_kl_in_the_reward_is_measured_and_no_part_of_the_loss():
+    rows = make_rows(5)
+    plain = build_algorithm(config_of()).loss(to_inputs(rows, count(rows)))
+    output = build_algorithm(config_of(kl_coef=0.5, kl_in="reward")).loss(to_inputs(rows, count(rows)))
+    assert output.loss.item() == plain.loss.item()
+    in_loss = build_algorithm(config_of(kl_coef=0.5, kl_estimator="k1")).loss(to_inputs(rows, count(rows)))
+    assert in_loss.loss.item() != plain.loss.item()
+    assert resolve(output.metrics)["kl"] == resolve(in_loss.metrics)["kl"]
 
 
 def test_missing_tensors_and_wrong_shapes_are_refused():

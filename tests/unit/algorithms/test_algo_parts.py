@@ -1,4 +1,4 @@
-"""Reductions, KL helpers, entropy control and overlong shaping by themselves."""
+"""Reductions, KL helpers and entropy control by themselves."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from groupwise.algorithms.corrections import masked, mismatch, truncated, veto_mask
-from groupwise.algorithms.entropy import adapt_entropy_coef, top_entropy_mask
+from groupwise.algorithms.entropy import EntropyControl, top_entropy_mask
 from groupwise.algorithms.kl import kl_in_reward, kl_penalty
-from groupwise.algorithms.overlong import soft_overlong_penalty, truncated_mask
 from groupwise.algorithms.reduce import row_mean, row_sum, token_weights
 from groupwise.types import Denominators
 
@@ -105,20 +104,9 @@ def test_top_entropy_rounds_up_without_float_surprises():
 
 
 def test_adaptive_entropy_coefficient():
-    assert adapt_entropy_coef(0.1, 0.5, target=1.0, step=0.02) == pytest.approx(0.12)
-    assert adapt_entropy_coef(0.1, 1.5, target=1.0, step=0.02) == pytest.approx(0.08)
-    assert adapt_entropy_coef(0.0, 1.5, target=1.0) == 0.0
-    assert adapt_entropy_coef(1.0, 0.5, target=1.0) == 1.0
-
-
-def test_soft_overlong_penalty_follows_the_three_cases():
-    lengths = torch.tensor([0, 79, 80, 90, 100, 140])
-    got = soft_overlong_penalty(lengths, max_tokens=100, buffer_tokens=20)
-    assert got.tolist() == [0, 0, 0, -0.5, -1, -1]
-    with pytest.raises(AssertionError, match="does not fit"):
-        soft_overlong_penalty(lengths, max_tokens=10, buffer_tokens=20)
-
-
-def test_truncated_rows_lose_their_tokens():
-    got = truncated_mask(MASK, ROW, truncated=torch.tensor([False, True, True]))
-    assert got.tolist() == [1, 0, 0, 0, 0, 0]
+    control = EntropyControl(target=1.0, step=0.02)
+    assert control.adapt(0.1, 0.5) == pytest.approx(0.12)
+    assert control.adapt(0.1, 1.5) == pytest.approx(0.08)
+    assert control.adapt(0.0, 1.5) == 0.0
+    assert control.adapt(1.0, 0.5) == 1.0
+    assert (control.acting(0.1, 1.0), control.acting(0.1, 1.01)) == (0.1, 0.0)

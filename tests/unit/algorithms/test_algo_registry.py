@@ -82,7 +82,34 @@ def test_corrections_bring_their_defaults(correction):
     assert rule.high > rule.low >= 0
 
 
+def test_sequence_losses_are_corrected_by_the_sequence():
+    assert config_of(name="gspo", correction="truncate").correction_level == "sequence"
+    assert config_of(name="gspo", correction="truncate", correction_level="geometric").correction_level == "geometric"
+    assert config_of(name="gspo_token", correction="truncate").correction_level == "token"
+
+
+def test_switches_bring_the_defaults_of_what_they_switch_on():
+    config = config_of(kl_coef=0.1, reference_sync_every=8, entropy_target=0.5)
+    assert config.reference_mixup == 0.6
+    assert (config.entropy_coef_step, config.entropy_coef_min, config.entropy_coef_max) == (0.005, 0.0, 1.0)
+    assert config_of().reference_mixup is None is config_of().entropy_coef_step
+    assert config_of(kl_coef=0.1, kl_in="reward").kl_estimator == "k1"
+    assert config_of(kl_coef=0.1, kl_in="reward", kl_estimator="k3").kl_estimator == "k3"
+    assert config_of(kl_coef=0.1).kl_estimator == "k3"
+    assert AlgorithmConfig.model_validate(json.loads(config.model_dump_json())) == config
+    control = build_algorithm(config).entropy_control
+    assert control is not None
+    assert (control.target, control.step, control.low, control.high) == (0.5, 0.005, 0.0, 1.0)
+
+
 def test_flags_follow_the_settings():
+    adaptive = build_algorithm(config_of(entropy_target=0.1))
+    assert adaptive.needs_entropy
+    assert adaptive.learns_without_advantage
+    assert not build_algorithm(config_of(top_entropy_fraction=0.2)).learns_without_advantage
+    in_reward = build_algorithm(config_of(kl_coef=0.1, kl_in="reward"))
+    assert in_reward.needs_reference
+    assert not in_reward.learns_without_advantage
     assert build_algorithm(config_of(kl_coef=0.1)).needs_reference
     assert build_algorithm(config_of(entropy_coef=0.1)).needs_entropy
     assert build_algorithm(config_of(top_entropy_fraction=0.2)).needs_entropy
@@ -105,6 +132,16 @@ def test_flags_follow_the_settings():
         ({"correction_high": 2.0}, ["algorithm.correction_high = 2.0", "correction = 'none'", "'truncate'", "'mask'"]),
         ({"correction": "truncate", "correction_low": 0.5}, ["algorithm.correction_low", "'mask'"]),
         ({"correction": "mask", "correction_low": 6.0}, ["correction_low = 6.0", "correction_high = 5.0", "lower"]),
+        ({"name": "gspo", "correction": "mask", "correction_level": "token"}, ["'gspo'", "'sequence' or 'geometric'"]),
+        ({"name": "gmpo", "top_entropy_fraction": 0.2}, ["top_entropy_fraction = 0.2", "'gmpo'", "set it to 1"]),
+        ({"kl_in": "reward"}, ["algorithm.kl_in = 'reward'", "kl_coef = 0", "set kl_coef"]),
+        ({"reference_sync_every": 5}, ["algorithm.reference_sync_every = 5", "kl_coef = 0"]),
+        ({"kl_coef": 0.1, "reference_mixup": 0.5}, ["reference_mixup = 0.5", "set reference_sync_every"]),
+        ({"name": "gdpo", "kl_coef": 0.1, "kl_in": "reward"}, ["'gdpo'", "use kl_in = 'loss'"]),
+        ({"name": "pass_k", "kl_coef": 0.1, "kl_in": "reward"}, ["'pass_k'", "use kl_in = 'loss'"]),
+        ({"entropy_coef_step": 0.1}, ["entropy_coef_step = 0.1", "set entropy_target"]),
+        ({"entropy_target": 1.0, "entropy_coef": 2.0}, ["entropy_coef = 2.0", "entropy_coef_max = 1.0"]),
+        ({"entropy_target": 1.0, "entropy_coef_min": 0.5, "entropy_coef_max": 0.5, "entropy_coef": 0.5}, ["a range"]),
     ],
 )
 def test_refusals_name_the_key_the_reason_and_the_remedy(settings, words):

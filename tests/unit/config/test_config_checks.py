@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from groupwise.config import Config
-from groupwise.config.checks import check_model_path, check_supervised, check_trainable
+from groupwise.config.checks import check_model_path, check_supervised, check_trainable, sampling_remark
 from groupwise.config.loading import load_config
 from groupwise.errors import ConfigError
 
@@ -57,6 +57,30 @@ def test_an_empty_config_lists_all_that_is_missing():
         ({"model.path": "a/b/c"}, "not a Hugging Face Hub name"),
         ({"model.path": "my model"}, "not a Hugging Face Hub name"),
         ({"model.path": "train.jsonl"}, "got a file"),
+        ({"algorithm.correction": "truncate"}, "set algorithm.old_logprobs to 'policy'"),
+        ({"algorithm.correction": "decoupled", "algorithm.old_logprobs": "sampler"}, "correction = 'decoupled'"),
+        ({"algorithm.correction_veto": 0.1}, "algorithm.correction_veto = 0.1"),
+        (
+            {"algorithm.correction": "mask", "algorithm.old_logprobs": "policy", "rollout.top_p": 0.9},
+            "does not go with rollout.top_p = 0.9",
+        ),
+        (
+            {
+                "algorithm.correction_veto": 0.1,
+                "algorithm.old_logprobs": "policy",
+                "rollout.repetition_penalty": 1.1,
+                "rollout.min_completion_tokens": 3,
+            },
+            "rollout.repetition_penalty = 1.1 and rollout.min_completion_tokens = 3",
+        ),
+        ({"algorithm.off_policy_mask": 0.5}, "no drift to mask"),
+        ({"algorithm.name": "pass_k", "algorithm.pass_k": 9}, "lower pass_k or raise group_size"),
+        ({"rollout.dynamic_sampling_cap": 1}, "no prompt could be replaced"),
+        ({"rollout.dynamic_sampling_cap": 3, "algorithm.name": "reinforce_pp"}, "use 'reinforce_pp_baseline'"),
+        (
+            {"reward.0.name": "overlong", "reward.0.args": {"max_tokens": 900, "buffer_tokens": 300}},
+            "starts beyond 600 tokens",
+        ),
     ],
 )
 def test_what_is_refused(good: dict[str, object], override: dict[str, object], part: str):
@@ -103,3 +127,35 @@ def test_a_tilde_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "m").mkdir()
     with pytest.raises(ConfigError, match="not expanded"):
         check_model_path("~/m")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        {"algorithm.correction": "truncate", "algorithm.old_logprobs": "policy"},
+        {"algorithm.correction_veto": 0.1, "algorithm.old_logprobs": "policy", "rollout.temperature": 0.7},
+        {"algorithm.off_policy_mask": 0.5, "optim.steps_per_batch": 2, "rollout.top_p": 0.9},
+        {"rollout.dynamic_sampling_cap": 2, "algorithm.name": "dapo"},
+        {"reward.0.name": "overlong", "reward.0.args": {"max_tokens": 900, "buffer_tokens": 400}},
+    ],
+    ids=str,
+)
+def test_what_acts_is_accepted(good: dict[str, object], override: dict[str, object]):
+    check_trainable(config({**good, **override}))
+
+
+def test_old_logprobs_are_the_samplers_where_these_are_exact():
+    assert not config({}).recomputes_logprobs
+    assert config({"algorithm.old_logprobs": "policy"}).recomputes_logprobs
+    other = Config.model_validate({"rollout": {"engine": "another"}})
+    assert other.recomputes_logprobs
+    assert not Config.model_validate(
+        {"rollout": {"engine": "another"}, "algorithm": {"old_logprobs": "sampler"}}
+    ).recomputes_logprobs
+
+
+def test_filters_are_remarked_on():
+    assert sampling_remark(config({"rollout.temperature": 0.7})) is None
+    remark = sampling_remark(config({"rollout.top_k": 20, "rollout.min_p": 0.1}))
+    assert remark is not None
+    assert remark.startswith("rollout.top_k = 20 and rollout.min_p = 0.1: ")

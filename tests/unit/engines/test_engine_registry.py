@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from groupwise.config import RolloutConfig
+from groupwise.config.rollout import EXACT_ENGINES
 from groupwise.engines import ENGINES, build_engine, check_engine
 from groupwise.engines.native import NativeEngine
 from groupwise.errors import ConfigError
@@ -22,4 +23,6 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str) -> None:
 
 
 def test_the_native_engine_is_built(lab: Any) -> None:
-    assert isinstance(build_engine(RolloutConfig(engine="native"), lab.model()), NativeEngine)
+    engine = build_engine(RolloutConfig(engine="native"), lab.model())
+    assert isinstance(engine, NativeEngine)
+    assert engine.caps.exact_logprobs == ("native" in EXACT_ENGINES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig
 from groupwise.metrics import resolve
-from groupwise.rollout.batch import BatchShape, build_batch
+from groupwise.rollout.batch import BatchShape, build_batch, teaches
+from groupwise.rollout.records import ledger_rows, trajectory_rows
 from groupwise.types import RolloutGroup, TrainingBatch, TrainingRow
 
 
@@ -81,6 +83,101 @@ def test_with_kl_or_entropy_every_row_learns(make_group: Any, settings: dict[str
     assert len(rows(batch, backward=True)) == 2
 
 
+def test_a_top_entropy_filter_alone_lets_no_row_learn_without_advantage(make_group: Any) -> None:
+    batch = build([make_group(0, [1.0, 1.0])], top_entropy_fraction=0.5)
+    assert rows(batch, backward=True) == []
+    assert len(rows(batch, backward=False)) == 2
+
+
+def test_truncated_completions_are_masked_out_of_loss_and_denominators_but_shape_the_baseline(make_group: Any) -> None:
+    group = make_group(0, [1.0, 0.0, 0.0], [2, 3, 7])  # 6 tokens and more end by "length"
+    kept, masked = build([group]), build([group], overlong="mask")
+    assert kept.advantages == masked.advantages
+    assert kept.advantages != build([make_group(0, [1.0, 0.0], [2, 3])]).advantages
+    assert [len(r.token_ids) for r in rows(kept, backward=True)] == [2, 3, 7]
+    assert [len(r.token_ids) for r in rows(masked, backward=True)] == [2, 3]
+    assert masked.minibatches[0].denominators.tokens == 5
+    assert masked.minibatches[0].denominators.sequences == 2
+    assert resolve(masked.metrics)["completions/clipped_ratio"] == pytest.approx(1 / 3)
+
+
+def test_a_batch_of_truncated_completions_is_empty(make_group: Any) -> None:
+    batch = build([make_group(0, [1.0, 0.0], [6, 7])], overlong="mask")
+    assert batch.minibatches[0].microbatches == ()
+    assert batch.minibatches[0].denominators.tokens == 0
+
+
+def with_reference(group: RolloutGroup, *gaps: float) -> RolloutGroup:
+    """Each rollout's reference log-probs lie `gap` below the sampler's, at every token."""
+    rollouts = [
+        replace(r, ref_logprobs=tuple(x - gap for x in r.logprobs)) for r, gap in zip(group.rollouts, gaps, strict=True)
+    ]
+    return replace(group, rollouts=tuple(rollouts))
+
+
+def test_a_kl_in_the_reward_lowers_each_reward_by_its_completions_sum(make_group: Any) -> None:
+    group = with_reference(make_group(0, [1.0, 1.0], [2, 3]), 0.1, 0.2)
+    batch = build([group], kl_coef=0.5, kl_in="reward", name="dr_grpo")
+    # 1 - 0.5 * 2 * 0.1 = 0.9 and 1 - 0.5 * 3 * 0.2 = 0.7, less their mean
+    assert batch.advantages[0] == pytest.approx((0.1, -0.1))
+    found = resolve(batch.metrics)
+    assert found["reward"] == 1.0
+    assert found["reward_kl_penalty"] == pytest.approx(0.2)
+    (first, _) = rows(batch, backward=True)
+    assert first.ref_logprobs == pytest.approx((-0.6, -0.61))
+
+
+def test_a_kl_in_the_reward_starts_from_the_recomputed_logprobs_where_there_are_any(make_group: Any) -> None:
+    group = with_reference(make_group(0, [1.0, 1.0], [2, 2]), 0.1, 0.1)
+    first = replace(group.rollouts[0], old_logprobs=tuple(x + 0.3 for x in group.rollouts[0].logprobs))
+    batch = build([replace(group, rollouts=(first, group.rollouts[1]))], kl_coef=1.0, kl_in="reward", name="dr_grpo")
+    assert batch.advantages[0] == pytest.approx((-0.3, 0.3))
+    assert rows(batch, backward=True)[0].old_logprobs == first.old_logprobs
+
+
+def test_failed_rollouts_have_no_kl(make_group: Any) -> None:
+    group = make_group(0, [1.0, "failed", 0.0], [2, 2, 2])
+    rollouts = [replace(r, ref_logprobs=r.logprobs) if r.reward is not None else r for r in group.rollouts]
+    batch = build([replace(group, rollouts=tuple(rollouts))], kl_coef=0.5, kl_in="reward", name="dr_grpo")
+    assert batch.advantages[0] == pytest.approx((0.5, 0.0, -0.5))
+    assert resolve(batch.metrics)["reward_kl_penalty"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "rewards", "expected"),
+    [
+        ({}, [1.0, 0.0], True),
+        ({}, [1.0, 1.0], False),
+        ({}, [1.0, None], False),
+        ({}, ["failed", "failed"], False),
+        ({"name": "pass_k", "pass_k": 2, "pass_k_threshold": 0.5}, [0.1, 0.2, 0.3], False),
+        ({"name": "pass_k", "pass_k": 2, "pass_k_threshold": 0.5}, [0.1, 0.2, 0.9], True),
+        ({"name": "reinforce_pp_baseline"}, [0.3, 0.3], False),
+        ({"scale": "batch"}, [0.3, 0.4], True),
+    ],
+)
+def test_a_group_teaches_where_it_has_an_advantage(
+    make_group: Any, settings: dict[str, Any], rewards: list[Any], expected: bool
+) -> None:
+    algorithm = build_algorithm(AlgorithmConfig.model_validate(settings))
+    assert teaches(make_group(0, rewards), algorithm, reward_weights={"r": 1.0}) is expected
+
+
+def test_dropped_groups_are_measured_and_not_learned(make_group: Any) -> None:
+    shape, algorithm = BatchShape(1, 100, 9), build_algorithm(AlgorithmConfig.model_validate({}))
+    dropped = [make_group(1, [0.0, 0.0], [4, 4])]
+    batch = build_batch([make_group(0, [1.0, 0.0])], algorithm, shape=shape, reward_weights={"r": 1.0}, dropped=dropped)
+    assert {r.group for r in rows(batch, backward=True)} == {0}
+    assert rows(batch, backward=False) == []
+    assert batch.minibatches[0].denominators.sequences == 2
+    found = resolve(batch.metrics)
+    assert found["reward"] == 0.25
+    assert found["frac_reward_zero_std"] == 0.5
+    ledger = list(ledger_rows(batch.groups, step=1, dropped=batch.dropped))
+    assert [(row["group"], row["learned"]) for row in ledger] == [(0, True), (1, False)]
+    assert [row["group"] for row in trajectory_rows(batch, step=1)] == [0, 0, 1, 1]
+
+
 def test_nothing_usable_gives_an_empty_mini_batch(make_group: Any) -> None:
     batch = build([make_group(0, [None, "failed"]), make_group(1, ["failed", "failed"])])
     assert batch.minibatches[0].microbatches == ()
@@ -109,9 +206,10 @@ def test_shares_are_contiguous_whole_groups(make_group: Any, count: int, steps: 
     assert [mini.denominators.sequences for mini in batch.minibatches] == [2.0 * size for size in sizes]
 
 
-def test_more_steps_than_groups_is_refused(make_group: Any) -> None:
-    with pytest.raises(AssertionError, match="2 optimiser steps"):
-        build([make_group(0, [1.0, 0.0])], steps=2)
+def test_more_steps_than_groups_leave_some_steps_empty(make_group: Any) -> None:
+    batch = build([make_group(0, [1.0, 0.0])], steps=2)
+    assert [len(mini.microbatches) for mini in batch.minibatches] == [0, 1]
+    assert [mini.denominators.tokens for mini in batch.minibatches] == [0, 5]
 
 
 def test_length_metrics(make_group: Any) -> None:

@@ -100,7 +100,7 @@ def test_a_restored_buffer_goes_on_at_its_position(make_group: Any) -> None:
             held.put(make_group(index, [1.0]))
         await held.take()
         state = held.state_dict()
-        assert state == {"next_index": 2}
+        assert state == {"next_index": 2, "step": 1}
         other = buffer(2)
         other.put(make_group(0, [1.0]))
         other.load_state_dict(state)
@@ -109,5 +109,38 @@ def test_a_restored_buffer_goes_on_at_its_position(make_group: Any) -> None:
         for index in (2, 3):
             other.put(make_group(index, [1.0]))
         assert [group.index for group in await other.take()] == [2, 3]
+
+    asyncio.run(run())
+
+
+def test_a_step_is_extended_by_groups_of_its_own_version(make_group: Any) -> None:
+    async def run() -> None:
+        held = buffer(2)
+        assert [held.step_of(k) for k in range(5)] == [0, 0, 1, 1, 2]
+        for index in range(2):
+            held.put(make_group(index, [1.0]))
+        await held.take()
+        held.extend(3)
+        assert [held.step_of(k) for k in range(2, 8)] == [0, 0, 0, 1, 1, 2]
+        with pytest.raises(AssertionError, match="once its groups are taken"):
+            held.extend(1)
+        for index in (4, 2, 3):
+            held.put(make_group(index, [1.0]))
+        assert [group.index for group in await held.take()] == [2, 3, 4]
+        assert held.state_dict() == {"next_index": 5, "step": 1}
+        other = buffer(2)
+        other.load_state_dict(held.state_dict())
+        assert [other.pin(k) for k in range(5, 9)] == [1, 1, 2, 2]
+
+    asyncio.run(run())
+
+
+def test_with_a_lag_no_step_is_extended(make_group: Any) -> None:
+    async def run() -> None:
+        held = buffer(1, lag=1)
+        held.put(make_group(0, [1.0]))
+        await held.take()
+        with pytest.raises(AssertionError, match="other weights"):
+            held.extend(1)
 
     asyncio.run(run())

@@ -131,7 +131,7 @@ def make(
         held,
         sampling=SamplingParams(seed=seed),
         group_size=2,
-        total_groups=total,
+        total_steps=total // per_step,
     )
     return producer, held, engine
 
@@ -209,7 +209,7 @@ def test_rewind_asks_for_the_same_requests_again() -> None:
         first = engine.asked[4:]
         other, restored, again = make(PROMPTS)
         other.load_state_dict(producer.state_dict())
-        restored.load_state_dict({"next_index": 2})
+        restored.load_state_dict({"next_index": 2, "step": 1})
         other.rewind(2)
         for version in (1, 2):
             other.admit(version)
