@@ -2,7 +2,7 @@
 
 runs/NAME/
   config.json  versions.json  log.txt  metrics.jsonl  ledger.jsonl  summary.json
-  trajectories/  checkpoints/  final/  tensorboard/  report.html
+  trajectories/  checkpoints/  final/  bundles/  tensorboard/  report.html
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ KNOWN_NAMES = frozenset(
         "trajectories",
         "checkpoints",
         "final",
+        "bundles",
         "tensorboard",
     }
 )
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "bitsandbytes")
 FREE_ON_RESUME = ("data.eval", "train.output", "train.save_every", "train.keep_checkpoints", "train.trajectories")
 FREE_SECTIONS_ON_RESUME = ("eval.", "tracking.")
 _STEP_FILE = re.compile(r".*_(\d+)\.jsonl(?:\.gz)?")
@@ -103,6 +105,10 @@ class RunDirectory:
     @property
     def final(self) -> Path:
         return self.path / "final"
+
+    @property
+    def bundles(self) -> Path:
+        return self.path / "bundles"
 
     def trajectory_file(self, step: int) -> Path:
         return self.trajectories / f"step_{step:06d}.jsonl"
@@ -207,7 +213,7 @@ def versions() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "groupwise": __version__,
-        **{name: _version(name) for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy")},
+        **{name: _version(name) for name in _PACKAGES},
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -23,8 +23,15 @@ from groupwise.errors import CheckpointError, Interrupted
 from groupwise.files import write_json_atomic
 from groupwise.interrupt import StopRequest, catch_interrupts
 from groupwise.metrics import Last
-from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, resolve_device
+from groupwise.model.loading import (
+    LoadedModel,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    with_adapter,
+)
 from groupwise.policy import Policy
+from groupwise.policy.bundle import BundleWriter
 from groupwise.rollout.microbatches import split_rows
 from groupwise.rundir import RunDirectory, check_place
 from groupwise.tracking import Trackers, build_trackers, check_backends
@@ -72,7 +79,7 @@ def run_sft(
     data = load_supervised(source, config.data, tokenizer, max_tokens=config.sft.max_tokens)
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(data.rows) / config.sft.rows_per_step))
     check_place(_output(config), resume=resume, overwrite=overwrite)
-    loaded = loaded or load_model(config.model)
+    loaded = with_adapter(loaded or load_model(config.model), config.lora, seed=config.train.seed)
     run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
     run.record(config)
     with run.logging(), catch_interrupts() as stop:
@@ -85,6 +92,7 @@ def run_sft(
             total_updates=steps,
             gradient_checkpointing=config.model.gradient_checkpointing,
         )
+        policy.bundles = BundleWriter(run, config, supervised=True)
         job = _Job(config, run, policy, data.rows, steps)
         losses = job.train(stop)
         policy.save_pretrained(run.final)

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from groupwise.config import Config, RolloutConfig
     from groupwise.types import Engine, Message, Prompt, SamplingParams, Tokenizer
 
-MODEL_SETTINGS = ("model.dtype", "model.device", "model.chat_template", "model.trust_remote_code")
+MODEL_SETTINGS = (
+    "model.dtype",
+    "model.device",
+    "model.quantization",
+    "model.chat_template",
+    "model.trust_remote_code",
+)
 ENGINE_SETTINGS = ("rollout.engine", "rollout.kv_cache_gib", "rollout.max_concurrent_samples")
 
 
@@ -39,12 +45,13 @@ def model_path(path: str) -> str:
         ConfigError: it is a path that leads to no model.
     """
     from groupwise.config.checks import check_model_path
+    from groupwise.config.lora import ADAPTER_FILE
 
     final = Path(path) / "final"
     if not is_run(path):
         check_model_path(path)
         return path
-    if not (final / "config.json").is_file():
+    if not any((final / name).is_file() for name in ("config.json", ADAPTER_FILE)):
         raise ConfigError(
             f"{path} is a run without a finished model: there is no {final}; finish the run with --resume, "
             "or give a model folder"

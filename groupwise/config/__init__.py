@@ -8,6 +8,7 @@ from groupwise.config.algorithm import AlgorithmConfig
 from groupwise.config.base import Section
 from groupwise.config.data import DataConfig
 from groupwise.config.eval import EvalConfig
+from groupwise.config.lora import LoraConfig
 from groupwise.config.model import ModelConfig
 from groupwise.config.optim import OptimConfig
 from groupwise.config.reward import RewardConfig
@@ -21,6 +22,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimConfig",
     "RewardConfig",
@@ -40,6 +42,7 @@ class Config(Section):
     """
 
     model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
+    lora: LoraConfig = LoraConfig()  # type: ignore[call-arg]
     data: DataConfig = DataConfig()  # type: ignore[call-arg]
     reward: tuple[RewardConfig, ...] = Field(())
     rollout: RolloutConfig = RolloutConfig()  # type: ignore[call-arg]

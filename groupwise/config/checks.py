@@ -8,9 +8,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import Path
 
-from groupwise.config import Config
+from groupwise.config import Config, LoraConfig, OptimConfig
+from groupwise.config.lora import ADAPTER_FILE, read_adapter_file
 from groupwise.errors import ConfigError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -141,7 +143,8 @@ def check_model_path(path: str) -> None:
 def _common(config: Config, provided: Collection[str]) -> list[str]:
     found: list[str | None] = []
     if "model.path" not in provided:
-        found.append(_model_problem(config.model.path))
+        found.append(_model_problem(config.model.path) or _adapter_disagreement(config))
+    found += _method_problems(config)
     if "data.train" not in provided:
         missing = "data.train is empty: expected a JSONL, Parquet or CSV file, e.g. `--data train.jsonl`"
         found.append(_data_problem("data.train", config.data.train) if config.data.train else missing)
@@ -153,6 +156,54 @@ def _common(config: Config, provided: Collection[str]) -> list[str]:
             "`--eval-data test.jsonl`, or set eval.every to 0"
         )
     return [problem for problem in found if problem]
+
+
+def _method_problems(config: Config) -> list[str]:
+    """Settings of LoRA and the optimiser that would not act."""
+    lora, optim, found = config.lora, config.optim, list[str]()
+    if lora.rank == 0 and lora != LoraConfig():  # type: ignore[call-arg]
+        named = ", ".join(f"lora.{name}" for name, value in lora if value != LoraConfig.model_fields[name].default)
+        found.append(f"{named}: got a setting of LoRA, but lora.rank = 0 trains all weights; set lora.rank, e.g. to 16")
+    if lora.rank == 0 and config.model.quantization != "none":
+        found.append(
+            f"model.quantization = {config.model.quantization!r}: weights of 4 bits cannot be trained, and lora.rank = "
+            "0 trains all weights; set lora.rank, e.g. to 16, which trains adapters on them"
+        )
+    if config.model.quantization != "none":
+        found += _without_bitsandbytes(f"model.quantization = {config.model.quantization!r}")
+    if optim.name == "adamw_8bit":
+        found += _without_bitsandbytes("optim.name = 'adamw_8bit'")
+    if optim.name != "muon" and optim.momentum != OptimConfig.model_fields["momentum"].default:
+        found.append(
+            f"optim.momentum is a setting of muon, and optim.name = {optim.name!r} has optim.betas; leave it out"
+        )
+    return found
+
+
+def require_bitsandbytes(setting: str) -> None:
+    """Refuse a setting that needs it.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    _refuse(_without_bitsandbytes(setting))
+
+
+def _without_bitsandbytes(setting: str) -> list[str]:
+    if find_spec("bitsandbytes") is not None:
+        return []
+    return [f"{setting} needs bitsandbytes, which is not installed: `pip install 'groupwise[lowbit]'`"]
+
+
+def _adapter_disagreement(config: Config) -> str | None:
+    adapter = read_adapter_file(Path(config.model.path))
+    wrong = [] if adapter is None else adapter.shape.disagreements(config.lora)
+    if adapter is None or not wrong:
+        return None
+    return (
+        f"model.path = {config.model.path!r} is a LoRA adapter, and training goes on with it: {'; '.join(wrong)}; "
+        f"give {adapter.shape.flags}, or merge the adapter into its base first"
+    )
 
 
 def _refuse(found: list[str]) -> None:
@@ -177,6 +228,8 @@ def _model_problem(value: str) -> str | None:
         return "model.path is empty: expected a model folder or a Hugging Face Hub name, e.g. `--model Qwen/Qwen3-0.6B`"
     path = Path(value)
     if path.is_dir():
+        if (path / ADAPTER_FILE).is_file():
+            return _adapter_problem(path)
         return None if (path / "config.json").is_file() and not _is_run(path) else _not_a_model(path)
     if path.exists():
         return f"model.path = {value!r}: got a file; expected the folder that holds config.json and the weights"
@@ -188,13 +241,30 @@ def _model_problem(value: str) -> str | None:
     )
 
 
+def _adapter_problem(path: Path) -> str | None:
+    """An adapter is a model when its base is."""
+    try:
+        adapter = read_adapter_file(path)
+    except ConfigError as error:
+        return str(error)
+    assert adapter is not None, f"{path} has an {ADAPTER_FILE}"
+    problem = _model_problem(adapter.base)
+    if problem is None:
+        return None
+    cause = problem.removeprefix(f"model.path = {adapter.base!r}: ")
+    return (
+        f"model.path = {str(path)!r} is a LoRA adapter on {adapter.base!r}, which is not there: {cause}; put the base "
+        f"model there, or its place into base_model_name_or_path of {path / ADAPTER_FILE}"
+    )
+
+
 def _is_run(path: Path) -> bool:
     """A run directory has a config.json too, but the run's, not a model's."""
     return (path / "checkpoints").is_dir() or (path / "versions.json").is_file()
 
 
 def _not_a_model(path: Path) -> str:
-    if (path / "final" / "config.json").is_file():
+    if (path / "final" / "config.json").is_file() or (path / "final" / ADAPTER_FILE).is_file():
         return f"model.path = {str(path)!r}: got a run directory; its model is in {str(path / 'final')!r}"
     names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
     listing = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

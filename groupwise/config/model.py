@@ -10,11 +10,14 @@ from groupwise.config.base import Section
 
 
 class ModelConfig(Section):
-    path: str = Field("", description="folder with config.json and weights, or a Hugging Face Hub name")
+    path: str = Field("", description="folder with a model or with a LoRA adapter, or a Hugging Face Hub name")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="of the weights that compute; auto is bfloat16 on a GPU and float32 on a CPU"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    quantization: Literal["none", "nf4"] = Field(
+        "none", description="of the frozen weights under LoRA; nf4 takes 4 bits each (QLoRA) and needs bitsandbytes"
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute each layer in the backward pass: less memory, about a third more time"
     )

@@ -24,8 +24,9 @@ from groupwise.evaluation.evaluator import Evaluator, eval_sampling
 from groupwise.evaluation.report import EvalReport
 from groupwise.files import append_rows, write_json_atomic
 from groupwise.interrupt import catch_interrupts
-from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, resolve_device
+from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, resolve_device, with_adapter
 from groupwise.policy import Objective, Policy
+from groupwise.policy.bundle import BundleWriter
 from groupwise.policy.upkeep import AdaptiveEntropy, ReferenceSync, Upkeep
 from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, LogprobPass, Producer, Selection
@@ -104,7 +105,7 @@ def run_training(
     data = _load_data(config, given, scorer)
     steps = _num_steps(config, len(data.train.prompts))
     check_place(_output(config), resume=resume, overwrite=overwrite)
-    loaded = given.loaded or load_model(config.model)
+    loaded = with_adapter(given.loaded or load_model(config.model), config.lora, seed=config.train.seed)
     run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
     run.record(config)
     with run.logging(), catch_interrupts() as stop:
@@ -113,6 +114,7 @@ def run_training(
             logger.warning(remark)
         adaptive = None if algorithm.entropy_control is None else AdaptiveEntropy(algorithm, algorithm.entropy_control)
         policy = _policy(config, loaded, adaptive or algorithm, steps=steps)
+        policy.bundles = BundleWriter(run, config)
         engine = build_engine(config.rollout, loaded, reserved_bytes=policy.bytes_to_come)
         reports = _Reports(run)
         buffer = Buffer(

@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from groupwise.config import ModelConfig
+from groupwise.config import LoraConfig, ModelConfig
+from groupwise.config.checks import require_bitsandbytes
+from groupwise.config.lora import AdapterFile, read_adapter_file
 from groupwise.errors import ConfigError
+from groupwise.model.adapters import adapter_of, add_adapter, continue_adapter, load_adapter
 from groupwise.model.attention import ATTENTION_NAME
 from groupwise.model.evenly import make_activations_even
 from groupwise.model.head import LanguageHead
+from groupwise.model.quantized import nf4_settings, unpack_before_products
 from groupwise.types import Tokenizer
+
+if TYPE_CHECKING:
+    import peft
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,11 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def adapter(self) -> peft.LoraConfig | None:
+        """Of the LoRA adapter inside the module, if there is one."""
+        return adapter_of(self.model)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -69,6 +81,9 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     from groupwise.data.chat import set_chat_template
 
     _check_path(config.path)
+    adapter = read_adapter_file(Path(config.path))
+    if adapter is not None and not (adapter.folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(config.model_copy(update={"path": adapter.base}))
     try:
         loaded = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -86,15 +101,48 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
 
 
 def load_model(config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> LoadedModel:
-    """Load weights and tokenizer.
+    """Load weights and tokenizer; from an adapter's folder, its base and the adapter in it.
 
     Raises:
         ConfigError: the folder holds no causal language model, or its architecture cannot run packed.
     """
     _check_path(config.path)
+    if config.quantization != "none":
+        require_bitsandbytes(f"model.quantization = {config.quantization!r}")
+    adapter = read_adapter_file(Path(config.path))
+    if adapter is None:
+        return wrap_model(_load_weights(config), tokenizer or load_tokenizer(config))
+    _check_base(adapter)
+    model = _load_weights(config.model_copy(update={"path": adapter.base}))
+    load_adapter(model, adapter)
+    return wrap_model(model, tokenizer or load_tokenizer(config))
+
+
+def with_adapter(loaded: LoadedModel, lora: LoraConfig, *, seed: int = 0) -> LoadedModel:
+    """The model with the adapter that `lora` asks for; as it is when `lora.rank` is 0.
+
+    A model that was loaded with an adapter goes on with that one, and `lora` must describe it.
+
+    Args:
+        seed: of a new adapter's weights.
+
+    Raises:
+        ConfigError: `lora` describes another adapter than the model has, or names layers that the model lacks.
+    """
+    if loaded.adapter is not None:
+        continue_adapter(loaded.model, lora)
+    elif lora.rank:
+        add_adapter(loaded.model, lora, seed=seed)
+    else:
+        return loaded
+    return wrap_model(loaded.model, loaded.tokenizer)
+
+
+def _load_weights(config: ModelConfig) -> PreTrainedModel:
     disable_progress_bar()  # its bars would tear the run's own
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    quantized = {} if config.quantization == "none" else {"quantization_config": nf4_settings(dtype)}
     try:
         hf_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -105,12 +153,17 @@ def load_model(config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> Lo
             trust_remote_code=config.trust_remote_code,
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
+            device_map={"": device} if quantized else None,
+            **quantized,
         )
         model, report = loaded
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model.path = {config.path!r} could not be loaded: {_first_line(error)}") from error
     _check_complete(config.path, set(report["missing_keys"]) | {key[0] for key in report["mismatched_keys"]})
-    return wrap_model(model.to(device), tokenizer or load_tokenizer(config))
+    if not quantized:
+        return model.to(device)
+    unpack_before_products(model)
+    return model
 
 
 def wrap_model(model: PreTrainedModel, tokenizer: Tokenizer) -> LoadedModel:
@@ -152,6 +205,15 @@ def _check_path(path: str) -> None:
         raise ConfigError(
             f"model.path = {path!r} is no folder; give one with config.json and weights, or a Hugging Face Hub name"
         )
+
+
+def _check_base(adapter: AdapterFile) -> None:
+    try:
+        _check_path(adapter.base)
+    except ConfigError as error:
+        raise ConfigError(
+            f"model.path = {str(adapter.folder)!r} is a LoRA adapter, and its base is not there: {error}"
+        ) from error
 
 
 def _check_complete(path: str, absent: set[str]) -> None:

@@ -7,36 +7,45 @@ Weights in float32 are their own masters.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from groupwise.config import OptimConfig
+from groupwise.policy.update_rules import Rule, make_rules
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """One parameter's gradient. `norm` is over the finite entries, the Euclidean one; `num_bad` counts the others."""
+
+    norm: float
+    num_bad: int
 
 
 class MasterOptimizer:
-    """AdamW (Loshchilov & Hutter 2019, algorithm 2) on the masters of a module's trainable parameters.
+    """The update rule that `optim.name` names, on the masters of a module's trainable parameters.
 
     Args:
         module: its parameters that require gradients are trained; each tensor once, however many names it has.
+        ends: of them, the embedding and the head, which Muon leaves to AdamW.
+
+    Raises:
+        ConfigError: a pattern of `optim.weight_decay_groups` matches no parameter.
     """
 
-    def __init__(self, module: nn.Module, config: OptimConfig) -> None:
+    def __init__(self, module: nn.Module, config: OptimConfig, *, ends: Collection[Tensor] = ()) -> None:
         self._weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._masters = {name: _master_of(p) for name, p in self._weights.items()}
         for name, weight in self._weights.items():
             if self._masters[name] is not weight:
                 weight.register_post_accumulate_grad_hook(self._collect(self._masters[name]))
-        decayed = [m for name, m in self._masters.items() if _is_decayed(name, m)]
-        plain = [m for name, m in self._masters.items() if not _is_decayed(name, m)]
-        self._adam = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
+        at_ends = {name for name, weight in self._weights.items() if any(weight is end for end in ends)}
+        self._rules: list[Rule] = make_rules(self._masters, config, ends=at_ends)
 
     @staticmethod
     def _collect(master: Tensor) -> Any:
@@ -50,28 +59,36 @@ class MasterOptimizer:
 
     @property
     def bytes_to_come(self) -> int:
-        """Memory that the first update takes beyond what is held before it: gradients and both moments, float32."""
-        return 12 * sum(master.numel() for master in self._masters.values())
+        """Memory that the first update takes beyond what is held before it: gradients in float32, and moments."""
+        gradients = 4 * sum(master.numel() for master in self._masters.values())
+        return gradients + sum(rule.state_bytes for rule in self._rules)
 
     def clip(self, max_norm: float) -> float:
-        """Scale all gradients down to `max_norm` together (0: leave them); returns the norm that they had."""
+        """Scale all gradients down to `max_norm` together (0, or a norm that is not finite: leave them); returns the
+        norm that they had."""
         grads = [m.grad for m in self._masters.values() if m.grad is not None]
         if not grads:
             return 0.0
         norm = torch.nn.utils.get_total_norm(grads)
-        if max_norm > 0:
+        found = float(norm)
+        if max_norm > 0 and math.isfinite(found):
             torch.nn.utils.clip_grads_with_norm_(self._masters.values(), max_norm, norm)
-        return float(norm)
+        return found
+
+    def gradients(self) -> dict[str, Gradient]:
+        """Of every parameter that has one."""
+        return {name: _describe(m.grad) for name, m in self._masters.items() if m.grad is not None}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update the masters at this rate, round them into the weights, forget the gradients."""
-        for group in self._adam.param_groups:
-            group["lr"] = lr
         for master in self._masters.values():
             if master.grad is None:  # so that an update in which nothing was learned is an update for all parameters
                 master.grad = torch.zeros_like(master)
-        self._adam.step()
+        for rule in self._rules:
+            for group in rule.optimizer.param_groups:
+                group["lr"] = lr
+            rule.optimizer.step()
         for name, weight in self._weights.items():
             if self._masters[name] is not weight:
                 weight.copy_(self._masters[name])
@@ -81,31 +98,51 @@ class MasterOptimizer:
         for master in self._masters.values():
             master.grad = None
 
+    def masters(self) -> dict[str, Tensor]:
+        return {name: master.detach() for name, master in self._masters.items()}
+
+    @torch.no_grad()
+    def set_masters(self, values: Mapping[str, Tensor]) -> None:
+        """Put these into the masters, and rounded into the weights."""
+        for name, weight in self._weights.items():
+            self._masters[name].copy_(values[name])
+            weight.copy_(self._masters[name])
+
     def state_dict(self) -> dict[str, Any]:
         """Masters and moments by parameter name."""
         moments = {
-            name: dict(self._adam.state[master]) for name, master in self._masters.items() if master in self._adam.state
+            name: dict(rule.optimizer.state[self._masters[name]])
+            for rule in self._rules
+            for name in rule.names
+            if self._masters[name] in rule.optimizer.state
         }
-        return {"masters": {name: m.detach() for name, m in self._masters.items()}, "moments": moments}
+        return {"masters": self.masters(), "moments": moments}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, weight in self._weights.items():
-            master = self._masters[name]
-            master.copy_(state["masters"][name])
-            weight.copy_(master)
-            if name in state["moments"]:
-                self._adam.state[master] = {
-                    key: value.to(master.device if key != "step" else value.device, copy=True)
-                    for key, value in state["moments"][name].items()
-                }
+        self.set_masters(state["masters"])
+        for rule in self._rules:
+            for name in rule.names:
+                if name in state["moments"]:
+                    master = self._masters[name]
+                    rule.optimizer.state[master] = {
+                        key: _placed(key, value, master.device) for key, value in state["moments"][name].items()
+                    }
+
+
+def _placed(key: str, value: Any, device: torch.device) -> Any:
+    """AdamW keeps its count of steps where it was made, on the CPU or beside the moments; bitsandbytes as a number."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(value.device if key == "step" else device, copy=True)
+
+
+def _describe(grad: Tensor) -> Gradient:
+    finite = grad.isfinite()
+    return Gradient(float(grad.where(finite, 0.0).norm()), int((~finite).sum()))
 
 
 def _master_of(weight: nn.Parameter) -> Tensor:
     if weight.dtype in (torch.float32, torch.float64):
         return weight
     return weight.detach().float().clone().requires_grad_()
-
-
-def _is_decayed(name: str, weight: Tensor) -> bool:
-    return weight.dim() >= 2 and not name.endswith("bias")

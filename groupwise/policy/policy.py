@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +19,14 @@ from groupwise.algorithms.base import LossInputs, LossOutput
 from groupwise.config import OptimConfig, TrainConfig
 from groupwise.errors import TrainingError
 from groupwise.metrics import Last, Max, Mean, Metrics, Sum
+from groupwise.model.adapters import dropout_layers
 from groupwise.model.forward import packed_hidden_states
 from groupwise.model.head import TokenScores, token_scores
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packing import Packed, pack
-from groupwise.policy.optimizer import MasterOptimizer
+from groupwise.policy.adapter_reference import make_reference
+from groupwise.policy.bundle import BundleWriter, LearnedBatch
+from groupwise.policy.optimizer import Gradient, MasterOptimizer
 from groupwise.policy.reference import Reference
 from groupwise.policy.schedule import learning_rate
 from groupwise.types import Denominators, MicroBatch, TrainingRow
@@ -45,10 +50,13 @@ class Policy:
     """A model with its optimiser. Micro-batch losses add up until `optim_step`.
 
     Args:
-        objective: decides whether a copy of the initial weights is kept as the `reference`.
+        objective: decides whether the initial policy is kept as the `reference`.
         temperature: of sampling; log-probs are those of the sampled distribution.
         total_updates: optimiser steps of the whole run, for the schedule.
         gradient_checkpointing: recompute each layer in the backward pass.
+
+    Attributes:
+        bundles: writes what led to a gradient that is not finite; None writes nothing.
 
     Example:
         policy = Policy(load_model(config.model), objective, optim=config.optim, train=config.train, total_updates=500)
@@ -68,18 +76,22 @@ class Policy:
         gradient_checkpointing: bool = False,
     ) -> None:
         self.loaded = loaded
+        self.bundles: BundleWriter | None = None
         self._objective = objective
         self._optim_config = optim
-        self._chunk_tokens = train.logprob_chunk_tokens
+        self._seed = train.seed
         self._total_updates = total_updates
         self._temperature = temperature
+        self._chunk_tokens = train.logprob_chunk_tokens
         self._checkpointing = gradient_checkpointing
+        self._dropout = dropout_layers(loaded.model)
         self.reference: Reference | None = None
         if objective.needs_reference:
-            self.reference = Reference(loaded, temperature=temperature, chunk_tokens=train.logprob_chunk_tokens)
+            self.reference = make_reference(loaded, temperature=temperature, chunk_tokens=train.logprob_chunk_tokens)
         if gradient_checkpointing:
             loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._optimizer = MasterOptimizer(loaded.model, optim)
+        self._optimizer = MasterOptimizer(loaded.model, optim, ends=_ends(loaded))
+        self._learned: list[LearnedBatch] = []
         self._updates = 0
         self._skipped = 0
         self._is_sampler = True
@@ -95,23 +107,46 @@ class Policy:
         Args:
             denominators: of the whole optimiser batch, so that the sum over micro-batches is the batch's gradient.
         """
-        with torch.set_grad_enabled(batch.backward):
-            packed = pack(batch.rows).to(self.loaded.device)
+        packed = pack(batch.rows).to(self.loaded.device)
+        # Before the policy's own forward, because with LoRA it is the same module.
+        known = batch.rows[0].ref_logprobs is not None
+        reference = None if self.reference is None or known else self.reference.logprobs(packed)
+        with torch.set_grad_enabled(batch.backward), self._learning_mode(batch.backward):
             scores = self._scores(packed, self._objective.needs_entropy)
-            inputs = self._inputs(batch.rows, packed, scores, denominators)
+            inputs = self._inputs(batch.rows, packed, scores, reference, denominators)
             output = self._objective.loss(inputs)
             if batch.backward:
                 output.loss.backward()
+        loss = float(output.loss.detach())
+        self._learned.append(LearnedBatch(batch, denominators, loss))
         metrics = dict(output.metrics)
-        metrics["loss"] = Sum(float(output.loss.detach()))
+        metrics["loss"] = Sum(loss)
         if self._is_sampler:
             metrics.update(self._mismatch(batch.rows, inputs))
         return metrics
 
+    @contextmanager
+    def _learning_mode(self, learning: bool) -> Iterator[None]:
+        """Training mode as far as a gradient needs it, until its backward pass has recomputed what it recomputes.
+
+        Dropout is drawn from a key, not from a generator's state, so that a resumed run draws the same.
+        """
+        drops = learning and bool(self._dropout)
+        self.loaded.model.train(learning and self._checkpointing)
+        for layer in self._dropout:
+            layer.train(learning)
+        devices = [self.loaded.device] if self.loaded.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=drops):
+            if drops:
+                key = f"{self._seed}/{self._updates}/{len(self._learned)}"
+                torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest()))
+            try:
+                yield
+            finally:
+                self.loaded.model.eval()
+
     def _scores(self, packed: Packed, with_entropy: bool) -> TokenScores:
-        self.loaded.model.train(self._checkpointing and torch.is_grad_enabled())
         hidden = packed_hidden_states(self.loaded.model, packed)
-        self.loaded.model.eval()
         return token_scores(
             self.loaded.head,
             hidden[packed.predictors],
@@ -122,7 +157,12 @@ class Policy:
         )
 
     def _inputs(
-        self, rows: Sequence[TrainingRow], packed: Packed, scores: TokenScores, denominators: Denominators
+        self,
+        rows: Sequence[TrainingRow],
+        packed: Packed,
+        scores: TokenScores,
+        reference: Tensor | None,
+        denominators: Denominators,
     ) -> LossInputs:
         device = self.loaded.device
 
@@ -134,7 +174,6 @@ class Policy:
         assert len(known) in (0, len(rows)), "some rows of a micro-batch have the reference's log-probs, others not"
         assert len(recomputed) in (0, len(rows)), "some rows of a micro-batch have recomputed log-probs, others not"
         sampled = per_token([x for row in rows for x in row.logprobs])
-        reference = None if self.reference is None or known else self.reference.logprobs(packed)
         return LossInputs(
             logprobs=scores.logprobs,
             old_logprobs=per_token([x for values in recomputed for x in values]) if recomputed else sampled,
@@ -153,7 +192,7 @@ class Policy:
         sampled = inputs.old_logprobs if inputs.sampler_logprobs is None else inputs.sampler_logprobs
         drift = ((inputs.logprobs.detach() - sampled) * inputs.mask).abs()
         largest = float(drift.max())
-        if largest > 0 and self.loaded.device.type == "cpu":
+        if largest > 0 and self.loaded.device.type == "cpu" and not self._dropout:
             first = int((drift > 0).nonzero()[0])
             row = int(inputs.row[first])
             place = first - sum(len(r.token_ids) for r in rows[:row])
@@ -193,16 +232,43 @@ class Policy:
             self._skipped = 0
             self._is_sampler = False
         else:
-            self._optimizer.forget_gradients()
-            self._skipped += 1
-            logger.warning("update %d skipped: the gradient norm is %s", self._updates, norm)
-            if self._skipped == 3:
-                raise TrainingError(
-                    "three updates in a row had a gradient that is not finite; lower optim.lr, or look at the rewards "
-                    "and log-probs of the last steps in trajectories/"
-                )
+            self._skip(norm)
+        self._learned.clear()
         self._updates += 1
         return {"grad_norm": Mean(norm), "learning_rate": Last(rate), "updates_skipped": Sum(0.0 if finite else 1.0)}
+
+    def _skip(self, norm: float) -> None:
+        bundle = None
+        if self.bundles is not None:
+            bundle = self.bundles.write(
+                self._updates,
+                self._learned,
+                gradients=self._optimizer.gradients(),
+                weights=self._optimizer.masters(),
+            )
+        self._optimizer.forget_gradients()
+        self._skipped += 1
+        where = "" if bundle is None else f"; everything to reproduce it is in {bundle}"
+        logger.warning("update %d skipped: the gradient norm is %s%s", self._updates, norm, where)
+        if self._skipped == 3:
+            raise TrainingError(
+                "three updates in a row had a gradient that is not finite; lower optim.lr, or look at the rewards "
+                f"and log-probs of the last steps in trajectories/{where}"
+            )
+
+    def gradients_of(
+        self, learned: Sequence[LearnedBatch], *, update: int, weights: Mapping[str, Tensor]
+    ) -> dict[str, Gradient]:
+        """The gradients that these micro-batches give at these weights, as update number `update`; what a bundle
+        holds is computed again so."""
+        self._optimizer.set_masters(weights)
+        self._updates = update
+        self._learned.clear()
+        for each in learned:
+            self.forward_backward(each.batch, each.denominators)
+        found = self._optimizer.gradients()
+        self._optimizer.forget_gradients()
+        return found
 
     def published(self) -> None:
         """The engines sample from these weights from now on."""
@@ -227,3 +293,9 @@ class Policy:
             os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _ends(loaded: LoadedModel) -> list[Tensor]:
+    """The weights of embedding and head."""
+    layers = (loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings())
+    return [weight for layer in layers if layer is not None for weight in layer.parameters()]

@@ -43,7 +43,7 @@ def in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_there_are_recipes() -> None:
-    assert {recipe.stem for recipe in RECIPES} >= {"gsm8k", "gsm8k-8b", "gsm8k-tiny", "gsm8k-tiny-sft"}
+    assert {recipe.stem for recipe in RECIPES} >= {"gsm8k", "gsm8k-8b", "gsm8k-lora", "gsm8k-tiny", "gsm8k-tiny-sft"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from groupwise.config import Config
     from groupwise.config.loading import LoadedConfig
 
-_SHARED_SETTINGS = ("model.", "data.", "optim.", "train.", "tracking.")
+_SHARED_SETTINGS = ("model.", "lora.", "data.", "optim.", "train.", "tracking.")
 _TRAIN_SETTINGS = (*_SHARED_SETTINGS, "reward.", "rollout.", "algorithm.", "eval.")
 _SFT_SETTINGS = (*_SHARED_SETTINGS, "sft.")
 _EPILOG = (

@@ -154,7 +154,7 @@ def test_an_unknown_name_near_to_nothing_lists_what_there_is(tmp_path: Path):
     assert "weight_decay" in nearest_key("optim.qqqqqq")
     path = tmp_path / "r.toml"
     path.write_text("[zzz]\nq = 1\n")
-    assert "the sections are model, data" in refusal(path)
+    assert "the sections are model, lora, data" in refusal(path)
 
 
 def test_other_names_lead_to_names_that_exist():

@@ -1,0 +1,153 @@
+"""Reproduction bundles: everything that led to a gradient that is not finite, in a folder of the run directory.
+
+bundles/step_000012/
+  bundle.json          the micro-batches with their denominators and losses, and every parameter's gradient norm
+  weights.safetensors  the trained weights (float32 masters) that the gradient was taken at
+  config.json  versions.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from groupwise.checkpoint import find_latest
+from groupwise.checkpoint.codec import decode_state, encode_state
+from groupwise.config import Config
+from groupwise.config.loading import config_json
+from groupwise.errors import DataError
+from groupwise.files import write_json_atomic, write_text_atomic
+from groupwise.policy.optimizer import Gradient
+from groupwise.rundir import RunDirectory, versions
+from groupwise.types import Denominators, MicroBatch, TrainingRow
+
+KEPT = 3
+MOST_WEIGHT_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedBatch:
+    """One micro-batch as the policy met it; `loss` is its part of the update's loss."""
+
+    batch: MicroBatch
+    denominators: Denominators
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A gradient that was not finite.
+
+    Attributes:
+        update: how many updates came before it; with the run's seed it also decides dropout.
+        gradients: by parameter name.
+        weights: trained weights by parameter name; None when they were too large to be written.
+        supervised: made by `groupwise sft`.
+    """
+
+    update: int
+    batches: tuple[LearnedBatch, ...]
+    gradients: Mapping[str, Gradient]
+    weights: Mapping[str, Tensor] | None
+    supervised: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BundleWriter:
+    """Writes the bundles of one run. The newest three are kept: so many in a row stop the run."""
+
+    run: RunDirectory
+    config: Config
+    supervised: bool = False
+
+    def write(
+        self,
+        update: int,
+        batches: Sequence[LearnedBatch],
+        *,
+        gradients: Mapping[str, Gradient],
+        weights: Mapping[str, Tensor],
+    ) -> Path:
+        """Write a bundle, whole or not at all; returns its folder."""
+        step, place = divmod(update, 1 if self.supervised else self.config.optim.steps_per_batch)
+        folder = self.run.bundles / (f"step_{step + 1:06d}" + (f"_update_{place + 1}" if place else ""))
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        small = sum(weight.nbytes for weight in weights.values()) <= MOST_WEIGHT_BYTES
+        if small:
+            save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, temporary / _WEIGHTS)
+        latest = find_latest(self.run.checkpoints)
+        content = {
+            "update": update,
+            "supervised": self.supervised,
+            "seed": self.config.train.seed,
+            "weights": _WEIGHTS if small else None,
+            "last_checkpoint": None if latest is None else str(latest),
+            "bad_parameters": [name for name, gradient in gradients.items() if gradient.num_bad],
+            "gradients": {name: asdict(gradient) for name, gradient in gradients.items()},
+            "batches": [_as_json(learned) for learned in batches],
+        }
+        write_json_atomic(temporary / _CONTENT, encode_state(content, "bundle").structure)
+        write_text_atomic(temporary / "config.json", config_json(self.config))
+        write_json_atomic(temporary / "versions.json", versions())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        for old in sorted(self.run.bundles.glob("step_*"))[:-KEPT]:
+            shutil.rmtree(old)
+        return folder
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read a bundle back.
+
+    Raises:
+        DataError: the folder holds none, or a damaged one.
+    """
+    try:
+        content: Any = decode_state(json.loads((folder / _CONTENT).read_bytes()), {})
+        weights = load_file(folder / _WEIGHTS) if content["weights"] else None
+        batches = tuple(_from_json(learned) for learned in content["batches"])
+        gradients = {name: Gradient(**gradient) for name, gradient in content["gradients"].items()}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise DataError(f"{folder} is not a whole reproduction bundle: {type(error).__name__}: {error}") from error
+    return Bundle(int(content["update"]), batches, gradients, weights, bool(content["supervised"]))
+
+
+_CONTENT = "bundle.json"
+_WEIGHTS = "weights.safetensors"
+
+
+def _as_json(learned: LearnedBatch) -> dict[str, Any]:
+    rows = [{name: _plain(value) for name, value in asdict(row).items()} for row in learned.batch.rows]
+    return {
+        "backward": learned.batch.backward,
+        "denominators": asdict(learned.denominators),
+        "loss": learned.loss,
+        "rows": rows,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _from_json(content: Any) -> LearnedBatch:
+    rows = tuple(_row(row) for row in content["rows"])
+    return LearnedBatch(
+        MicroBatch(rows, content["backward"]), Denominators(**content["denominators"]), float(content["loss"])
+    )
+
+
+def _row(content: Any) -> TrainingRow:
+    values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in content.items()}
+    return TrainingRow(**values)
