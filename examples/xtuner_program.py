@@ -1,6 +1,6 @@
 """GRPO on GSM8K as a program for XTuner's RLTrainer, whose imports are changed to one line; Ray is not needed.
 
-    python examples/xtuner_program.py --model MODEL --train gsm8k/train.jsonl --eval gsm8k/test.jsonl
+python examples/xtuner_program.py --model MODEL --train gsm8k/train.jsonl --eval gsm8k/test.jsonl
 """
 
 from __future__ import annotations

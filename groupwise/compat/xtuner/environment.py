@@ -58,10 +58,13 @@ def script_variables(*, backend: str, model: str, train: str, evaluation: str) -
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Within it, these variables are set."""
-    before = dict(os.environ)
+    before = {key: os.environ.get(key) for key in variables}
     os.environ.update(variables)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value

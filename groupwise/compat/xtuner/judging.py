@@ -44,7 +44,7 @@ def read_judgers(config: JudgerConfig | None, place: str, *, found: Translation)
         judger = routed.judger
         handler = judger.reward_handler
         if callable(handler):
-            functions.append(_reward(handler, judger, data_source=routed.data_source))
+            functions.append(_reward(handler, judger, only=routed.data_source))
         elif handler is not None:
             found.problems.append(
                 f"{routed.place}.reward_handler = {handler!r}: rewards over HTTP are not there; give a function"
@@ -77,28 +77,27 @@ def _routed(config: JudgerConfig | None, place: str, found: Translation) -> Iter
         yield Routed(judger, where, judger.judger_name if source is None else source)
 
 
-def _reward(handler: Callable[..., Any], judger: JudgerConfig, *, data_source: str | None) -> Callable[..., Any]:
-    """A reward from `handler(response, label, extra_info)`, which gives `{"score": number}`."""
+def _reward(handler: Callable[..., Any], judger: JudgerConfig, *, only: str | None) -> Callable[..., Any]:
+    """A reward from `handler(response, label, extra_info)`, which gives `{"score": number}`; None for other rows."""
 
     def calls(completions: Sequence[Any], reward_model: Sequence[Any]) -> list[Any]:
-        texts = completion_texts(completions)
         return [
             handler(response=text, label=truth.get("ground_truth"), extra_info=dict(judger.extra_info))
-            for text, truth in zip(texts, reward_model, strict=True)
+            for text, truth in zip(completion_texts(completions), reward_model, strict=True)
         ]
 
-    def elsewhere(row_source: Sequence[Any] | None) -> bool:
-        return data_source is not None and (row_source or [None])[0] != data_source
+    def applies(data_source: Sequence[Any] | None) -> bool:
+        return only is None or (data_source is not None and data_source[0] == only)
 
     def judged(completions: Sequence[Any], reward_model: Sequence[Any], data_source: Any = None, **_: Any) -> list[Any]:
-        if elsewhere(data_source):
+        if not applies(data_source):
             return [None] * len(completions)
         return [result["score"] for result in calls(completions, reward_model)]
 
     async def judged_async(
         completions: Sequence[Any], reward_model: Sequence[Any], data_source: Any = None, **_: Any
     ) -> list[Any]:
-        if elsewhere(data_source):
+        if not applies(data_source):
             return [None] * len(completions)
         return [(await result)["score"] for result in calls(completions, reward_model)]
 

@@ -144,6 +144,8 @@ class _Trainer(Names):
         found, parts = Translation(), self._parts()
         found.take(self)
         read_worker(found, self.train_worker_cfg, place="train_worker_cfg")
+        if self.enable_evaluate and not parts.evaluation and "enable_evaluate" in self.model_fields_set:
+            found.note("enable_evaluate", "the program gives no rows to evaluate on")
         read_evaluation(found, parts.evaluation if self.enable_evaluate else [])
         if self.resources.accelerator == "CPU":
             found.put("model.device", "cpu", "resources.accelerator")
@@ -250,7 +252,7 @@ def _in_this_programs_words(error: ConfigError, loaded: LoadedConfig) -> ConfigE
     """Add which field of the program each setting is that the message names."""
     message = str(error)
     origins = loaded.origins.items()
-    named = [f"  {dotted} is {where}" for dotted, where in origins if re.search(rf"\b{dotted}\b", message)]
+    named = [f"  {dotted} is {where}" for dotted, where in origins if re.search(rf"\b{re.escape(dotted)}\b", message)]
     return ConfigError("\n".join([message, *(["in this program:", *named] if named else [])]))
 
 

@@ -26,7 +26,7 @@ OF_EVALUATION = {
     "rollout.group_size": "eval.samples",
 }
 """Settings of training whose fields mean another one among the objects of evaluation."""
-NOT_OF_EVALUATION = ("train.micro_batch_tokens", "data.shuffle")
+NOT_OF_EVALUATION = ("train.micro_batch_tokens", "data.shuffle", "rollout.top_k")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +91,17 @@ def read_evaluation(found: Translation, parts: Sequence[Part]) -> None:
         where, given = apart.origins[setting], apart.was_given(setting)
         if setting in OF_EVALUATION or setting.startswith("eval."):
             found.put(OF_EVALUATION.get(setting, setting), value, where, given=given)
-        elif setting == "rollout.top_k" and value == 1:
-            found.values["eval.temperature"], found.origins["eval.temperature"] = 0.0, where
-        elif setting == "rollout.top_k" and value:
-            found.problems.append(f"{where} = {value}: evaluation has temperature and top_p, and top_k = 1 for greedy")
-        elif given and setting != "rollout.top_k" and setting not in NOT_OF_EVALUATION:
-            _require_as_in_training(found, setting, value, where)
-
-
-def _require_as_in_training(found: Translation, setting: str, value: Any, where: str) -> None:
-    if found.values.get(setting) != value:
-        found.problems.append(
-            f"{where} = {value!r}: evaluation shares {setting} with training, which has {found.values.get(setting)!r}"
-        )
+        elif given and setting not in NOT_OF_EVALUATION and found.values.get(setting) != value:
+            found.problems.append(
+                f"{where} = {value!r}: evaluation shares {setting} with training, which has "
+                f"{found.values.get(setting)!r}"
+            )
+    top_k = apart.values.get("rollout.top_k", 0)
+    if top_k == 1:  # the likeliest token, whatever the temperature
+        found.values["eval.temperature"], found.origins["eval.temperature"] = 0.0, apart.origins["rollout.top_k"]
+    elif top_k:
+        where = apart.origins["rollout.top_k"]
+        found.problems.append(f"{where} = {top_k}: evaluation has temperature and top_p, and top_k = 1 for greedy")
 
 
 def check_context(found: Translation, rollout: RolloutConfig, *, place: str) -> None:
