@@ -19,6 +19,8 @@ from groupwise.quickstart.task import make_task
 from groupwise.quickstart.tiny_model import build_tiny_model
 from groupwise.sft import run_sft
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ReadRows = Callable[[Path], list[dict[str, Any]]]
 ANSWERS = ("18", "19", "20", "21")
