@@ -60,6 +60,11 @@ def every(value: int | None) -> int:
     return value if value is not None and value > 0 else 0
 
 
+def all_rows(ratio: float) -> None:
+    if ratio not in (0, 1):
+        raise ValueError("give eval_sample_num, a number of rows")
+
+
 def backends(value: str) -> tuple[str, ...]:
     return ("console", "jsonl", "tensorboard") if value == "tensorboard" else ("console", "jsonl")
 
@@ -245,7 +250,7 @@ class EvaluatorConfig(Names):
     tokenizer: Annotated[Any, Becomes("model.path", via=path)] = None
     evaluate_step: Annotated[int, Becomes("eval.every")] = 1
     eval_sample_num: Annotated[int, Becomes("eval.limit", via=lambda n: n or None)] = 0
-    eval_sample_ratio: Annotated[float, Only("give eval_sample_num, a number of rows")] = 0
+    eval_sample_ratio: Annotated[float, Becomes("eval.limit", via=all_rows)] = 0
     compute_metric_func: Annotated[None, Only("accuracy is the share of answers with a reward above 0")] = None
     sample_params: SampleParams = Field(default_factory=SampleParams)
     max_concurrent: Annotated[int, Inert(BATCHED)] = 8

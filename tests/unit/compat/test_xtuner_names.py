@@ -1,12 +1,10 @@
-"""XTuner's names: what programs with them become, what is refused and how, and that no field is forgotten."""
+"""XTuner's names: what programs with them become, and what is refused and how."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,8 @@ import pytest
 import torch
 
 import groupwise.compat.xtuner as door
-from groupwise.compat.xtuner import names as classes
-from groupwise.compat.xtuner import trainer as trainers
-from groupwise.compat.xtuner.base import Apart, Becomes, Mark, Names, Only
-from groupwise.compat.xtuner.presets import ModelPreset
-from groupwise.config.keys import annotation_of
 from groupwise.errors import ConfigError
 
-ROOT = Path(__file__).parents[3]
 ROWS = (
     '{"prompt": [{"role": "user", "content": "2+2?"}], "data_source": "s", "reward_model": {"ground_truth": "4"}}\n' * 3
 )
@@ -108,15 +100,6 @@ def refused(trainer: door.RLTrainer | door.RLColocateTrainerConfig) -> str:
     return str(caught.value)
 
 
-def all_classes() -> list[type[Names]]:
-    modules = (classes, trainers)
-    found = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
-    return sorted(
-        {one for one in found if issubclass(one, Names) and one is not Names and not issubclass(one, ModelPreset)},
-        key=lambda one: one.__name__,
-    )
-
-
 # --- what becomes of a program ---
 
 
@@ -169,7 +152,10 @@ def test_a_program_of_the_present_generation() -> None:
 
 def test_evaluation_acts_in_the_first_generation(caplog: pytest.LogCaptureFixture) -> None:
     evaluator = door.EvaluatorConfig(
-        dataset_cfg=[{"dataset": door.DatasetConfig(anno_path="test.jsonl")}], tokenizer="model", evaluate_step=10
+        dataset_cfg=[{"dataset": door.DatasetConfig(anno_path="test.jsonl")}],
+        tokenizer="model",
+        evaluate_step=10,
+        eval_sample_ratio=1,
     )
     on = first(enable_evaluate=True, evaluator_config=evaluator).to_config().config
     assert (on.eval.every, on.eval.at_start, on.data.eval, on.eval.temperature) == (10, False, "test.jsonl", 1.0)
@@ -312,6 +298,7 @@ def test_a_folder_without_a_model(place: Path) -> None:
         ),
         ({"rollout_config": door.RolloutConfig(context_length=100)}, "do not fit; raise it"),
         ({"rollout_config": door.RolloutConfig(extra_rollout_config={"vllm_x": 1})}, "engines that are not used here"),
+        ({"enable_evaluate": True, "evaluator_config": door.EvaluatorConfig(eval_sample_ratio=0.5)}, "eval_sample_num"),
         ({"total_epochs": None}, "total_epochs: got none"),
         ({"total_epochs": 0}, "train.epochs (total_epochs): got 0; expected a number above 0"),
     ],
@@ -392,72 +379,3 @@ def test_harmless_fields_get_one_line(caplog: pytest.LogCaptureFixture) -> None:
         for line in lines
     )
     assert "secret" not in caplog.text
-
-
-# --- the whole of it ---
-
-
-def test_every_field_has_a_mark_or_holds_others() -> None:
-    assert len(all_classes()) > 25
-    for one in all_classes():
-        for name, mark in one.marks().items():
-            annotation = str(one.model_fields[name].annotation)
-            assert mark is not None or "groupwise.compat.xtuner" in annotation, f"{one.__name__}.{name}"
-            if isinstance(mark, Becomes):
-                assert annotation_of(mark.setting) is not None, f"{one.__name__}.{name} becomes {mark.setting}"
-
-
-def public_fields() -> list[tuple[str, Any, Mark]]:
-    """Label, default and mark of each field, once: where it is written."""
-    found = []
-    for one in all_classes():
-        for name, mark in one.marks().items():
-            inherited = any(name in base.model_fields for base in one.__bases__ if issubclass(base, Names))
-            if mark is not None and not (inherited and one.__bases__[0].marks()[name] == mark):
-                default = one.model_fields[name].get_default(call_default_factory=True, validated_data={})
-                found.append((f"{one.__name__.replace('_Trainer', 'RLTrainer')}.{name}", default, mark))
-    return found
-
-
-def tables() -> list[str]:
-    """The rows of the tables in docs/migrate.md."""
-    become: dict[str, list[str]] = {}
-    refused: dict[str, list[str]] = {}
-    inert: dict[str, list[str]] = {}
-    for label, default, mark in public_fields():
-        if isinstance(mark, Becomes):
-            become.setdefault(f"`{mark.setting}`", []).append(f"`{label}`")
-        elif isinstance(mark, Apart):
-            become.setdefault(mark.becomes, []).append(f"`{label}`")
-        elif isinstance(mark, Only):
-            refused.setdefault(mark.because, []).append(f"`{label}` other than `{default}`")
-        else:
-            inert.setdefault(mark.because, []).append(f"`{label}`")
-    names = {because: [f"`{name}`"] for name, because in door.REFUSED.items()}
-    return [
-        f"| {', '.join(fields)} | {text} |"
-        for table in (become, refused, names, inert)
-        for text, fields in table.items()
-    ]
-
-
-def test_every_name_and_field_is_in_the_migration_page() -> None:
-    text = (ROOT / "docs" / "migrate.md").read_text(encoding="utf-8")
-    missing = [row for row in tables() if row not in text.splitlines()]
-    assert not missing, "\n" + "\n".join(missing)
-    assert [name for name in door.__all__ if f"`{name}" not in text] == []
-
-
-def test_nothing_but_the_command_needs_the_doors() -> None:
-    code = (
-        "import importlib, pkgutil, sys\n"
-        "sys.modules['groupwise.compat'] = None\n"
-        "import groupwise\n"
-        "for module in pkgutil.walk_packages(groupwise.__path__, 'groupwise.'):\n"
-        "    if not module.name.startswith('groupwise.compat') and not module.name.endswith('__main__'):\n"
-        "        importlib.import_module(module.name)\n"
-        "from groupwise.cli import main\n"
-        "sys.exit(main(['algorithms']))\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
-    assert result.returncode == 0, result.stderr
