@@ -2,7 +2,7 @@
 
 runs/NAME/
   config.json  versions.json  log.txt  metrics.jsonl  ledger.jsonl  summary.json
-  trajectories/  checkpoints/  final/  tensorboard/  report.html
+  samples.jsonl  trajectories/  checkpoints/  final/  tensorboard/  tracking/  report.html
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ KNOWN_NAMES = frozenset(
         "versions.json",
         "log.txt",
         "metrics.jsonl",
+        "samples.jsonl",
         "ledger.jsonl",
         "summary.json",
         "report.html",
@@ -42,6 +43,7 @@ KNOWN_NAMES = frozenset(
         "checkpoints",
         "final",
         "tensorboard",
+        "tracking",
     }
 )
 FREE_ON_RESUME = ("data.eval", "train.output", "train.save_every", "train.keep_checkpoints", "train.trajectories")

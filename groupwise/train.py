@@ -90,6 +90,7 @@ async def train(parts: TrainParts, *, start: int = 0) -> None:
                 await parts.weight_sync.wait()
                 learned.append(parts.policy.optim_step())
         _record(parts, batch, step + 1)
+        parts.trackers.samples(step + 1, batch)
         await parts.weight_sync.publish(step + 1)
         with clock("eval"):
             scores = await parts.evaluator.maybe_run(step + 1, final=step + 1 == parts.num_steps)
