@@ -48,7 +48,7 @@ class GgufAnswers:
             self._model: Any = library.Llama(
                 model_path=str(file if base is None else base),
                 lora_path=None if base is None else str(file),
-                n_ctx=CONTEXT,
+                n_ctx=min(CONTEXT, _trained_context(file if base is None else Path(base))),
                 n_gpu_layers=0,
                 logits_all=True,
                 verbose=False,
@@ -88,6 +88,11 @@ def gguf_precision(file: Path) -> str:
     """The name under which `verify` knows the file's type; an adapter's own rounding counts as float16."""
     found = gguf_value(file, gguf.Keys.General.FILE_TYPE)
     return "float16" if found is None else PRECISIONS[gguf.LlamaFileType(int(found))]
+
+
+def _trained_context(file: Path) -> int:
+    arch = gguf_value(file, gguf.Keys.General.ARCHITECTURE)
+    return int(gguf_value(file, gguf.Keys.LLM.CONTEXT_LENGTH.format(arch=arch)))
 
 
 def gguf_value(file: Path, key: str) -> Any:

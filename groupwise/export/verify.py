@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig
 
 from groupwise.errors import ConfigError, ExportError
 from groupwise.export.loading import load_tokenizer, load_whole
@@ -161,14 +160,16 @@ class _HfAnswers:
 
     @torch.inference_mode()
     def greedy(self, prompt: list[int], max_tokens: int) -> list[int]:
-        config = GenerationConfig(
-            max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(self.stop_ids) or None, pad_token_id=0
-        )
-        ids = torch.tensor([prompt], device=self._model.device)
-        output = self._model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, use_model_defaults=False
-        )
-        return output[0, len(prompt) :].tolist()
+        """A loop of its own: `generate` would take the model's generation config into account, penalties and all."""
+        answer: list[int] = []
+        ids, past = torch.tensor([prompt], device=self._model.device), None
+        while len(answer) < max_tokens:
+            output = self._model(input_ids=ids, past_key_values=past, use_cache=True)
+            answer.append(int(output.logits[0, -1].argmax()))
+            if answer[-1] in self.stop_ids:
+                break
+            ids, past = torch.tensor([answer[-1:]], device=self._model.device), output.past_key_values
+        return answer
 
     @torch.inference_mode()
     def likeliest(self, tokens: list[int]) -> list[int]:
