@@ -99,7 +99,7 @@ def render_card(run: RunRecord, *, is_adapter: bool, has_curve: bool) -> str:
         f"# {run.name}\n\n`{base}`, trained by {kind} with Groupwise {run.versions.get('groupwise', __version__)}.",
     ]
     if rewards := run.config.get("reward"):
-        rows = [(f"`{reward.get('name')}`", _shown(reward.get("weight", 1.0))) for reward in rewards]
+        rows = [(f"`{_shown(reward.get('name'))}`", _shown(reward.get("weight", 1.0))) for reward in rewards]
         parts.append("## Rewards\n\n" + _table(("reward", "weight"), rows))
     parts.append("## Results\n\n" + _results(run, has_curve=has_curve))
     settings = [(f"`{name}`", _shown(_setting(run.config, name))) for name in _SETTINGS if _acts(run, name)]

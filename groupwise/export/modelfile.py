@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from groupwise.errors import ConfigError
 from groupwise.files import write_text_atomic
 
@@ -88,8 +86,8 @@ def find_turns(tokenizer: Any) -> TurnTemplate | None:
     try:
         found = _cut(tokenizer)
         return found if found is not None and all(_agrees(found, tokenizer, talk) for talk in _TALKS) else None
-    except (ValueError, TypeError, KeyError, TemplateError):
-        return None  # a template that refuses a system message, say, is more than a frame
+    except Exception:  # noqa: BLE001 - a template is a program; one that refuses a system message, say, is no frame
+        return None
 
 
 def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, opening: bool) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_token
 
 from groupwise.errors import ConfigError, ExportError
@@ -84,7 +83,7 @@ def push(plan: Push, *, message: str = "Model trained with Groupwise") -> str:
             allow_patterns=[_literally(file.name) for file in plan.files],
             commit_message=message,
         )
-    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:
         raise ExportError(f"could not push to {plan.repo}: {error}") from error
     return str(commit.commit_url)
 

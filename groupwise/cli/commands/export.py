@@ -159,10 +159,9 @@ def _need_gguf() -> None:
 
 
 def _say(record: ExportRecord, out: str) -> None:
-    merged = f"; merging changed the logits by {record.merge_difference:.1e} of the largest" * (
-        record.merge_difference is not None
-    )
-    print(f"wrote {out} ({record.precision}){merged}")
+    print(f"wrote {out} ({record.precision})")
+    if record.merge_difference is not None:
+        print(f"merging the adapter changed the logits by {record.merge_difference:.1e} of the largest")
     print(f"`groupwise export verify {out}` compares its answers with the source's")
 
 

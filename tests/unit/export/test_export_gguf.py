@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models
 from transformers import AutoConfig, GPT2Config, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 from groupwise.errors import ConfigError, ExportError
@@ -262,8 +262,8 @@ class TestVocab:
         # Where no token is longer than its merges, whole words make no difference.
         assert found == name or {found, name} == {"llama-bpe", "smaug-bpe"}
 
-    def test_sentencepiece_tokens_scores_and_types(self) -> None:
-        tokenizer = sentencepiece_like()
+    def test_sentencepiece_tokens_scores_and_types(self, sentencepiece_like: Any) -> None:
+        tokenizer = sentencepiece_like
         vocab = gguf_vocab(tokenizer, size=len(tokenizer) + 2)
         assert (vocab.model, vocab.pre, vocab.merges, vocab.add_space_prefix) == ("llama", None, (), False)
         kinds = dict(zip(vocab.tokens, vocab.types, strict=True))
@@ -279,26 +279,6 @@ class TestVocab:
         raw = RawTokenizer(models.WordLevel({"a": 0}, unk_token="a"))
         with pytest.raises(ConfigError, match="model is WordLevel"):
             gguf_vocab(PreTrainedTokenizerFast(tokenizer_object=raw), size=1)
-
-
-def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """As Gemma's: BPE over characters with ▁ for a space, bytes for what is unknown, merges by score."""
-    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    pieces = ["▁", "a", "b", "c", "1", "\n", "ab", "▁ab", "▁a", "abc", "▁abc", "▁1"]
-    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    vocab = {token: place for place, token in enumerate(tokens)}
-    merges = [("a", "b"), ("▁", "ab"), ("▁", "a"), ("▁a", "b"), ("ab", "c"), ("▁ab", "c"), ("▁", "1")]
-    raw = RawTokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    raw.normalizer = normalizers.Replace(" ", "▁")  # type: ignore[assignment]
-    parts: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    raw.decoder = decoders.Sequence(parts)  # type: ignore[assignment]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
-    )
-    from tokenizers import AddedToken
-
-    tokenizer.add_tokens([AddedToken("\n\n", special=False, normalized=False)])
-    return tokenizer
 
 
 class TestLlamaQuantize:

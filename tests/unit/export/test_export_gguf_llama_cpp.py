@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,20 @@ def test_an_adapter_on_its_bases_gguf(
         verify(tmp_path / "adapter.gguf")
     with pytest.raises(ExportError, match="is not the model that it came from"):
         verify(tmp_path / "base.gguf", source=source)
+
+
+def test_sentencepiece_text_becomes_the_same_tokens(
+    sentencepiece_like: Any, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("qwen3"), folder, ignore=lambda _, names: [n for n in names if "token" in n])
+    sentencepiece_like.save_pretrained(folder)
+    export_gguf(find_source(folder), tmp_path / "x.gguf")
+    ours = AutoTokenizer.from_pretrained(folder)
+    theirs = llama_cpp.Llama(str(tmp_path / "x.gguf"), vocab_only=True, verbose=False)
+    texts = ["abc ab a b", "  ab  abc", "1 abcabab\n\nab\n", "日本 é 🙂 abc", "<eos>ab<bos>", "", " ", *TELLING_TEXTS]
+    for text in texts:
+        assert theirs.tokenize(text.encode(), add_bos=True, special=True) == ours.encode(text), text
 
 
 def test_a_merged_adapter(adapter_folder: Callable[..., Path], tmp_path: Path) -> None:
