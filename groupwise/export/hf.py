@@ -24,6 +24,7 @@ from groupwise.files import write_json_atomic
 Form = Literal["full", "4bit", "adapter"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -66,7 +67,7 @@ def _check_form(source: Source, form: Form, dtype: Dtype) -> None:
 
 
 def _save_full(source: Source, merged: Merged, folder: Path, *, dtype: Dtype) -> ExportRecord:
-    wanted = merged.dtype if dtype == "auto" else getattr(torch, dtype)
+    wanted = merged.dtype if dtype == "auto" else _DTYPES[dtype]
     model: Any = merged.model
     model.to(wanted).save_pretrained(folder)
     merged.tokenizer.save_pretrained(folder)
