@@ -12,9 +12,14 @@ if TYPE_CHECKING:
     from groupwise.config import Config
     from groupwise.config.loading import LoadedConfig
 
-_SHARED_SETTINGS = ("model.", "lora.", "data.", "optim.", "train.", "tracking.")
-_TRAIN_SETTINGS = (*_SHARED_SETTINGS, "reward.", "rollout.", "algorithm.", "eval.")
-_SFT_SETTINGS = (*_SHARED_SETTINGS, "sft.")
+_SHARED_SETTINGS = ("model.", "lora.", "data.", "optim.", "train.")
+_TRAIN_SETTINGS = (*_SHARED_SETTINGS, "reward.", "rollout.", "algorithm.", "eval.", "tracking.")
+# Supervised training samples nothing, so it has no tables of samples.
+_SFT_SETTINGS = (
+    *_SHARED_SETTINGS,
+    "sft.",
+    *(f"tracking.{name}" for name in ("backends", "project", "run_name", "mode", "folder")),
+)
 _EPILOG = (
     "Any setting can be given as --section.key VALUE, e.g. --optim.lr 1e-6; it wins over the recipe.\n"
     "`groupwise config` lists them all; --dry-run shows what this run would use and where each value comes from."
