@@ -80,7 +80,12 @@ class Choice:
 
 
 def choose(
-    logits: Tensor, uniform: Tensor, params: RowParams, *, seen: Tensor | None = None, forbidden: Forbidden | None = None
+    logits: Tensor,
+    uniform: Tensor,
+    params: RowParams,
+    *,
+    seen: Tensor | None = None,
+    forbidden: Forbidden | None = None,
 ) -> Choice:
     """Draw one token per row.
 

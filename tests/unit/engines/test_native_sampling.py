@@ -191,7 +191,9 @@ def test_forbidden_tokens_are_not_drawn_and_the_log_prob_stays_the_policys() -> 
 
 @pytest.mark.parametrize("height", [-5.0, 3.0, 8.0, 200.0])
 @pytest.mark.parametrize("neighbour", [{"top_k": 5}, {"temperature": 0.7}, {"repetition_penalty": 1.3}])
-def test_a_forbidden_token_gives_the_same_draws_beside_any_neighbour(height: float, neighbour: dict[str, float]) -> None:
+def test_a_forbidden_token_gives_the_same_draws_beside_any_neighbour(
+    height: float, neighbour: dict[str, float]
+) -> None:
     """Whether or not it was the most likely one, or so likely that the others' weights vanish beside it."""
     logits = random_logits(64)
     logits[:, 7] = height
