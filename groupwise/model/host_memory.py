@@ -1,8 +1,8 @@
 """Memory of CPU tensors stays with the process when they are freed.
 
 By default glibc gives every large block back to the system, and the next one comes page by page, each page zeroed at
-its first touch. Activations come and go thousands of times in a run: measured, four training steps of a small model took
-820,000 page faults, and 6,000 with this.
+its first touch. Activations come and go thousands of times in a run: measured, four training steps of a small model
+took 820,000 page faults, and 6,000 with this.
 """
 
 from __future__ import annotations
