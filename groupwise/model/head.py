@@ -18,7 +18,6 @@ from groupwise.model.evenly import row_sums
 from groupwise.model.exact import wide
 from groupwise.model.packing import ROW_MULTIPLE, pad_rows
 
-
 _KEPT_BYTES = 1 << 28  # weights of one pass that training keeps rather than computes again
 
 

@@ -61,7 +61,7 @@ class RowParams:
 
 @dataclass(frozen=True, slots=True)
 class Forbidden:
-    """Tokens that cannot be drawn (stop tokens before `min_tokens`): `rows [F]` and `tokens [F]`, int64, pair by pair."""
+    """What cannot be drawn (stop tokens before `min_tokens`), pair by pair: `rows [F]` and `tokens [F]`, int64."""
 
     rows: Tensor
     tokens: Tensor
