@@ -34,7 +34,7 @@ from groupwise.policy import Policy
 from groupwise.policy.bundle import BundleWriter
 from groupwise.rollout.microbatches import split_rows
 from groupwise.rundir import RunDirectory, check_place
-from groupwise.tracking import Trackers, build_trackers, check_backends
+from groupwise.tracking import build_trackers, check_backends
 from groupwise.types import Denominators, Stateful, TrainingRow, Unwatched, Watcher
 
 logger = logging.getLogger(__name__)

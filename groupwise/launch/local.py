@@ -158,12 +158,18 @@ def run_training(
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
     """Run it to its end; in a notebook, whose own event loop is running, in another thread."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not _is_in_loop():
         return asyncio.run(work)
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, work).result()
+
+
+def _is_in_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 async def _run(parts: TrainParts) -> int:
@@ -233,7 +239,8 @@ def _output(config: Config) -> Path:
     return Path("runs") / f"{model}-{data}"
 
 
-def _sampling(config: Config) -> SamplingParams:
+def training_sampling(config: Config) -> SamplingParams:
+    """How the samples that are learned from are drawn."""
     rollout = config.rollout
     return SamplingParams(
         temperature=rollout.temperature,
@@ -258,7 +265,7 @@ def _producer(
         scorer,
         sampler,
         buffer,
-        sampling=_sampling(config),
+        sampling=training_sampling(config),
         group_size=config.rollout.group_size,
         total_steps=steps,
     )

@@ -113,8 +113,11 @@ def adopt_adapter(model: PreTrainedModel) -> None:
 
 
 _FREE = frozenset(
-    "r lora_alpha lora_dropout target_modules use_rslora task_type base_model_name_or_path inference_mode revision "
-    "peft_version auto_mapping init_lora_weights layers_to_transform layers_pattern exclude_modules".split()
+    {
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("task_type", "base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping"),
+    }
 )
 """What may differ from peft's defaults: how the adapter began, and which layers have it."""
 
