@@ -19,7 +19,8 @@ _SAYS = {"same": "is", "acts": "decides", "refused": "refused, but for", "hint":
 def render_tables() -> str:
     """GRPOConfig's arguments, and those of SFTConfig that are not the same there."""
     own = {name: setting for name, setting in SFT.items() if GRPO.get(name) != setting}
-    return f"`GRPOConfig`:\n\n{_table(GRPO)}\nSFTConfig has the same arguments where it has them in TRL, and:\n\n{_table(own)}"
+    between = "SFTConfig has the same arguments where it has them in TRL, and:"
+    return f"`GRPOConfig`:\n\n{_table(GRPO)}\n{between}\n\n{_table(own)}"
 
 
 def _table(settings: Mapping[str, Setting]) -> str:
@@ -28,7 +29,9 @@ def _table(settings: Mapping[str, Setting]) -> str:
     for (kind, becomes), entries in groupby(ordered, key=lambda entry: (entry[1].kind, entry[1].becomes)):
         found = list(entries)
         names = ", ".join(f"`{name}`" for name, _ in found)
-        rows.append(f"| {names} | {_SAYS[kind]}{_values(found[0][1], kind, alone=len(found) == 1)} | {_marked(becomes)} |")
+        rows.append(
+            f"| {names} | {_SAYS[kind]}{_values(found[0][1], kind, alone=len(found) == 1)} | {_marked(becomes)} |"
+        )
     return "\n".join(rows) + "\n"
 
 
