@@ -45,6 +45,10 @@ class CheckpointError(GroupwiseError, RuntimeError):
     """A checkpoint could not be written or read."""
 
 
+class ExportError(GroupwiseError, RuntimeError):
+    """A model could not be written, or what was written is not the model that it came from."""
+
+
 class Interrupted(GroupwiseError):
     """The user interrupted the run, and a checkpoint was saved."""
 

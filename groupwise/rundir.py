@@ -2,7 +2,8 @@
 
 runs/NAME/
   config.json  versions.json  log.txt  metrics.jsonl  ledger.jsonl  summary.json
-  trajectories/  checkpoints/  final/  bundles/  tensorboard/  report.html
+  samples.jsonl  trajectories/  checkpoints/  final/  bundles/  tensorboard/  tracking/
+  report.html
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ KNOWN_NAMES = frozenset(
         "versions.json",
         "log.txt",
         "metrics.jsonl",
+        "samples.jsonl",
         "ledger.jsonl",
         "summary.json",
         "report.html",
@@ -43,6 +45,7 @@ KNOWN_NAMES = frozenset(
         "final",
         "bundles",
         "tensorboard",
+        "tracking",
     }
 )
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "bitsandbytes")

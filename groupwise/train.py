@@ -102,6 +102,7 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
                 learned.append(parts.policy.optim_step())
         learned.append(parts.upkeep.after(step + 1, learned))
         _record(parts, batch, step + 1)
+        parts.trackers.samples(step + 1, batch)
         await parts.weight_sync.publish(step + 1)
         with clock("eval"):
             scores = await parts.evaluator.maybe_run(step + 1, final=step + 1 == parts.num_steps)

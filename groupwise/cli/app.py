@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from groupwise import __version__
-from groupwise.cli.commands import chat, data, evaluate, generate, info, model, quickstart, train
+from groupwise.cli.commands import chat, data, evaluate, export, generate, info, model, quickstart, train, xtuner
 from groupwise.cli.parsing import Command, nearest
 from groupwise.errors import EXIT_FAILURE, EXIT_INTERRUPTED, ConfigError, GroupwiseError, Interrupted
 
@@ -16,12 +16,14 @@ COMMANDS: tuple[Command, ...] = (
     quickstart.QUICKSTART,
     train.TRAIN,
     train.SFT,
+    xtuner.XTUNER,
     evaluate.EVAL,
     generate.GENERATE,
     chat.CHAT,
     data.GSM8K,
     data.STATS,
     model.TINY,
+    *export.COMMANDS,
     info.ALGORITHMS,
     info.CONFIG,
 )
@@ -113,4 +115,4 @@ def _overview() -> str:
 
 
 def _line(command: Command) -> str:
-    return f"  {command.name:<12} {command.summary}"
+    return f"  {command.name:<16} {command.summary}"

@@ -34,9 +34,9 @@ CHATML_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# A word with the space before it, one digit, a run of other signs with the space before it, or white space. Digits
-# stand alone, as in Qwen's tokenizer, because arithmetic on multi-digit tokens cannot be learned digit by digit.
-_PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Digits stand alone, as in Qwen's tokenizer, because arithmetic on multi-digit tokens cannot be learned digit by digit;
+# the rest is split as GPT-2 does. llama.cpp knows these two steps, so an exported model gets the same tokens there.
+_STEPS = (r"\p{N}", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 _TEXT_SUFFIXES = (".txt", ".md")
 
@@ -100,9 +100,9 @@ def build_tokenizer(
 
     check_vocab_size(vocab_size)
     raw: RawTokenizer = Tokenizer(models.BPE())
-    split: Any = pre_tokenizers.Split(Regex(_PIECES), "isolated")
+    splits: list[Any] = [pre_tokenizers.Split(Regex(step), "isolated") for step in _STEPS]
     to_bytes: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    raw.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])  # type: ignore[assignment]
+    raw.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])  # type: ignore[assignment]
     raw.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

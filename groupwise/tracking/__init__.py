@@ -1,4 +1,4 @@
-"""Where a run's numbers go: console, JSON Lines, TensorBoard; fed once per step, by the loop alone."""
+"""Where a run's numbers go: the console, files, and trackers by other hands; fed once per step, by the loop alone."""
 
 from __future__ import annotations
 

@@ -2,9 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sampled completion, as a table shows it.
+
+    Attributes:
+        reward: the weighted sum; None where no reward function gave a value.
+        rewards: each reward function's raw value by name.
+
+    Example:
+        Sample(prompt="2+2?", completion="4", reward=1.0, rewards={"gsm8k": 1.0}, advantage=0.7)
+    """
+
+    prompt: str
+    completion: str
+    reward: float | None
+    rewards: Mapping[str, float | None]
+    advantage: float
+
+
+@dataclass(frozen=True, slots=True)
+class SampleTable:
+    """Samples of one step as columns and rows; the rewards of several functions stand in columns of their own."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float | None, ...], ...]
+
+    @classmethod
+    def of(cls, step: int, samples: Sequence[Sample]) -> SampleTable:
+        names = tuple(dict.fromkeys(name for sample in samples for name in sample.rewards))
+        rows = tuple(
+            (step, s.prompt, s.completion, s.reward, *(s.rewards.get(name) for name in names), s.advantage)
+            for s in samples
+        )
+        columns = ("step", "prompt", "completion", "reward", *(f"rewards/{name}" for name in names), "advantage")
+        return cls(columns, rows)
 
 
 class Tracker(Protocol):
@@ -14,6 +52,7 @@ class Tracker(Protocol):
         class PrintTracker:
             def start(self, config, run_dir): print("start", run_dir)
             def log(self, step, metrics): print(step, metrics["reward"])
+            def samples(self, step, samples): print(samples[0].completion)
             def close(self): pass
     """
 
@@ -23,6 +62,10 @@ class Tracker(Protocol):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One step's numbers, in a fixed order; steps rise from call to call, and a value may be NaN."""
+        ...
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Some of the completions that step trained on; called before that step's `log`."""
         ...
 
     def close(self) -> None:

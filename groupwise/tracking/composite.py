@@ -7,13 +7,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from groupwise.tracking.base import Tracker
+from groupwise.tracking.base import Sample, Tracker
+from groupwise.types import TrainingBatch
 
 logger = logging.getLogger("groupwise.tracking")
 
 
 class Trackers:
     """Feeds every tracker; one that raises is warned about once, closed and dropped.
+
+    Args:
+        samples_every: steps between tables of sampled completions; 0 makes none.
+        samples: completions in one table.
 
     Example:
         trackers = Trackers({"jsonl": JsonlTracker()})
@@ -22,8 +27,10 @@ class Trackers:
         trackers.close()
     """
 
-    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
+    def __init__(self, trackers: Mapping[str, Tracker], *, samples_every: int = 0, samples: int = 8) -> None:
         self._trackers = dict(trackers)
+        self._samples_every = samples_every
+        self._samples = samples
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -36,6 +43,12 @@ class Trackers:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._each(lambda tracker: tracker.log(step, metrics))
 
+    def samples(self, step: int, batch: TrainingBatch) -> None:
+        """Show some of the batch's completions, if a table is due."""
+        if self._samples_every and step % self._samples_every == 0:
+            chosen = choose_samples(batch, self._samples)
+            self._each(lambda tracker: tracker.samples(step, chosen))
+
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())
 
@@ -46,10 +59,11 @@ class Trackers:
             except Exception as error:  # noqa: BLE001 - third-party trackers raise anything
                 del self._trackers[name]
                 logger.warning(
-                    "the %s tracker failed and is off for the rest of this run: %s: %s",
+                    "the %s tracker failed and is off for the rest of this run: %s: %s%s",
                     name,
                     type(error).__name__,
                     error,
+                    _hint(error),
                 )
                 self._close_quietly(tracker)
 
@@ -58,3 +72,18 @@ class Trackers:
             tracker.close()
         except Exception as error:  # noqa: BLE001 - it failed already
             logger.debug("closing it failed too: %s", error)
+
+
+def choose_samples(batch: TrainingBatch, count: int) -> list[Sample]:
+    """The first `count` completions of the batch, prompt by prompt, so that those of one prompt can be compared."""
+    chosen: list[Sample] = []
+    for group, advantages in zip(batch.groups, batch.advantages, strict=True):
+        for rollout, advantage in zip(group.rollouts, advantages, strict=True):
+            if len(chosen) == count:
+                return chosen
+            chosen.append(Sample(group.prompt.text, rollout.text, rollout.reward, dict(rollout.rewards), advantage))
+    return chosen
+
+
+def _hint(error: Exception) -> str:
+    return "; install it with: pip install 'groupwise[trackers]'" if isinstance(error, ModuleNotFoundError) else ""

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from groupwise.tracking.base import Sample, SampleTable
+
+LONGEST_TEXT = 400  # characters of a prompt or completion in a table
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,13 @@ def summary(metrics: Mapping[str, float]) -> str:
         if (value := metrics.get(column.metric)) is not None
     )
     return "  ".join(cells)
+
+
+def _cell(value: str | float | None) -> Text:
+    """Text that is no markup, cut where a table would become unreadable."""
+    if isinstance(value, str):
+        return Text(value if len(value) <= LONGEST_TEXT else value[:LONGEST_TEXT] + " …")
+    return Text("" if value is None else f"{value:.3g}")
 
 
 class ConsoleTracker:
@@ -87,6 +100,13 @@ class ConsoleTracker:
             self._progress.update(self._task, completed=step, line=line)
         else:
             self._console.print(f"step {step}" + (f"/{self._total}" if self._total else "") + f"  {line}")
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        found = SampleTable.of(step, samples)
+        table = Table(*found.columns[1:], title=f"samples of step {step}", show_lines=True)
+        for row in found.rows:
+            table.add_row(*(_cell(value) for value in row[1:]))
+        self._console.print(table, soft_wrap=False)
 
     def close(self) -> None:
         if self._progress is not None:

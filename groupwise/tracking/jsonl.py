@@ -1,14 +1,17 @@
-"""`metrics.jsonl`: one JSON object per step, durable after each; NaN is null."""
+"""`metrics.jsonl`: one JSON object per step, durable after each; NaN is null. `samples.jsonl`: one per sample."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from groupwise.files import append_rows, truncate_rows
+from groupwise.tracking.base import Sample
 
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 
 
 class JsonlTracker:
@@ -21,16 +24,21 @@ class JsonlTracker:
 
     def __init__(self, *, resumed_step: int | None = None) -> None:
         self._resumed_step = resumed_step
-        self._path: Path | None = None
+        self._folder: Path | None = None
 
     def start(self, config: Mapping[str, Any], run_dir: Path) -> None:
-        self._path = run_dir / METRICS_FILE
+        self._folder = run_dir
         if self._resumed_step is not None:
-            truncate_rows(self._path, self._resumed_step)
+            truncate_rows(run_dir / METRICS_FILE, self._resumed_step)
+            truncate_rows(run_dir / SAMPLES_FILE, self._resumed_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        assert self._path is not None, "start() comes before log()"
-        append_rows(self._path, [{"step": step, **metrics}])
+        assert self._folder is not None, "start() comes before log()"
+        append_rows(self._folder / METRICS_FILE, [{"step": step, **metrics}])
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        assert self._folder is not None, "start() comes before samples()"
+        append_rows(self._folder / SAMPLES_FILE, ({"step": step, **asdict(sample)} for sample in samples))
 
     def close(self) -> None:
-        self._path = None
+        self._folder = None

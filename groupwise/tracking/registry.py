@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from pathlib import Path
 
 from groupwise.config import TrackingConfig
 from groupwise.errors import ConfigError
+from groupwise.tracking.background import Background
 from groupwise.tracking.base import Tracker
 from groupwise.tracking.composite import Trackers
 from groupwise.tracking.console import ConsoleTracker
+from groupwise.tracking.facts import RunFacts
 from groupwise.tracking.jsonl import JsonlTracker
+from groupwise.tracking.mlflow import MlflowTracker
+from groupwise.tracking.swanlab import SwanLabTracker
 from groupwise.tracking.tensorboard import TensorBoardTracker
-
-
-@dataclass(frozen=True, slots=True)
-class RunFacts:
-    """What trackers may need to know when they are built.
-
-    Attributes:
-        title: `project/run_name`.
-        total_steps: of the whole run, those before a resume included.
-        resumed_step: last step of the checkpoint that the run continues from; None in a new run.
-    """
-
-    title: str
-    total_steps: int | None
-    resumed_step: int | None
-
+from groupwise.tracking.trackio import TrackioTracker
+from groupwise.tracking.wandb import WandbTracker
 
 BUILDERS: Mapping[str, Callable[[RunFacts], Tracker]] = {
     "console": lambda run: ConsoleTracker(title=run.title, total_steps=run.total_steps, resumed_step=run.resumed_step),
     "jsonl": lambda run: JsonlTracker(resumed_step=run.resumed_step),
     "tensorboard": lambda run: TensorBoardTracker(title=run.title, resumed_step=run.resumed_step),
+    "wandb": lambda run: Background("wandb", WandbTracker(run)),
+    "swanlab": lambda run: Background("swanlab", SwanLabTracker(run)),
+    "trackio": lambda run: Background("trackio", TrackioTracker(run)),
+    "mlflow": lambda run: Background("mlflow", MlflowTracker(run)),
 }
 
 
@@ -51,8 +45,16 @@ def build_trackers(
         ConfigError: a name is unknown, or stands twice.
     """
     check_backends(config)
-    facts = RunFacts(f"{config.project}/{config.run_name or run_name}", total_steps, resumed_step)
-    return Trackers({name: BUILDERS[name](facts) for name in config.backends})
+    facts = RunFacts(
+        config.project,
+        config.run_name or run_name,
+        total_steps=total_steps,
+        resumed_step=resumed_step,
+        mode=config.mode,
+        folder=Path(config.folder) if config.folder else None,
+    )
+    built = {name: BUILDERS[name](facts) for name in config.backends}
+    return Trackers(built, samples_every=config.samples_every, samples=config.samples)
 
 
 def check_backends(config: TrackingConfig) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import html
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from groupwise.files import json_line
+from groupwise.tracking.base import Sample, SampleTable
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -15,7 +17,7 @@ FOLDER = "tensorboard"
 
 
 class TensorBoardTracker:
-    """Writes every metric as a scalar, and the config as a text.
+    """Writes every metric as a scalar, the config as a text, and samples as a table.
 
     Args:
         resumed_step: as in `JsonlTracker`; TensorBoard hides what an earlier file of the run has after it.
@@ -40,7 +42,27 @@ class TensorBoardTracker:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        assert self._writer is not None, "start() comes before samples()"
+        self._writer.add_text("samples", _markdown(SampleTable.of(step, samples)), step)
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def _markdown(table: SampleTable) -> str:
+    lines = [
+        list(table.columns),
+        ["---"] * len(table.columns),
+        *([_cell(value) for value in row] for row in table.rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: str | float | None) -> str:
+    """One line, and no sign that would end the cell or be read as markup."""
+    if not isinstance(value, str):
+        return "" if value is None else f"{value:g}"
+    return html.escape(value).replace("|", "&#124;").replace("\n", "<br>")

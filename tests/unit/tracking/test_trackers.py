@@ -11,6 +11,7 @@ import pytest
 from groupwise.config import TrackingConfig
 from groupwise.errors import ConfigError, DataError
 from groupwise.tracking import Trackers, build_trackers
+from groupwise.tracking.base import Sample
 from groupwise.tracking.console import ConsoleTracker
 from groupwise.tracking.jsonl import JsonlTracker
 from groupwise.tracking.tensorboard import TensorBoardTracker
@@ -36,6 +37,9 @@ class Recorder:
 
     def log(self, step, metrics) -> None:
         self._call("log")
+
+    def samples(self, step, samples) -> None:
+        self._call("samples")
 
     def close(self) -> None:
         self._call("close")
@@ -131,6 +135,48 @@ def test_tensorboard_scalars_are_read_back_and_resume_hides_old_steps(tmp_path: 
     reader = EventAccumulator(str(tmp_path / "tensorboard"))
     reader.Reload()
     assert [(event.step, event.value) for event in reader.Scalars("reward")] == [(1, 1.0), (2, 20.0)]
+
+
+HOSTILE = Sample("2|2\n<b>?", "[bold]日本[/bold]" + "x" * 900, 1.0, {"match": 1.0, "format": None}, -0.5)
+
+
+def test_samples_of_jsonl_are_rows_and_are_cut_on_resume(tmp_path: Path):
+    tracker = JsonlTracker()
+    tracker.start({}, tmp_path)
+    for step in (1, 2):
+        tracker.samples(step, [HOSTILE])
+    again = JsonlTracker(resumed_step=1)
+    again.start({}, tmp_path)
+    [row] = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert (row["step"], row["prompt"], row["rewards"]) == (1, "2|2\n<b>?", {"match": 1.0, "format": None})
+
+
+def test_samples_of_tensorboard_are_a_table_of_one_line_a_row(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = TensorBoardTracker(title="p/one")
+    tracker.start({}, tmp_path)
+    tracker.samples(4, [HOSTILE, HOSTILE])
+    tracker.close()
+    reader = EventAccumulator(str(tmp_path / "tensorboard"))
+    reader.Reload()
+    [event] = reader.Tensors("samples/text_summary")
+    lines = event.tensor_proto.string_val[0].decode().splitlines()
+    assert event.step == 4
+    assert len(lines) == 4
+    assert {line.count("|") for line in lines} == {8}
+    assert "2&#124;2<br>&lt;b&gt;?" in lines[2]
+
+
+def test_samples_of_the_console_are_plain_text_and_cut():
+    file = io.StringIO()
+    tracker = ConsoleTracker(title="t", file=file)
+    tracker.start({}, Path("runs/one"))
+    tracker.samples(3, [HOSTILE])
+    text = file.getvalue()
+    assert "samples of step 3" in text
+    assert "[bold]" in text.replace("\n", "") or "[bo" in text
+    assert text.count("x") < 500
 
 
 @pytest.mark.parametrize("moment", ["start", "log", "close"])
