@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from groupwise.policy import Policy
 from groupwise.policy.bundle import BundleWriter
 from groupwise.rollout.microbatches import split_rows
 from groupwise.rundir import RunDirectory, check_place
-from groupwise.tracking import Trackers, build_trackers, check_backends
-from groupwise.types import Denominators, Stateful, TrainingRow
+from groupwise.tracking import build_trackers, check_backends
+from groupwise.types import Denominators, Stateful, TrainingRow, Unwatched, Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,13 @@ def run_sft(
     overwrite: bool = False,
     loaded: LoadedModel | None = None,
     train_data: Source | None = None,
+    watcher: Watcher | None = None,
 ) -> dict[str, Any]:
     """Train on worked answers as `config` says; returns what `summary.json` holds.
 
     Args:
         loaded, train_data: instead of `model.path` and `data.train`.
+        watcher: follows the run, and may end it.
 
     Raises:
         ConfigError, DataError: before a model is loaded, wherever that is possible.
@@ -74,9 +76,11 @@ def run_sft(
     check_backends(config.tracking)
     resolve_device(config.model.device)
     source = read_rows(config.data.train if train_data is None else train_data)
-    check_supervised_rows(source, config.data)
+    check_supervised_rows(source, config.data, text_column=config.sft.text_column)
     tokenizer = load_tokenizer(config.model) if loaded is None else loaded.tokenizer
-    data = load_supervised(source, config.data, tokenizer, max_tokens=config.sft.max_tokens)
+    data = load_supervised(
+        source, config.data, tokenizer, max_tokens=config.sft.max_tokens, text_column=config.sft.text_column
+    )
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(data.rows) / config.sft.rows_per_step))
     check_place(_output(config), resume=resume, overwrite=overwrite)
     loaded = with_adapter(loaded or load_model(config.model), config.lora, seed=config.train.seed)
@@ -93,11 +97,14 @@ def run_sft(
             gradient_checkpointing=config.model.gradient_checkpointing,
         )
         policy.bundles = BundleWriter(run, config, supervised=True)
-        job = _Job(config, run, policy, data.rows, steps)
-        losses = job.train(stop)
-        policy.save_pretrained(run.final)
+        job = _Job(config, run, policy, rows=data.rows, steps=steps, watcher=watcher or Unwatched())
+        try:
+            done, losses = job.train(stop)
+            policy.save_pretrained(run.final)
+        finally:
+            policy.release()
         summary = {
-            "steps": steps,
+            "steps": done,
             "seconds": round(time.perf_counter() - started, 1),
             "seed": config.train.seed,
             "loss": losses[-1] if losses else None,
@@ -116,11 +123,13 @@ class _Job:
     config: Config
     run: RunDirectory
     policy: Policy
+    _: KW_ONLY
     rows: Sequence[TrainingRow]
     steps: int
+    watcher: Watcher
 
-    def train(self, stop: StopRequest) -> list[float]:
-        """All steps from the newest checkpoint, or the first; returns the losses."""
+    def train(self, stop: StopRequest) -> tuple[int, list[float]]:
+        """All steps from the newest checkpoint, or the first; returns the last step, and the losses."""
         start = self._restore() if self.run.resumed else 0
         trackers = build_trackers(
             self.config.tracking,
@@ -129,12 +138,22 @@ class _Job:
             resumed_step=start if self.run.resumed else None,
         )
         trackers.start(self.config.model_dump(mode="json"), self.run.path)
+        losses: list[float] = []
         try:
-            return [self._step(step, trackers, stop) for step in range(start, self.steps)]
+            for step in range(start, self.steps):
+                self.watcher.begins(step + 1, self.steps)
+                found = self._step(step)
+                losses.append(found["loss"])
+                trackers.log(step + 1, found)
+                last = self.watcher.logged(step + 1, found) or step + 1 == self.steps
+                self._maybe_save(step + 1, last=last, stopping=bool(stop))
+                if last:
+                    break
         finally:
             trackers.close()
+        return start + len(losses), losses
 
-    def _step(self, step: int, trackers: Trackers, stop: StopRequest) -> float:
+    def _step(self, step: int) -> dict[str, float]:
         clock = Clock()
         rows = self._rows_of(step)
         tokens = float(sum(sum(row.loss_mask) for row in rows))
@@ -142,15 +161,15 @@ class _Job:
         microbatches = split_rows(rows, self.config.train.micro_batch_tokens)
         learned = [self.policy.forward_backward(batch, denominators) for batch in microbatches]
         learned.append(self.policy.optim_step())
-        found = metrics.resolve(metrics.merge(*learned) | {"num_tokens": Last(tokens)} | clock.metrics())
-        trackers.log(step + 1, found)
+        return metrics.resolve(metrics.merge(*learned) | {"num_tokens": Last(tokens)} | clock.metrics())
+
+    def _maybe_save(self, step: int, *, last: bool, stopping: bool) -> None:
         train = self.config.train
-        last, stopping = step + 1 == self.steps, bool(stop)
-        if last or stopping or (train.save_every and (step + 1) % train.save_every == 0):
-            save_checkpoint(self.run.checkpoints, step + 1, self._stateful, keep=train.keep_checkpoints)
+        if last or stopping or (train.save_every and step % train.save_every == 0):
+            save_checkpoint(self.run.checkpoints, step, self._stateful, keep=train.keep_checkpoints)
+            self.watcher.saved(step)
         if stopping and not last:
-            raise Interrupted(f"stopped after step {step + 1}; --resume goes on from there")
-        return found["loss"]
+            raise Interrupted(f"stopped after step {step}; --resume goes on from there")
 
     def _rows_of(self, step: int) -> list[TrainingRow]:
         """The step's rows: every epoch has each row once, in an order of its own."""

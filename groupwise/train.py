@@ -26,7 +26,7 @@ from groupwise.rollout.batch import BatchShape
 from groupwise.rollout.records import ledger_rows, trajectory_rows
 from groupwise.rundir import RunDirectory
 from groupwise.tracking import Trackers
-from groupwise.types import Stateful, TrainingBatch
+from groupwise.types import Stateful, TrainingBatch, Watcher
 from groupwise.weight_sync import InProcessSync
 
 
@@ -37,6 +37,7 @@ class TrainParts:
     Attributes:
         num_steps: training steps of the whole run, those before a resume included.
         stop: becomes true when the user asks the run to end.
+        watcher: follows the run, and may end it.
     """
 
     config: Config
@@ -54,6 +55,7 @@ class TrainParts:
     run: RunDirectory
     num_steps: int
     stop: StopRequest
+    watcher: Watcher
 
     @property
     def stateful(self) -> dict[str, Stateful]:
@@ -67,8 +69,8 @@ class TrainParts:
         }
 
 
-async def train(parts: TrainParts, *, start: int = 0) -> None:
-    """Train from step `start` to `parts.num_steps`.
+async def train(parts: TrainParts, *, start: int = 0) -> int:
+    """Train from step `start` to `parts.num_steps`, or to where the watcher ends the run; returns the last step.
 
     Raises:
         Interrupted: the user asked to stop; the step was finished and a checkpoint saved.
@@ -78,12 +80,14 @@ async def train(parts: TrainParts, *, start: int = 0) -> None:
         parts.config.optim.steps_per_batch,
         parts.config.train.micro_batch_tokens,
         parts.config.rollout.max_completion_tokens,
+        parts.config.optim.passes_per_batch,
     )
     await parts.weight_sync.publish(start)
     if scores := await parts.evaluator.maybe_run(start):
-        parts.trackers.log(start, metrics.resolve(scores))
+        _log(parts, start, scores)
     parts.producer.admit(start)
     for step in range(start, parts.num_steps):
+        parts.watcher.begins(step + 1, parts.num_steps)
         clock = Clock()
         with clock("rollout"):
             chosen = await parts.selection.take(step)
@@ -105,11 +109,22 @@ async def train(parts: TrainParts, *, start: int = 0) -> None:
         stopping = bool(parts.stop)  # read once: a request that comes after the save must wait for the next one
         sampled = (chosen.metrics, batch.metrics, parts.scorer.metrics(), parts.buffer.metrics())
         found = metrics.merge(*sampled, *learned, scores)
-        parts.trackers.log(step + 1, metrics.resolve(found | clock.metrics() | _throughput(batch, clock)))
-        _maybe_save(parts, step + 1, stopping=stopping)
-        if stopping and step + 1 < parts.num_steps:
+        ended = _log(parts, step + 1, found | clock.metrics() | _throughput(batch, clock))
+        last = ended or step + 1 == parts.num_steps
+        _maybe_save(parts, step + 1, now=last or stopping)
+        if last:
+            return step + 1
+        if stopping:
             raise Interrupted(f"stopped after step {step + 1}; --resume goes on from there")
         parts.producer.admit(step + 1)
+    return parts.num_steps
+
+
+def _log(parts: TrainParts, step: int, found: Metrics) -> bool:
+    """Whether the watcher ends the run here."""
+    numbers = metrics.resolve(found)
+    parts.trackers.log(step, numbers)
+    return parts.watcher.logged(step, numbers)
 
 
 def _record(parts: TrainParts, batch: TrainingBatch, step: int) -> None:
@@ -118,11 +133,11 @@ def _record(parts: TrainParts, batch: TrainingBatch, step: int) -> None:
     parts.run.append_ledger(ledger_rows(batch.groups, step=step, dropped=batch.dropped))
 
 
-def _maybe_save(parts: TrainParts, step: int, *, stopping: bool) -> None:
+def _maybe_save(parts: TrainParts, step: int, *, now: bool) -> None:
     train = parts.config.train
-    due = train.save_every and step % train.save_every == 0
-    if due or step == parts.num_steps or stopping:
+    if now or (train.save_every and step % train.save_every == 0):
         save_checkpoint(parts.run.checkpoints, step, parts.stateful, keep=train.keep_checkpoints)
+        parts.watcher.saved(step)
 
 
 def _throughput(batch: TrainingBatch, clock: Clock) -> dict[str, Metric]:

@@ -228,7 +228,8 @@ class MiniBatch:
 
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
-    """Groups packed for the trainer: `steps_per_batch` mini-batches, each one optimiser step.
+    """Groups packed for the trainer: `steps_per_batch` mini-batches, each one optimiser step, and again in each further
+    pass.
 
     Attributes:
         groups: the groups it was built from, in index order.
@@ -295,6 +296,34 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Watcher(Protocol):
+    """A program that follows its run; steps count from 1. Whatever it raises ends the run."""
+
+    def begins(self, step: int, num_steps: int) -> None:
+        """Before each step, which is one of `num_steps`."""
+        ...
+
+    def logged(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """After each step, its numbers; after step 0, those of an evaluation before training. True makes it the last
+        step."""
+        ...
+
+    def saved(self, step: int) -> None:
+        """The checkpoint of this step is complete."""
+        ...
+
+
+class Unwatched:
+    """The `Watcher` of a run that nobody follows."""
+
+    def begins(self, step: int, num_steps: int) -> None: ...
+
+    def logged(self, step: int, metrics: Mapping[str, float]) -> bool:
+        return False
+
+    def saved(self, step: int) -> None: ...
 
 
 class Tokenizer(Protocol):

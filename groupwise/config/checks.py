@@ -73,7 +73,7 @@ def _correction_problems(config: Config) -> list[str]:
                 "before such filters, so the weight would not be that of the distribution that was sampled from; "
                 "leave out one or the other"
             )
-    if algorithm.off_policy_mask is not None and config.exact_logprobs and config.optim.steps_per_batch == 1:
+    if algorithm.off_policy_mask is not None and config.exact_logprobs and config.optim.updates_per_batch == 1:
         found.append(
             f"algorithm.off_policy_mask = {algorithm.off_policy_mask}: with optim.steps_per_batch = 1 every sample is "
             "learned by the very weights that drew it, so there is no drift to mask; leave it out, or take more steps"

@@ -19,6 +19,7 @@ OTHER_NAMES = {
     "beta": "algorithm.kl_coef",
     "dataset": "data.train",
     "dataset_path": "data.train",
+    "dataset_text_field": "sft.text_column",
     "entropy_coef_delta": "algorithm.entropy_coef_step",
     "epsilon": "algorithm.clip_low",
     "epsilon_high": "algorithm.clip_high",
@@ -49,14 +50,14 @@ OTHER_NAMES = {
     "model_path": "model.path",
     "num_epochs": "train.epochs",
     "num_generations": "rollout.group_size",
-    "num_iterations": "optim.steps_per_batch",
+    "num_iterations": "optim.passes_per_batch",
     "num_train_epochs": "train.epochs",
     "off_policy_mask_threshold": "algorithm.off_policy_mask",
     "optim": "optim.name",
     "output_dir": "train.output",
     "pack_max_length": "train.micro_batch_tokens",
     "per_device_train_batch_size": "rollout.prompts_per_step",
-    "ppo_epochs": "optim.steps_per_batch",
+    "ppo_epochs": "optim.passes_per_batch",
     "prompt_repeat_k": "rollout.group_size",
     "ref_model_mixup_alpha": "algorithm.reference_mixup",
     "ref_model_sync_steps": "algorithm.reference_sync_every",
@@ -74,7 +75,6 @@ OTHER_NAMES = {
     "use_adaptive_entropy": "algorithm.entropy_target",
     "use_rslora": "lora.rslora",
     "use_vllm": "rollout.engine",
-    "warmup_steps": "optim.warmup_ratio",
 }
 """What other trainers call a setting -> what it is called here."""
 

@@ -104,7 +104,7 @@ def read_adapter_file(folder: Path) -> AdapterFile | None:
         raise ConfigError(f"{file} cannot be read: {error}; expected what peft writes") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: got {type(content).__name__}, expected what peft writes: a table")
-    _check_plain(file, content)
+    check_plain(str(file), content)
     targets = content.get("target_modules")
     targets = [targets] if isinstance(targets, str) else targets
     base, rank, alpha = content.get("base_model_name_or_path"), content.get("r"), content.get("lora_alpha")
@@ -119,7 +119,15 @@ def read_adapter_file(folder: Path) -> AdapterFile | None:
     return AdapterFile(folder, _resolved(base, folder), shape)
 
 
-def _check_plain(file: Path, content: dict[str, Any]) -> None:
+def check_plain(file: str, content: dict[str, Any]) -> None:
+    """Refuse an adapter that is more than plain LoRA.
+
+    Args:
+        content: its config, as peft writes it.
+
+    Raises:
+        ConfigError: says what it has.
+    """
     if content.get("peft_type") != "LORA":
         raise ConfigError(f"{file}: got an adapter of kind {content.get('peft_type')!r}; expected LORA")
     others = {

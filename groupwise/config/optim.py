@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from groupwise.config.base import Section
 
@@ -25,9 +25,16 @@ class OptimConfig(Section):
     )
     schedule: Literal["constant", "linear", "cosine"] = Field("constant")
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="part of all optimiser steps in which lr rises from 0")
+    warmup_steps: int = Field(0, ge=0, description="optimiser steps in which lr rises from 0, instead of a part of all")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="where linear and cosine end, as a part of lr")
     max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
     steps_per_batch: int = Field(1, ge=1, description="optimiser steps made of one batch, each on its share of it")
+    passes_per_batch: int = Field(1, ge=1, description="times that one batch is learned, each in steps_per_batch steps")
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimiser steps in one training step."""
+        return self.steps_per_batch * self.passes_per_batch
 
     @field_validator("weight_decay_groups")
     @classmethod
@@ -36,3 +43,12 @@ class OptimConfig(Section):
             if value < 0:
                 raise ValueError(f"the weight decay of {pattern!r} is {value}; expected 0 or more")
         return groups
+
+    @model_validator(mode="after")
+    def _one_warm_up(self) -> OptimConfig:
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps} and warmup_ratio = {self.warmup_ratio} both say how long the rate "
+                "rises; set one of them to 0"
+            )
+        return self

@@ -190,6 +190,23 @@ def encode_text_pair(prompt: str, completion: str, *, tokenizer: Tokenizer) -> E
     return EncodedConversation(prompt_ids, token_ids, (1,) * len(token_ids))
 
 
+def encode_whole_text(text: str, tokenizer: Tokenizer) -> EncodedConversation:
+    """A text that is learned from its second token on; the end-of-sequence token closes it.
+
+    Special tokens that the text holds, as rendered chats do, are not added a second time.
+
+    Raises:
+        ConfigError: the tokenizer has no end-of-sequence token.
+    """
+    bare, token_ids = encode_rendered(text, tokenizer), encode_text(text, tokenizer)
+    if token_ids[:2] == (token_ids[0],) * 2 and len(bare) < len(token_ids):
+        token_ids = bare
+    eos = _end_of_sequence(tokenizer)
+    if eos not in token_ids[-2:]:  # a template may write a line end after it
+        token_ids = (*token_ids, eos)
+    return EncodedConversation(token_ids[:1], token_ids[1:], (1,) * (len(token_ids) - 1))
+
+
 def encode_conversation(
     messages: Sequence[Message],
     tokenizer: Tokenizer,

@@ -9,7 +9,13 @@ from statistics import median
 from typing import Any
 
 from groupwise.config.data import DataConfig
-from groupwise.data.chat import EncodedConversation, check_template, encode_conversation, encode_text_pair
+from groupwise.data.chat import (
+    EncodedConversation,
+    check_template,
+    encode_conversation,
+    encode_text_pair,
+    encode_whole_text,
+)
 from groupwise.data.files import Source, SourceRow, read_rows
 from groupwise.data.rows import (
     SYSTEM_ROLES,
@@ -66,6 +72,11 @@ class SupervisedSet:
 
 
 @dataclass(frozen=True, slots=True)
+class _Text:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class _TextPair:
     prompt: str
     completion: str
@@ -79,24 +90,30 @@ class _Turns:
     completion: tuple[Message, ...]
 
 
-def check_supervised_rows(rows: Sequence[SourceRow], config: DataConfig) -> None:
-    """Check that every row has an answer to learn, without a tokenizer.
+def check_supervised_rows(rows: Sequence[SourceRow], config: DataConfig, *, text_column: str | None = None) -> None:
+    """Check that every row has an answer to learn, or a text in `text_column`, without a tokenizer.
 
     Raises:
         ConfigError: `data.few_shot` or `data.system_prompt` is malformed.
         DataError: a row is bad; names the first and counts the others.
     """
     check_settings(config)
-    refuse(find_problems(rows, partial(supervised_problem, config=config)))
+    if text_column is None:
+        refuse(find_problems(rows, partial(supervised_problem, config=config)))
+    else:
+        refuse(find_problems(rows, partial(_text_row_problem, column=text_column)))
 
 
-def load_supervised(source: Source, config: DataConfig, tokenizer: Tokenizer, *, max_tokens: int) -> SupervisedSet:
+def load_supervised(
+    source: Source, config: DataConfig, tokenizer: Tokenizer, *, max_tokens: int, text_column: str | None = None
+) -> SupervisedSet:
     """Read, check and tokenize conversations to learn.
 
     A row is, in this order: a question and an answer (`config.question_column`, `config.answer_column`); a prompt and
     an answer (`config.prompt_column`, `config.answer_column`); `prompt` and `completion`, both text or both messages; a
     conversation in `messages`, or in `config.prompt_column`, that ends with the assistant; a prompt with the worked
-    answer in `extra_info.answer`, as GSM8K has it in the RL format.
+    answer in `extra_info.answer`, as GSM8K has it in the RL format. With `text_column` it is a whole text, all of it
+    learned but its first token.
 
     Args:
         max_tokens: rows with more tokens, prompt included, are left out and counted.
@@ -106,8 +123,8 @@ def load_supervised(source: Source, config: DataConfig, tokenizer: Tokenizer, *,
         DataError: the source or a row is bad, or every row is too long.
     """
     rows = read_rows(source)
-    check_supervised_rows(rows, config)
-    worked = [_worked(row.values, config) for row in rows]
+    check_supervised_rows(rows, config, text_column=text_column)
+    worked = [_worked(row.values, config) if text_column is None else _Text(row.values[text_column]) for row in rows]
     if any(isinstance(item, _Turns) for item in worked):
         check_template(tokenizer, config.chat_template_kwargs)
     encoded = [_encode(item, row, config=config, tokenizer=tokenizer) for item, row in zip(worked, rows, strict=True)]
@@ -120,6 +137,12 @@ def load_supervised(source: Source, config: DataConfig, tokenizer: Tokenizer, *,
         num_too_long=len(rows) - len(kept),
         num_untrained_turns=sum(item.num_untrained_turns for _, item in kept),
     )
+
+
+def _text_row_problem(values: Mapping[str, Any], column: str) -> str | None:
+    if column not in values:
+        return missing_column(column, values, setting="sft.text_column")
+    return text_problem(values[column], f'the column "{column}" (sft.text_column)')
 
 
 def supervised_problem(values: Mapping[str, Any], config: DataConfig) -> str | None:
@@ -214,9 +237,11 @@ def _split_conversation(messages: tuple[Message, ...]) -> _Turns:
 
 
 def _encode(
-    item: _TextPair | _Turns, row: SourceRow, *, config: DataConfig, tokenizer: Tokenizer
+    item: _Text | _TextPair | _Turns, row: SourceRow, *, config: DataConfig, tokenizer: Tokenizer
 ) -> EncodedConversation:
-    if isinstance(item, _TextPair):
+    if isinstance(item, _Text):
+        encoded = encode_whole_text(item.text, tokenizer)
+    elif isinstance(item, _TextPair):
         encoded = encode_text_pair(item.prompt, item.completion, tokenizer=tokenizer)
     else:
         context = clean_messages(with_context(item.prompt, config))

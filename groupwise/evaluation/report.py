@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,12 +76,24 @@ class EvalReport:
     clipped_ratio: float
     rows: tuple[EvalRow, ...]
 
+    @property
+    def mean_rewards(self) -> dict[str, float]:
+        """Each reward function's mean, over the samples that it applies to."""
+        values: dict[str, list[float]] = {}
+        for row in self.rows:
+            for sample in row.samples:
+                for name, value in sample.rewards.items():
+                    if value is not None:
+                        values.setdefault(name, []).append(value)
+        return {name: math.fsum(found) / len(found) for name, found in values.items()}
+
     def metrics(self) -> dict[str, Metric]:
         """`eval/…` readings. `eval/pass@k` starts at 2, since pass@1 is the accuracy."""
         readings: dict[str, Metric] = {"eval/accuracy": Last(self.accuracy)}
         readings |= {f"eval/pass@{k}": Last(value) for k, value in self.pass_at_k.items() if k > 1}
         if self.mean_reward is not None:
             readings["eval/reward"] = Last(self.mean_reward)
+        readings |= {f"eval/rewards/{name}/mean": Last(value) for name, value in self.mean_rewards.items()}
         readings["eval/mean_length"] = Last(self.mean_length)
         readings["eval/clipped_ratio"] = Last(self.clipped_ratio)
         readings["eval/failed"] = Last(float(self.num_failed))

@@ -6,11 +6,12 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from groupwise.algorithms import Algorithm, build_algorithm
 from groupwise.checkpoint import find_latest, load_checkpoint
@@ -34,10 +35,11 @@ from groupwise.rollout.batch import teaches
 from groupwise.rundir import RunDirectory, check_place
 from groupwise.tracking import build_trackers, check_backends
 from groupwise.train import TrainParts, train
-from groupwise.types import Engine, RolloutGroup, SamplingParams
+from groupwise.types import Engine, RolloutGroup, SamplingParams, Unwatched, Watcher
 from groupwise.weight_sync import InProcessSync
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Given:
         loaded: instead of `model.path`.
         train_data, eval_data: instead of `data.train` and `data.eval`: a `datasets.Dataset`, or rows.
         rewards: functions beside those in the config, with `reward_weights` (all 1 when empty).
+        watcher: follows the run, and may end it.
     """
 
     loaded: LoadedModel | None = None
@@ -55,6 +58,7 @@ class Given:
     eval_data: Source | None = None
     rewards: Sequence[Callable[..., Any]] = ()
     reward_weights: Sequence[float] = ()
+    watcher: Watcher | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -140,19 +144,39 @@ def run_training(
             run=run,
             num_steps=steps,
             stop=stop,
+            watcher=given.watcher or Unwatched(),
         )
-        asyncio.run(_run(parts))
-        policy.save_pretrained(run.final)
-        summary = _summary(config, reports, steps=steps, seconds=time.perf_counter() - started)
+        try:
+            done = run_async(_run(parts))
+            policy.save_pretrained(run.final)
+        finally:
+            policy.release()
+        summary = _summary(config, reports, steps=done, seconds=time.perf_counter() - started)
         write_json_atomic(run.summary_file, summary)
     return summary
 
 
-async def _run(parts: TrainParts) -> None:
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """Run it to its end; in a notebook, whose own event loop is running, in another thread."""
+    if not _is_in_loop():
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
+def _is_in_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+async def _run(parts: TrainParts) -> int:
     start = _restore(parts) if parts.run.resumed else 0
     parts.trackers.start(parts.config.model_dump(mode="json"), parts.run.path)
     try:
-        await train(parts, start=start)
+        return await train(parts, start=start)
     finally:
         parts.trackers.close()
         await parts.producer.close()
@@ -215,7 +239,8 @@ def _output(config: Config) -> Path:
     return Path("runs") / f"{model}-{data}"
 
 
-def _sampling(config: Config) -> SamplingParams:
+def training_sampling(config: Config) -> SamplingParams:
+    """How the samples that are learned from are drawn."""
     rollout = config.rollout
     return SamplingParams(
         temperature=rollout.temperature,
@@ -240,7 +265,7 @@ def _producer(
         scorer,
         sampler,
         buffer,
-        sampling=_sampling(config),
+        sampling=training_sampling(config),
         group_size=config.rollout.group_size,
         total_steps=steps,
     )
@@ -252,7 +277,7 @@ def _policy(config: Config, loaded: LoadedModel, objective: Objective, *, steps:
         objective,
         optim=config.optim,
         train=config.train,
-        total_updates=steps * config.optim.steps_per_batch,
+        total_updates=steps * config.optim.updates_per_batch,
         temperature=config.rollout.temperature,
         gradient_checkpointing=config.model.gradient_checkpointing,
     )

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from groupwise.config import LoraConfig
-from groupwise.config.lora import AdapterFile, AdapterShape
+from groupwise.config.lora import AdapterFile, AdapterShape, check_plain
 from groupwise.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -91,6 +91,37 @@ def continue_adapter(model: PreTrainedModel, lora: LoraConfig) -> None:
         layer.lora_dropout[_NAME] = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
 
 
+def adopt_adapter(model: PreTrainedModel) -> None:
+    """Make ready an adapter that peft put into the module, alone or inside a `peft.PeftModel`.
+
+    Raises:
+        ConfigError: it is not one plain LoRA adapter named `default`.
+    """
+    import peft
+
+    configs: dict[str, Any] = model.peft_config
+    if list(configs) != [_NAME]:
+        raise ConfigError(f"the model has the adapters {', '.join(configs)}; expected one, named {_NAME!r}")
+    found, plain = configs[_NAME].to_dict(), peft.LoraConfig().to_dict()
+    place = "the model's adapter"
+    check_plain(place, found)
+    strange = sorted(key for key, value in found.items() if key not in _FREE and value != plain.get(key))
+    if strange:
+        raise ConfigError(f"{place}: {strange[0]} = {found[strange[0]]!r} is more than plain LoRA; leave it out")
+    model._hf_peft_config_loaded = True
+    _settle(model)
+
+
+_FREE = frozenset(
+    {
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("task_type", "base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping"),
+    }
+)
+"""What may differ from peft's defaults: how the adapter began, and which layers have it."""
+
+
 def load_adapter(model: PreTrainedModel, file: AdapterFile) -> None:
     """Put a saved adapter into its base, ready to sample and to be trained further.
 
@@ -148,6 +179,11 @@ def _inject(model: PreTrainedModel, config: peft.LoraConfig) -> None:
     base = Path(model.name_or_path or "")
     if model.name_or_path and base.is_dir():  # so that the adapter finds it from everywhere
         config.base_model_name_or_path = str(base.resolve())
+    _settle(model)
+
+
+def _settle(model: PreTrainedModel) -> None:
+    """Adapters compute in the module's dtype, and in full tiles."""
     for name, parameter in model.named_parameters():
         if ".lora_" in name:  # on 4-bit weights peft would compute in float32
             parameter.data = parameter.data.to(model.dtype)

@@ -78,7 +78,7 @@ class BundleWriter:
         weights: Mapping[str, Tensor],
     ) -> Path:
         """Write a bundle, whole or not at all; returns its folder."""
-        step, place = divmod(update, 1 if self.supervised else self.config.optim.steps_per_batch)
+        step, place = divmod(update, 1 if self.supervised else self.config.optim.updates_per_batch)
         folder = self.run.bundles / (f"step_{step + 1:06d}" + (f"_update_{place + 1}" if place else ""))
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)

@@ -41,9 +41,11 @@ class MasterOptimizer:
     def __init__(self, module: nn.Module, config: OptimConfig, *, ends: Collection[Tensor] = ()) -> None:
         self._weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._masters = {name: _master_of(p) for name, p in self._weights.items()}
-        for name, weight in self._weights.items():
-            if self._masters[name] is not weight:
-                weight.register_post_accumulate_grad_hook(self._collect(self._masters[name]))
+        self._hooks = [
+            weight.register_post_accumulate_grad_hook(self._collect(self._masters[name]))
+            for name, weight in self._weights.items()
+            if self._masters[name] is not weight
+        ]
         at_ends = {name for name, weight in self._weights.items() if any(weight is end for end in ends)}
         self._rules: list[Rule] = make_rules(self._masters, config, ends=at_ends)
 
@@ -97,6 +99,12 @@ class MasterOptimizer:
     def forget_gradients(self) -> None:
         for master in self._masters.values():
             master.grad = None
+
+    def release(self) -> None:
+        """Let go of the module: its gradients stay its own from now on."""
+        self.forget_gradients()
+        for hook in self._hooks:
+            hook.remove()
 
     def masters(self) -> dict[str, Tensor]:
         return {name: master.detach() for name, master in self._masters.items()}

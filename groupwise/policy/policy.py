@@ -282,6 +282,12 @@ class Policy:
         self._skipped = int(state["skipped"])
         self._optimizer.load_state_dict(state["optimizer"])
 
+    def release(self) -> None:
+        """Leave the model as a model, which may be trained by another policy."""
+        if self._checkpointing:
+            self.loaded.model.gradient_checkpointing_disable()
+        self._optimizer.release()
+
     def save_pretrained(self, path: Path) -> None:
         """Write a Hugging Face model folder; what stood there before is replaced only when the new one is whole."""
         temporary = path.with_name(f".{path.name}.tmp")

@@ -10,10 +10,11 @@ from groupwise.config import OptimConfig
 def learning_rate(config: OptimConfig, update: int, total_updates: int) -> float:
     """The rate of update number `update` (from 0) of `total_updates`.
 
-    It rises linearly to `lr` over the first `warmup_ratio` of all updates, then stays, or falls to `min_lr_ratio * lr`
-    at the last update: in a line, or along half a cosine (Loshchilov & Hutter 2017, equation 5, without restarts).
+    It rises linearly to `lr` over the first `warmup_ratio` of all updates, or the first `warmup_steps`, then stays, or
+    falls to `min_lr_ratio * lr` at the last update: in a line, or along half a cosine (Loshchilov & Hutter 2017,
+    equation 5, without restarts).
     """
-    warmup = math.ceil(config.warmup_ratio * total_updates)
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_updates)
     if update < warmup:
         return config.lr * (update + 1) / warmup
     if config.schedule == "constant":

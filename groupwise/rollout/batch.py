@@ -23,6 +23,7 @@ class BatchShape:
 
     Attributes:
         steps_per_batch: optimiser steps made of one batch, each on its share of the prompts.
+        passes_per_batch: times that the batch is learned.
         micro_batch_tokens: most tokens of one forward and backward pass.
         max_completion_tokens: the constant of Dr. GRPO's normaliser.
     """
@@ -30,6 +31,7 @@ class BatchShape:
     steps_per_batch: int
     micro_batch_tokens: int
     max_completion_tokens: int
+    passes_per_batch: int = 1
 
 
 def build_batch(
@@ -60,7 +62,9 @@ def build_batch(
         _minibatch([row for g in share for row in _rows(groups[g], advantages[g], algorithm)], shape, algorithm)
         for share in _shares(len(groups), shape.steps_per_batch)
     ]
-    return TrainingBatch(tuple(groups), advantages, tuple(minibatches), metrics, tuple(dropped))
+    return TrainingBatch(
+        tuple(groups), advantages, tuple(minibatches) * shape.passes_per_batch, metrics, tuple(dropped)
+    )
 
 
 def teaches(group: RolloutGroup, algorithm: Algorithm, *, reward_weights: dict[str, float]) -> bool:
@@ -198,4 +202,6 @@ def _length_metrics(rollouts: Sequence[Rollout]) -> dict[str, Metric]:
     }
     if ended:
         metrics["completions/mean_terminated_length"] = Mean(float(sum(ended)), len(ended))
+        metrics["completions/min_terminated_length"] = Min(float(min(ended)))
+        metrics["completions/max_terminated_length"] = Max(float(max(ended)))
     return metrics

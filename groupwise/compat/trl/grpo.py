@@ -1,0 +1,182 @@
+"""GRPOTrainer: TRL's, on `groupwise.launch.local.run_training`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.trainer_utils import TrainOutput
+
+from groupwise.compat.trl.arguments import GRPOConfig
+from groupwise.compat.trl.callbacks import CallbackWatcher
+from groupwise.compat.trl.trainer import Trainer, check_options
+from groupwise.compat.trl.translate import Values, build_config, grpo_batch, grpo_values, in_trl_words
+from groupwise.config.checks import check_trainable
+from groupwise.data import load_prompts, read_rows
+from groupwise.engines import build_engine
+from groupwise.errors import ConfigError
+from groupwise.evaluation import eval_sampling, evaluate
+from groupwise.launch.local import Given, run_async, run_training, training_sampling
+from groupwise.rewards import RewardScorer
+from groupwise.rollout.producer import produce_group
+from groupwise.types import RolloutGroup, SampleRequest
+
+_OPTIONS = ("processing_class", "tokenizer", "peft_config", "quantization_config", "callbacks")
+
+
+class GRPOTrainer(Trainer):
+    """TRL's GRPOTrainer.
+
+    Args:
+        model: a name, a folder, or a module of transformers or peft, which is trained in place.
+        reward_funcs: one or a list of functions with TRL's signature, names of built-in rewards, `file.py:function`.
+        train_dataset, eval_dataset: rows with `prompt`, a text or messages; rewards get the other columns.
+        options: `processing_class` or `tokenizer`, `peft_config`, `quantization_config`, `callbacks`.
+
+    Raises:
+        ConfigError, DataError: before the model is loaded, wherever that is possible.
+
+    Example:
+        trainer = GRPOTrainer("Qwen/Qwen3-0.6B", [correct], GRPOConfig("outputs", max_steps=100), train_dataset=rows)
+        trainer.train()
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        **options: Any,
+    ) -> None:
+        check_options("GRPOTrainer", options, _OPTIONS)
+        if train_dataset is None:
+            raise ConfigError("GRPOTrainer: got no train_dataset; expected rows with a prompt each")
+        self.args = args or GRPOConfig()
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        rewards = _rewards(reward_funcs, self.args.reward_weights)
+        self._functions = [(function, weight) for function, weight in rewards if not isinstance(function, str)]
+        rows, batch = read_rows(train_dataset), grpo_batch(self.args)
+        values = grpo_values(self.args, batch, num_rows=len(rows))
+        if named := [{"name": function, "weight": weight} for function, weight in rewards if isinstance(function, str)]:
+            values["reward"] = named
+        self._check(values, model)
+        super().__init__(model, self.args, options=options, batch=batch, rows=rows, values=values)
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
+        """Train in place; the run directory is `run` in `output_dir`.
+
+        Args:
+            resume_from_checkpoint: true goes on from the newest checkpoint of `output_dir`.
+        """
+        resume = self._start(self.args, resume_from_checkpoint)
+        watcher = self._watch(self.args)
+        with self._held.at_work() as loaded:
+            given = Given(
+                loaded=loaded,
+                train_data=self._rows,
+                eval_data=None if self.eval_dataset is None else _as_rows(self.eval_dataset),
+                rewards=self._bound(watcher),
+                reward_weights=[weight for _, weight in self._functions],
+                watcher=watcher,
+            )
+            run_training(self.config, resume=resume, overwrite=not resume, given=given)
+        return watcher.ended()
+
+    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Sample and score each row `num_generations_eval` times; the numbers, which `log_history` gets too.
+
+        Raises:
+            ConfigError: there is nothing to evaluate.
+        """
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if data is None:
+            raise ConfigError("evaluate: got no eval_dataset; give one here or to the trainer")
+        config, watcher = self.config, self._watch(self.args)
+        scorer = self._scorer(watcher)
+        with self._held.at_work() as loaded:
+            prompts = load_prompts(_as_rows(data), config.data, loaded.tokenizer, limit=config.eval.limit).prompts
+            scorer.check_prompts(prompts)
+            sampling = eval_sampling(config.eval, config.rollout, seed=config.train.seed)
+            engine = build_engine(config.rollout, loaded)
+            report = run_async(evaluate(engine, prompts, scorer, config=config.eval, sampling=sampling, version=0))
+        metrics = {name: float(metric.value) for name, metric in report.metrics().items()}
+        return watcher.evaluated(metrics, prefix=metric_key_prefix)
+
+    def generate_completions(self, dataset: Any) -> list[RolloutGroup]:
+        """Sample each row `num_generations` times and score the answers, without learning from them.
+
+        Args:
+            dataset: rows, a data set, or a slice of one (`dataset[:4]`).
+
+        Returns:
+            A group for each row: its prompt, and rollouts with `text`, `rewards` by name and `reward`.
+        """
+        config, scorer = self.config, self._scorer(self._watch(self.args))
+        with self._held.at_work() as loaded:
+            prompts = load_prompts(_as_rows(dataset), config.data, loaded.tokenizer).prompts
+            scorer.check_prompts(prompts)
+            engine, sampling = build_engine(config.rollout, loaded), training_sampling(config)
+
+            async def sample() -> list[RolloutGroup]:
+                asked = [
+                    [SampleRequest(prompt, i, sampling) for i in range(config.rollout.group_size)] for prompt in prompts
+                ]
+                return [
+                    await produce_group(engine, scorer, requests, index=index) for index, requests in enumerate(asked)
+                ]
+
+            return run_async(sample())
+
+    def _check(self, values: Values, model: Any) -> None:
+        """Refuse, in TRL's words, what can be refused before the model is loaded."""
+        path = {"model.path": str(model)} if isinstance(model, str | Path) else {}
+        given = {"data.train": True, "data.eval": self.eval_dataset is not None, "reward": bool(self._functions)}
+        provided = [name for name, there in {**given, "model.path": not path}.items() if there]
+        try:
+            config = build_config(self.args, {**values, **path})
+            check_trainable(config, provided=provided)
+            RewardScorer(config.reward, functions=[function for function, _ in self._functions])
+        except ConfigError as error:
+            raise in_trl_words(self.args, error) from error
+
+    def _scorer(self, watcher: CallbackWatcher) -> RewardScorer:
+        weights = [weight for _, weight in self._functions]
+        return RewardScorer(self.config.reward, functions=self._bound(watcher), function_weights=weights)
+
+    def _bound(self, watcher: CallbackWatcher) -> list[Callable[..., Any]]:
+        """The functions, with what TRL hands to those that name it: the trainer's state, and a way to log a number."""
+        extras = {"trainer_state": self.state, "log_metric": watcher.report}
+        bound: list[Callable[..., Any]] = []
+        for function, _ in self._functions:
+            named = extras.keys() & inspect.signature(function).parameters.keys()
+            bound.append(partial(function, **{name: extras[name] for name in named}) if named else function)
+        return bound
+
+
+def _rewards(given: Any, weights: Sequence[float] | None) -> list[tuple[Any, float]]:
+    """Functions and names with their weights."""
+    functions = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    for function in functions:
+        if not isinstance(function, str) and (isinstance(function, nn.Module | type) or not callable(function)):
+            raise ConfigError(
+                f"reward_funcs: got a {type(function).__name__}; expected functions, names of built-in rewards or "
+                "file.py:function. A reward model is called in a function of yours"
+            )
+    if weights is not None and len(weights) != len(functions):
+        raise ConfigError(f"GRPOConfig.reward_weights: got {len(weights)} for {len(functions)} reward functions")
+    return list(zip(functions, weights or [1.0] * len(functions), strict=True))
+
+
+def _as_rows(data: Any) -> Any:
+    """Rows of what may also be a slice of a data set, which is a dict of columns."""
+    if not isinstance(data, Mapping):
+        return data
+    if not all(isinstance(column, list) for column in data.values()):
+        raise ConfigError(f"got the splits {', '.join(map(str, data))}; give one of them")
+    return [dict(zip(data, values, strict=True)) for values in zip(*data.values(), strict=True)]

@@ -1,0 +1,225 @@
+"""Models as TRL's programs have them: a name, a folder, a module, a module with peft's adapter in or around it.
+
+Whatever it is, the program's object is trained in place, and is a model of transformers' again afterwards. A boundary:
+objects of transformers and peft are known by their classes and attributes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import torch
+from transformers import PreTrainedModel
+
+from groupwise.compat.trl.arguments import Arguments
+from groupwise.config import ModelConfig
+from groupwise.config.values import literal
+from groupwise.errors import ConfigError
+from groupwise.model.adapters import adopt_adapter
+from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, resolve_device, wrap_model
+from groupwise.types import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldModel:
+    """The program's model.
+
+    Attributes:
+        model: what the program gave, or would have got from TRL: with a `peft_config`, a `PeftModel`.
+        module: of transformers', inside it or the same.
+    """
+
+    model: PreTrainedModel | peft.PeftModel
+    module: PreTrainedModel
+    tokenizer: Tokenizer
+
+    @property
+    def name(self) -> str:
+        return self.module.name_or_path or ""
+
+    @property
+    def lora(self) -> dict[str, Any]:
+        """What `lora` is to say of the adapter; nothing without one."""
+        if not _has_adapter(self.module):
+            return {}
+        with self.at_work() as loaded:
+            adapter = loaded.adapter
+        assert adapter is not None, "an adopted adapter is known"
+        targets = adapter.target_modules or ()
+        return {
+            "lora.rank": adapter.r,
+            "lora.alpha": float(adapter.lora_alpha),
+            "lora.dropout": adapter.lora_dropout,
+            "lora.rslora": adapter.use_rslora,
+            "lora.target_modules": (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+        }
+
+    @contextmanager
+    def at_work(self) -> Iterator[LoadedModel]:
+        """Within it the module samples and learns; afterwards it is as transformers knows it."""
+        module, attention = self.module, self.module.config._attn_implementation
+        adopted = module._hf_peft_config_loaded
+        try:
+            if _has_adapter(module):
+                adopt_adapter(module)
+            yield wrap_model(module, self.tokenizer)
+        finally:
+            module._hf_peft_config_loaded = adopted
+            if attention is not None and module.config._attn_implementation != attention:
+                module.set_attn_implementation(attention)
+
+
+class AutoModelForCausalLM:
+    """transformers' class of that name, for programs that name hardware which may not be there."""
+
+    @classmethod
+    def from_pretrained(cls, name: str, **options: Any) -> PreTrainedModel:
+        """A module of transformers'. Takes `dtype` or `torch_dtype`, `device_map`, `attn_implementation`,
+        `quantization_config`, `load_in_4bit` and `trust_remote_code`; a sentence says where the nearest was taken.
+
+        Raises:
+            ConfigError: another option, or no such model.
+        """
+        return _load(ModelConfig.model_validate({"path": str(name), **loading_values(options)}))
+
+
+def hold_model(
+    model: Any, args: Arguments, *, tokenizer: Any, peft_config: Any, config: Mapping[str, Any]
+) -> HeldModel:
+    """The program's model with its tokenizer, and a new adapter where `peft_config` asks for one.
+
+    Args:
+        config: the settings of `model`, by short names, for one that is given by name.
+
+    Raises:
+        ConfigError: it is no causal language model, or cannot get that adapter.
+    """
+    if isinstance(model, str | Path):
+        settings = ModelConfig.model_validate({**config, "path": str(model)})
+        held = HeldModel(module := _load(settings), module, tokenizer or load_tokenizer(settings))
+    else:
+        module = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        if not isinstance(module, PreTrainedModel):
+            raise ConfigError(f"model: got a {type(model).__name__}; expected a name, a folder or a transformers model")
+        if args.model_init_kwargs:
+            raise ConfigError("model_init_kwargs: the model is loaded already; give them where it is loaded")
+        _place(module, args)
+        path = ModelConfig.model_validate({"path": module.name_or_path or ""})
+        held = HeldModel(model, module, tokenizer or load_tokenizer(path))
+    if _has_adapter(held.module):
+        if peft_config is not None:
+            raise ConfigError("peft_config: the model has an adapter already; leave peft_config out, or merge it first")
+        return held
+    if peft_config is None:
+        return held
+    return HeldModel(_with_new_adapter(held.module, peft_config, seed=args.seed), held.module, held.tokenizer)
+
+
+def loading_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `from_pretrained` was asked for as settings of `model`, by short names.
+
+    Raises:
+        ConfigError: an option that cannot act.
+    """
+    left = {name: value for name, value in options.items() if value is not None}
+    values: dict[str, Any] = {"trust_remote_code": bool(left.pop("trust_remote_code", False))}
+    dtype = left.pop("torch_dtype", None) or left.pop("dtype", "auto")
+    values["dtype"] = str(dtype).removeprefix("torch.")
+    if values["dtype"] == "float16":
+        logger.warning("dtype = float16: training computes in bfloat16, the nearest that needs no loss scaling")
+        values["dtype"] = "bfloat16"
+    attention = left.pop("attn_implementation", None)
+    if attention not in (None, "sdpa"):
+        logger.warning(
+            "attn_implementation = %r: training and sampling use Groupwise's own packed attention, and the model has "
+            "sdpa outside of them",
+            attention,
+        )
+    values["device"] = _device(left.pop("device_map", "auto"))
+    values["quantization"] = _quantization(left.pop("quantization_config", None), left.pop("load_in_4bit", False))
+    unknown = sorted(left.keys() - {"use_cache", "low_cpu_mem_usage"})
+    if unknown:
+        raise ConfigError(
+            f"from_pretrained: {unknown[0]} = {literal(left[unknown[0]])} is not taken; download the model, load it "
+            "with transformers, and give the module"
+        )
+    return values
+
+
+def _load(settings: ModelConfig) -> PreTrainedModel:
+    module = load_model(settings).model
+    module.set_attn_implementation("sdpa")
+    return module
+
+
+def _has_adapter(module: PreTrainedModel) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(layer, BaseTunerLayer) for layer in module.modules())
+
+
+def _with_new_adapter(module: PreTrainedModel, config: Any, *, seed: int) -> peft.PeftModel:
+    if not isinstance(config, peft.LoraConfig):
+        raise ConfigError(f"peft_config: got a {type(config).__name__}; expected a peft.LoraConfig")
+    if config.target_modules is None:
+        logger.warning("peft_config names no target_modules: every linear layer but the head gets an adapter")
+        config.target_modules = "all-linear"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            made = peft.get_peft_model(module, config)
+        except ValueError as error:
+            raise ConfigError(f"peft_config: {error}") from error
+    assert isinstance(made, peft.PeftModel), "one adapter type is one class"
+    return made
+
+
+def _place(module: PreTrainedModel, args: Arguments) -> None:
+    """Where the arguments say that it computes, and in what."""
+    packed = bool(getattr(module, "is_loaded_in_4bit", False))
+    if packed:
+        from groupwise.model.quantized import unpack_before_products
+
+        unpack_before_products(module)
+        return
+    device = resolve_device("cpu" if args.use_cpu or args.no_cuda else "auto")
+    if module.device.type != device.type:
+        cast(torch.nn.Module, module).to(device)
+    if module.dtype == torch.float16 or ((args.bf16 or args.fp16) and module.dtype == torch.float32):
+        logger.warning("the model's weights become bfloat16, from %s; updates are added up in float32", module.dtype)
+        cast(torch.nn.Module, module).to(torch.bfloat16)
+
+
+def _device(device_map: Any) -> str:
+    if isinstance(device_map, Mapping):
+        places = {str(place) for place in device_map.values()}
+        device_map = places.pop() if len(places) == 1 else "auto"
+    name = f"cuda:{device_map}" if str(device_map).isdecimal() else str(device_map)
+    if name in ("balanced", "balanced_low_0", "sequential"):
+        logger.warning("device_map = %r: the whole model is on one device", name)
+        name = "auto"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("device_map = %r: torch sees no GPU here, so the model is on the CPU", device_map)
+        name = "cpu"
+    return name
+
+
+def _quantization(config: Any, load_in_4bit: bool) -> str:
+    asked = dict(config) if isinstance(config, Mapping) else {} if config is None else config.to_dict()
+    if asked.get("load_in_8bit"):
+        raise ConfigError("load_in_8bit: frozen weights have 16, 32 or 4 bits; use load_in_4bit")
+    if not (load_in_4bit or asked.get("load_in_4bit")):
+        return "none"
+    if find_spec("bitsandbytes") is None:
+        logger.warning("load_in_4bit: bitsandbytes is not installed, so the weights keep their dtype")
+        return "none"
+    return "nf4"

@@ -1,0 +1,115 @@
+"""SFTTrainer: TRL's, on `groupwise.sft.run_sft`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import TrainOutput
+
+from groupwise.compat.trl.arguments import SFTConfig
+from groupwise.compat.trl.trainer import Trainer, check_options
+from groupwise.compat.trl.translate import Values, build_config, in_trl_words, sft_batch, sft_values
+from groupwise.config.checks import check_supervised
+from groupwise.data import read_rows
+from groupwise.data.chat import render
+from groupwise.data.files import SourceRow
+from groupwise.errors import ConfigError
+from groupwise.sft import run_sft
+from groupwise.types import Tokenizer
+
+_OPTIONS = ("processing_class", "tokenizer", "peft_config", "quantization_config", "callbacks", "formatting_func")
+_TEXT = "text"
+
+
+class SFTTrainer(Trainer):
+    """TRL's SFTTrainer.
+
+    Rows have a text, all of which is learned; or `messages`, all learned as the chat template writes them, with
+    `assistant_only_loss` the assistant's turns alone; or `prompt` and `completion`, which alone is learned.
+
+    Args:
+        model: a name, a folder, or a module of transformers or peft, which is trained in place.
+        options: `processing_class` or `tokenizer`, `peft_config`, `quantization_config`, `callbacks`,
+            `formatting_func` from a row to its text.
+
+    Raises:
+        ConfigError, DataError: before the model is loaded, wherever that is possible.
+
+    Example:
+        SFTTrainer("Qwen/Qwen3-0.6B", SFTConfig("outputs", max_length=512), train_dataset=rows).train()
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig | None = None,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        **options: Any,
+    ) -> None:
+        check_options("SFTTrainer", options, _OPTIONS)
+        if train_dataset is None:
+            raise ConfigError("SFTTrainer: got no train_dataset; expected rows with a text, messages or a completion")
+        if eval_dataset is not None:
+            raise ConfigError(
+                "SFTTrainer: eval_dataset is refused: supervised training evaluates nothing; measure answers by "
+                "GRPOTrainer.evaluate, or `groupwise eval`"
+            )
+        self.args = args or SFTConfig()
+        self.train_dataset = train_dataset
+        rows, batch = _formatted(read_rows(train_dataset), options.get("formatting_func")), sft_batch(self.args)
+        column = self._text_column(rows[0].values, formatted=options.get("formatting_func") is not None)
+        values = {**sft_values(self.args, batch, num_rows=len(rows)), "sft.text_column": column}
+        self._check(values, model)
+        super().__init__(model, self.args, options=options, batch=batch, rows=rows, values=values)
+        if column is not None and column not in rows[0].values:
+            self._rows = [_rendered(row, self._held.tokenizer) for row in rows]
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
+        """Train in place; as `GRPOTrainer.train`."""
+        resume = self._start(self.args, resume_from_checkpoint)
+        watcher = self._watch(self.args)
+        with self._held.at_work() as loaded:
+            run_sft(
+                self.config,
+                resume=resume,
+                overwrite=not resume,
+                loaded=loaded,
+                train_data=self._rows,
+                watcher=watcher,
+            )
+        return watcher.ended()
+
+    def _text_column(self, first: Mapping[str, Any], *, formatted: bool) -> str | None:
+        """The column with whole texts; None where answers are learned."""
+        field = self.args.dataset_text_field
+        if formatted:
+            return _TEXT
+        if field in first:
+            return field
+        if "dataset_text_field" in self.args.given:
+            raise ConfigError(f"SFTConfig.dataset_text_field = {field!r}: the rows have {', '.join(first)}")
+        return None if self.args.assistant_only_loss or "messages" not in first else _TEXT
+
+    def _check(self, values: Values, model: Any) -> None:
+        """Refuse, in TRL's words, what can be refused before the model is loaded."""
+        path = {"model.path": str(model)} if isinstance(model, str | Path) else {}
+        try:
+            config = build_config(self.args, {**values, **path})
+            check_supervised(config, provided=["data.train", *([] if path else ["model.path"])])
+        except ConfigError as error:
+            raise in_trl_words(self.args, error) from error
+
+
+def _formatted(rows: Sequence[SourceRow], function: Callable[[Any], str] | None) -> list[SourceRow]:
+    if function is None:
+        return list(rows)
+    return [SourceRow({_TEXT: function(row.values)}, row.where) for row in rows]
+
+
+def _rendered(row: SourceRow, tokenizer: Tokenizer) -> SourceRow:
+    messages = row.values["messages"]
+    return SourceRow({_TEXT: render(messages, tokenizer, template_kwargs={}, add_generation_prompt=False)}, row.where)
