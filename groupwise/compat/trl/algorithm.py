@@ -61,8 +61,8 @@ def _policy_loss(args: GRPOConfig) -> Values:
     elif args.delta is not None:
         if args.delta <= 1 + high:
             raise ConfigError(
-                f"GRPOConfig.delta = {args.delta}: expected more than 1 + epsilon_high = {1 + high}; it bounds the ratio "
-                "where the advantage is negative"
+                f"GRPOConfig.delta = {args.delta}: expected more than 1 + epsilon_high = {1 + high}; it bounds the "
+                "ratio where the advantage is negative"
             )
         loss["dual_clip"] = args.delta
     return {**loss, "normaliser": normaliser}

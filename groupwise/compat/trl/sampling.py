@@ -60,7 +60,7 @@ def sampling_values(args: GRPOConfig) -> dict[str, Any]:
         dotted, neutral = _KNOWN[name]
         values[dotted] = neutral if vars(args)[name] is None else vars(args)[name]
     values["rollout.top_k"] = max(0, values["rollout.top_k"])  # -1 keeps all, too
-    own = {dotted: values[dotted] for name, (dotted, _) in _KNOWN.items() if name in args.given}
+    own = {dotted: values.get(dotted, vars(args)[name]) for name, (dotted, _) in _KNOWN.items() if name in args.given}
     for place, found in (
         ("generation_kwargs", _read("generation_kwargs", args.generation_kwargs or {})),
         ("vllm_sampling_params", _read("vllm_sampling_params", _attributes(args.vllm_sampling_params))),

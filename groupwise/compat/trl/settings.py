@@ -203,7 +203,7 @@ _EVALUATION = {
 
 _DATA = {
     **_only("rewards get every column", remove_unused_columns=(None, False)),
-    **_only("the order is drawn by seed, or the data's", train_sampling_strategy=("random", "sequential")),
+    **_only("set shuffle_dataset", train_sampling_strategy="random"),
     **_only("lengths are counted", length_column_name="length", group_by_length=False),
     **_only("tokens are counted: metrics.jsonl", include_num_input_tokens_seen=("no", False)),
 }
@@ -296,7 +296,7 @@ _ALGORITHM = {
     **_only("log-probs come from the head in float32 already", cast_lm_head_to_fp32=(False, True)),
     **_only("nothing drops out in sampling or training, but LoRA's own", disable_dropout=(False, True)),
     **_hints(
-        "the sampler's log-probs are the trainer's own: nothing is to be corrected; algorithm.correction does, where asked",
+        "the sampler's log-probs are the trainer's own: there is nothing to correct",
         vllm_importance_sampling_correction=True,
         vllm_importance_sampling_mode="sequence_mask",
         vllm_importance_sampling_clip_max=3.0,

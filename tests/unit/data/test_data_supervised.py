@@ -149,3 +149,31 @@ def test_messages_without_a_template_and_errors_of_the_template_name_the_row(bar
     bare.chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(DataError, match=r"chat\.jsonl:1: the chat template refuses .* never"):
         load_supervised(path, config(), bare, max_tokens=99)
+
+
+def test_a_whole_text_is_learned_from_its_second_token_on(tokenizer: Any) -> None:
+    def tokens_of(text: str) -> list[int]:
+        (row,) = load_supervised([{"t": text}], config(), tokenizer, max_tokens=99, text_column="t").rows
+        assert len(row.prompt_ids) == 1
+        assert set(row.loss_mask) == {1}
+        return [*row.prompt_ids, *row.token_ids]
+
+    plain, end = tokenizer.encode("2+2=4"), tokenizer.eos_token_id
+    assert tokens_of("2+2=4") == [*plain, end]
+    # What a template wrote is not added again: the beginning, and the end before a line end.
+    assert tokens_of("<|bos|>2+2=4") == [*plain, end]
+    written = f"2+2=4{tokenizer.decode([end])}\n"
+    assert tokens_of(written) == tokenizer.encode(written)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"txt": "x"}, r'no column "text" \(sft.text_column\); the row has txt'),
+        ({"text": ["x"]}, r'"text" \(sft.text_column\) is a list; expected text'),
+        ({"text": " "}, "is empty"),
+    ],
+)
+def test_rows_without_their_text_are_refused(row: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_supervised_rows(read_rows([row]), config(), text_column="text")

@@ -218,6 +218,8 @@ def test_metrics_and_records() -> None:
         "eval/pass@2",
         "eval/pass@4",
         "eval/reward",
+        "eval/rewards/gsm8k/mean",
+        "eval/rewards/format/mean",
         "eval/mean_length",
         "eval/clipped_ratio",
         "eval/failed",

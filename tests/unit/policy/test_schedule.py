@@ -81,3 +81,11 @@ def test_it_rises_then_falls_and_stays_in_bounds(schedule: str, warmup: float, f
     assert all(0.5 * floor - 1e-12 <= rate <= 0.5 + 1e-12 for rate in falling)
     if rising:
         assert rising[-1] == pytest.approx(0.5)
+
+
+def test_warm_up_in_steps_does_not_depend_on_the_total() -> None:
+    config = optim(warmup_steps=4, warmup_ratio=0.0)
+    for total in (6, 1000):
+        assert [learning_rate(config, update, total) for update in range(6)] == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
+    with pytest.raises(ValueError, match="both say how long the rate rises"):
+        optim(warmup_steps=4, warmup_ratio=0.1)

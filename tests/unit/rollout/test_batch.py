@@ -212,6 +212,16 @@ def test_more_steps_than_groups_leave_some_steps_empty(make_group: Any) -> None:
     assert [mini.denominators.tokens for mini in batch.minibatches] == [0, 5]
 
 
+def test_each_pass_has_the_same_mini_batches(make_group: Any) -> None:
+    groups = [make_group(index, [1.0, 0.0]) for index in range(4)]
+    algorithm = build_algorithm(AlgorithmConfig.model_validate({}))
+    shape = BatchShape(2, 100, 9, passes_per_batch=3)
+    minibatches = build_batch(groups, algorithm, shape=shape, reward_weights={"r": 1.0}).minibatches
+    assert len(minibatches) == 6
+    assert minibatches[:2] == minibatches[2:4] == minibatches[4:]
+    assert minibatches[0] != minibatches[1]
+
+
 def test_length_metrics(make_group: Any) -> None:
     found = resolve(build([make_group(0, [1.0, 0.0, 0.5, "failed"], [2, 3, 7, 4])]).metrics)
     assert found["completions/mean_length"] == 4
