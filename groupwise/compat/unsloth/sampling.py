@@ -26,6 +26,10 @@ _REFUSED: Mapping[str, str] = {
     "allowed_token_ids": "the distribution is the model's, cut by top_k, top_p and min_p",
     "bad_words": "the distribution is the model's, cut by top_k, top_p and min_p",
     "truncate_prompt_tokens": "prompts are never cut",
+    "logprob_token_ids": "only drawn tokens have log-probs",
+    "thinking_token_budget": "use max_tokens",
+    "repetition_detection": "use repetition_penalty",
+    "extra_args": "they are for plug-ins of vLLM",
 }
 
 
@@ -71,6 +75,10 @@ class SamplingParams:
     allowed_token_ids: Any = None
     bad_words: Any = None
     truncate_prompt_tokens: int | None = None
+    logprob_token_ids: Any = None
+    thinking_token_budget: int | None = None
+    repetition_detection: Any = None
+    extra_args: Any = None
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -157,7 +157,10 @@ def _kinds(methods: str | Sequence[str]) -> list[str]:
             expected = ", ".join((*TYPE_NAMES, *_ALIASES))
             raise ConfigError(f"quantization_method = {kind!r}: expected one or several of {expected}")
         if kind in K_QUANTS:
-            find_llama_quantize(kind)
+            try:
+                find_llama_quantize(kind)
+            except ConfigError as error:
+                raise ConfigError(f"quantization_method = {kind!r}: {error}") from error
     return kinds
 
 
