@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -84,7 +83,7 @@ def save_merged(saved: Saved, folder: str | Path, *, method: str, options: Mappi
                 logger.warning("%s: the earlier export there is replaced", out)
             for file in out.glob("*.gguf*"):  # they are saves of their own
                 os.replace(file, new / file.name)
-            shutil.rmtree(out)
+            os.replace(out, new.with_name("earlier"))
         os.replace(new, out)
     return out
 
@@ -200,7 +199,7 @@ def _beside(out: Path) -> Iterator[Path]:
     """A new folder's path on the same disk."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as place:
-        yield Path(place) / out.name
+        yield Path(place) / "new"
 
 
 def _check_replaceable(out: Path) -> None:
