@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from groupwise import __version__
-from groupwise.cli.commands import chat, data, evaluate, export, generate, info, model, quickstart, train
+from groupwise.cli.commands import chat, data, evaluate, export, generate, info, model, quickstart, train, xtuner
 from groupwise.cli.parsing import Command, nearest
 from groupwise.errors import EXIT_FAILURE, EXIT_INTERRUPTED, ConfigError, GroupwiseError, Interrupted
 
@@ -16,6 +16,7 @@ COMMANDS: tuple[Command, ...] = (
     quickstart.QUICKSTART,
     train.TRAIN,
     train.SFT,
+    xtuner.XTUNER,
     evaluate.EVAL,
     generate.GENERATE,
     chat.CHAT,

@@ -5,6 +5,9 @@ exponentials and the sums over one block always have the same shape, and blocks 
 row sees nothing adds exact zeros. So the result of a row depends neither on the number of other rows nor on how far
 keys are padded. A query that sees two segments (its prompt, then its own completion) merges the two partial results.
 
+A block's last keys may be left out where no row sees them, down to a width in `WIDTHS`: measured, scores, sums and
+products then keep their bits. Decoding, which waits for memory, reads no more of a half-filled block than that.
+
 Row counts given to matrix products are multiples of `TILE`: fewer rows take other kernels with another order of sums.
 
 A hidden score is pushed far down, floored and its weight set to zero, in three cheap passes: on a CPU the exponential
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
+WIDTHS = (16, 32, BLOCK)
 TILE = 4
 _FAR = -1e30
 _FLOOR = -87.0  # of exponents; exp is still a normal float32
@@ -63,7 +67,7 @@ class KeyBlock:
     """One block of keys and what its rows may not see.
 
     Attributes:
-        key, value: `[B, BLOCK, d]`.
+        key, value: `[B, W, d]`, W in `WIDTHS`.
         first_row: rows before it see nothing of this block, and are not computed; 0 in a segment's first block.
         mask: which keys are hidden; None when all rows see all keys.
     """
@@ -72,6 +76,11 @@ class KeyBlock:
     value: Tensor
     first_row: int = 0
     mask: Mask | None = None
+
+
+def width_of(keys: int) -> int:
+    """The least width of a block that holds `keys` of its keys; more than a block's are a full block."""
+    return next((width for width in WIDTHS if keys <= width), BLOCK)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """From hidden states to log-probs, in chunks of tokens: logits of all tokens never exist together.
 
 In training each chunk is recomputed in the backward pass, so memory grows with `chunk x vocabulary`, not with
-`tokens x vocabulary`.
+`tokens x vocabulary`. Only where all chunks together are small (a small vocabulary) are they kept.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from groupwise.model.evenly import row_sums
 from groupwise.model.exact import wide
 from groupwise.model.packing import ROW_MULTIPLE, pad_rows
+
+_KEPT_BYTES = 1 << 28  # weights of one pass that training keeps rather than computes again
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +36,16 @@ class LanguageHead:
         layer = model.get_output_embeddings()
         assert isinstance(layer, nn.Module), "a causal language model has an output layer"
         self._layer = layer
-        settings = model.config.get_text_config().to_dict()
+        config = model.config.get_text_config()
+        self.vocabulary: int = config.vocab_size
+        settings = config.to_dict()
         self._softcap: float | None = settings.get("final_logit_softcapping")
         self._factor = settings.get("logit_scale", 1.0) / settings.get("logits_scaling", 1.0)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows are padded to `ROW_MULTIPLE` so that each row has the same bits in any company."""
-        logits = wide(self._layer(pad_rows(hidden))[: hidden.shape[0]])
+        logits = self._layer(pad_rows(hidden))
+        logits = wide(logits if logits.shape[0] == hidden.shape[0] else logits[: hidden.shape[0]])
         if self._factor != 1.0:
             logits = logits * self._factor
         if self._softcap is not None:
@@ -62,33 +67,42 @@ class Weighed:
         return self.top + self.mass.log()
 
 
-def weigh(logits: Tensor) -> Weighed:
-    """Exponentials of `logits [M, V]`, safe from overflow."""
+def weigh(logits: Tensor, *, in_place: bool = False) -> Weighed:
+    """Exponentials of `logits [M, V]`, safe from overflow; `in_place` writes them over the logits."""
     top = logits.detach().amax(-1)
-    weights = (logits - top[:, None]).exp_()
+    weights = (logits.sub_(top[:, None]) if in_place else logits - top[:, None]).exp_()
     return Weighed(weights, top, row_sums(weights))
 
 
-def target_logprobs(logits: Tensor, targets: Tensor, weighed: Weighed | None = None) -> Tensor:
-    """`[M]` log-probs of `targets [M]` under the rows of `logits [M, V]`; `weighed` is theirs, when it is known."""
-    return _TargetLogprobs.apply(logits, targets, weighed)
+def target_logprobs(
+    logits: Tensor, targets: Tensor, weighed: Weighed | None = None, *, in_place: bool = False
+) -> Tensor:
+    """`[M]` log-probs of `targets [M]` under the rows of `logits [M, V]`.
+
+    Args:
+        weighed: that of the logits, when it is known.
+        in_place: the logits are used for nothing else, and may be written over.
+    """
+    return _TargetLogprobs.apply(logits, targets, weighed, in_place)
 
 
 class _TargetLogprobs(torch.autograd.Function):
     """One pass over `[M, V]` in the backward: a logit's gradient is (1 where it is the target) - its probability."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, weighed: Weighed | None) -> Tensor:
-        weighed = weighed or weigh(logits)
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weighed: Weighed | None, in_place: bool) -> Tensor:
+        chosen = logits.gather(-1, targets[:, None]).squeeze(-1)
+        weighed = weighed or weigh(logits, in_place=in_place)
         ctx.save_for_backward(weighed.weights, weighed.mass, targets)
         # The top goes first: its digits would drown those of the mass.
-        return logits.gather(-1, targets[:, None]).squeeze(-1) - weighed.top - weighed.mass.log()
+        return chosen - weighed.top - weighed.mass.log()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         weights, mass, targets = ctx.saved_tensors
-        grad = weights * (-grads[0] / mass)[:, None]
-        return grad.scatter_add_(-1, targets[:, None], grads[0][:, None]), None, None
+        # Written over: a second backward pass is refused by autograd's own check.
+        grad = weights.mul_((-grads[0] / mass)[:, None])
+        return grad.scatter_add_(-1, targets[:, None], grads[0][:, None]), None, None, None
 
 
 def scale_by_temperature(logits: Tensor, temperature: Tensor | float) -> Tensor:
@@ -117,16 +131,16 @@ def token_scores(
 
     def one(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         logits = scale_by_temperature(head.logits(rows), temperature)
-        logprobs = target_logprobs(logits, wanted)
+        logprobs = target_logprobs(logits, wanted, in_place=not with_entropy)
         if not with_entropy:
             return logprobs, logprobs.detach()
         return logprobs, entropy_of(logits)
 
+    keep = 4 * hidden.shape[0] * head.vocabulary <= _KEPT_BYTES and not with_entropy
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
-    for start in range(0, hidden.shape[0], chunk_tokens):
-        rows, wanted = hidden[start : start + chunk_tokens], targets[start : start + chunk_tokens]
-        if torch.is_grad_enabled():
+    for rows, wanted in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        if torch.is_grad_enabled() and not keep:
             pair = checkpoint(one, rows, wanted, use_reentrant=False)
             assert isinstance(pair, tuple)
         else:

@@ -20,6 +20,7 @@ from groupwise.model.adapters import adapter_of, add_adapter, continue_adapter, 
 from groupwise.model.attention import ATTENTION_NAME
 from groupwise.model.evenly import make_activations_even
 from groupwise.model.head import LanguageHead
+from groupwise.model.host_memory import keep_freed_memory
 from groupwise.model.quantized import nf4_settings, unpack_before_products
 from groupwise.types import Tokenizer
 
@@ -172,6 +173,8 @@ def wrap_model(model: PreTrainedModel, tokenizer: Tokenizer) -> LoadedModel:
     if model.config._attn_implementation != ATTENTION_NAME:
         model.set_attn_implementation(ATTENTION_NAME)
     make_activations_even(model)
+    if model.device.type == "cpu":
+        keep_freed_memory()
     model.eval()
     return LoadedModel(model, tokenizer, LanguageHead(model), _stop_token_ids(model, tokenizer))
 

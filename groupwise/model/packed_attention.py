@@ -1,8 +1,7 @@
 """Attention over a packed sequence: exact blocks on a CPU, variable-length flash attention on a GPU.
 
-Both compute the same thing (`groupwise.model.packing` draws it). The CPU form is the one whose bits equal decoding's;
-its backward recomputes the weights from the row's log-sum-exp (Dao 2023, "FlashAttention-2", algorithm 2), so nothing
-of size tokens x tokens outlives one layer. The GPU form gives each completion a copy of its prompt's keys and values,
+Both compute the same thing (`groupwise.model.packing` draws it). The CPU form is the one whose bits equal decoding's.
+The GPU form gives each completion a copy of its prompt's keys and values,
 which is cheap beside the linear layers that ran on the prompt once.
 """
 
@@ -17,22 +16,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from groupwise.model.attention import AttentionCall
+from groupwise.model.attention_backward import NO_WEIGHT, Rows, attention_backward
 from groupwise.model.exact import (
     BLOCK,
     TILE,
     KeyBlock,
     Partial,
-    Scorer,
     causal_blocks,
     merge,
     partial_attention,
     prefix_blocks,
-    weigh,
-    wide,
 )
 from groupwise.model.packing import Packed, Segment
 
-_NO_WEIGHT = 1e30  # a row with this log-sum-exp weighs every key zero, or next to zero where the gradient is zero
 _MAX_SCORES = 1 << 26  # float32 scores of one bucket that exist at one time: 256 MiB
 
 
@@ -43,11 +39,13 @@ class Bucket:
 
     Attributes:
         flat: `[V]`, packed positions of the real rows; `real`: `[V]`, their places in the flattened `[n * T]`.
+        lost: `[n, T]`, true where there is no row.
     """
 
     index: Tensor
     flat: Tensor
     real: Tensor
+    lost: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +85,7 @@ def _bucket(segments: list[Segment], length: int) -> Bucket:
     exists = offset[None] < torch.tensor([s.length for s in segments])[:, None]
     index = torch.where(exists, start + offset, start)
     real = exists.flatten().nonzero().flatten()
-    return Bucket(index, index.flatten()[real], real)
+    return Bucket(index, index.flatten()[real], real, ~exists)
 
 
 def _prefixes(segments: tuple[Segment, ...]) -> list[Prefix]:
@@ -164,12 +162,12 @@ class _Prefixed:
         self.key = pad(key[self.keys].transpose(0, 1), (0, 0, 0, missing))
         self.value = pad(value[self.keys].transpose(0, 1), (0, 0, 0, missing))
 
-    def gather(self, x: Tensor, fill: float = 0.0) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """Rows `[N, Hq, …]` of this prefix as `[Hkv, R, …]`, R padded to `TILE`."""
         rows = x[self.rows]
         groups = rows.shape[1] // self.repeat
         heads = rows.unflatten(1, (groups, self.repeat)).transpose(0, 1).flatten(1, 2)
-        return pad(heads, (0, 0) * (heads.dim() - 2) + (0, self._missing_rows), value=fill)
+        return pad(heads, (0, 0) * (heads.dim() - 2) + (0, self._missing_rows))
 
     def scatter(self, x: Tensor) -> Tensor:
         """`[Hkv, R, …]` back to `[rows, Hq, …]`."""
@@ -214,70 +212,28 @@ class _ExactAttention(torch.autograd.Function):
         query, key, value, result, log_mass = ctx.saved_tensors
         plan, call = ctx.plan, ctx.call
         grad = grads[0]
-        repeat = query.shape[1] // key.shape[1]
-        delta = (wide(grad) * wide(result)).sum(-1)
-        dq, dk, dv = (torch.zeros_like(x, dtype=delta.dtype) for x in (query, key, value))
+        dq, dk, dv = (torch.zeros_like(x, dtype=log_mass.dtype) for x in (query, key, value))
         for bucket in plan.buckets:
-            lost = torch.ones(bucket.index.numel(), dtype=torch.bool)
-            lost[bucket.real] = False
-            lost = lost.view_as(bucket.index).repeat(key.shape[1], 1).repeat_interleave(repeat, 1)
-            rows = _Rows(
-                query=_gather(query, bucket.index, repeat),
-                grad=_gather(grad, bucket.index, repeat).masked_fill_(lost[..., None], 0),
-                log_mass=_gather(log_mass[..., None], bucket.index, repeat)[..., 0].masked_fill_(lost, _NO_WEIGHT),
-                delta=_gather(delta[..., None], bucket.index, repeat)[..., 0],
+            parts = attention_backward(
+                Rows(
+                    query=query[bucket.index],
+                    grad=grad[bucket.index].masked_fill_(bucket.lost[..., None, None], 0),
+                    out=result[bucket.index],
+                    log_mass=log_mass[bucket.index].masked_fill_(bucket.lost[..., None], NO_WEIGHT),
+                    distance=torch.arange(bucket.index.shape[1]),
+                ),
+                key[bucket.index],
+                value[bucket.index],
+                call,
+                causal=True,
             )
-            blocks = causal_blocks(_gather(key, bucket.index, 1), _gather(value, bucket.index, 1), repeat, call.window)
-            parts = _backward(rows, blocks, call.scale)
-            _scatter(parts.query, bucket, repeat, dq)
-            _scatter(parts.key, bucket, 1, dk)
-            _scatter(parts.value, bucket, 1, dv)
+            for whole, part in ((dq, parts.query), (dk, parts.key), (dv, parts.value)):
+                whole[bucket.flat] = part.flatten(0, 1)[bucket.real].to(whole.dtype)
         for prefix in plan.prefixes:
-            shared = _Prefixed(prefix, key, value, repeat)
-            rows = _Rows(
-                query=shared.gather(query),
-                grad=shared.gather(grad),
-                log_mass=shared.gather(log_mass, fill=_NO_WEIGHT),
-                delta=shared.gather(delta),
-            )
-            parts = _backward(rows, shared.blocks(plan.position_ids, call.window), call.scale)
-            dq[shared.rows] += shared.scatter(parts.query)
-            dk[shared.keys] += parts.key[:, : shared.length].transpose(0, 1)
-            dv[shared.keys] += parts.value[:, : shared.length].transpose(0, 1)
+            seen, by = slice(prefix.prompt.start, prefix.prompt.stop), slice(prefix.start, prefix.stop)
+            rows = Rows(query[None, by], grad[None, by], result[None, by], log_mass[None, by], plan.position_ids[by])
+            parts = attention_backward(rows, key[None, seen], value[None, seen], call, causal=False)
+            dq[by] += parts.query[0]
+            dk[seen] += parts.key[0]
+            dv[seen] += parts.value[0]
         return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """What the backward pass needs of its query rows: `[B, R, d]`, `[B, R, d]`, `[B, R]`, `[B, R]`"""
-
-    query: Tensor
-    grad: Tensor
-    log_mass: Tensor
-    delta: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Grads:
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-
-def _backward(rows: _Rows, blocks: list[KeyBlock], scale: float) -> _Grads:
-    """Gradients of one key segment, weights recomputed from the merged log-sum-exp."""
-    dtype = rows.query.dtype
-    dq = torch.zeros_like(rows.query, dtype=rows.delta.dtype)
-    scorer = Scorer(rows.query, scale)
-    dks: list[Tensor] = []
-    dvs: list[Tensor] = []
-    for block in blocks:
-        first = block.first_row
-        grad = rows.grad[:, first:]
-        weights = weigh(scorer.scores(block), rows.log_mass[:, first:], block)
-        dvs.append(wide(torch.bmm(weights.to(dtype).transpose(1, 2), grad)))
-        dscore = wide(torch.bmm(grad, block.value.transpose(1, 2)))
-        dscore = dscore.sub_(rows.delta[:, first:, None]).mul_(weights).mul_(scale).to(dtype)
-        dq[:, first:] += wide(torch.bmm(dscore, block.key))
-        dks.append(wide(torch.bmm(dscore.transpose(1, 2), rows.query[:, first:])))
-    return _Grads(dq, torch.cat(dks, 1), torch.cat(dvs, 1))

@@ -49,8 +49,8 @@ Treat what a reward is given as read-only.
 from __future__ import annotations
 
 from groupwise.rewards.loading import LoadedReward, load_reward
-from groupwise.rewards.registry import reward_names
+from groupwise.rewards.registry import reward_for, reward_names
 from groupwise.rewards.scorer import RewardScorer, Score
 from groupwise.rewards.texts import completion_texts
 
-__all__ = ["LoadedReward", "RewardScorer", "Score", "completion_texts", "load_reward", "reward_names"]
+__all__ = ["LoadedReward", "RewardScorer", "Score", "completion_texts", "load_reward", "reward_for", "reward_names"]

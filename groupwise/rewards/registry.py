@@ -22,17 +22,19 @@ class BuiltIn:
     Attributes:
         make: from `reward.args` to the reward function.
         row_check: from `reward.args` to a check of one row, run before a model is loaded.
+        data_sources: rows with one of these need no other reward.
 
     Example:
-        BuiltIn(gsm8k_reward, gsm8k_row_check)
+        BuiltIn(gsm8k_reward, gsm8k_row_check, data_sources=("openai/gsm8k",))
     """
 
     make: Callable[..., Callable[..., Any]]
     row_check: Callable[..., Callable[[Mapping[str, Any]], None]] | None = None
+    data_sources: tuple[str, ...] = ()
 
 
 BUILT_INS: Mapping[str, BuiltIn] = {
-    "gsm8k": BuiltIn(gsm8k_reward, gsm8k_row_check),
+    "gsm8k": BuiltIn(gsm8k_reward, gsm8k_row_check, data_sources=("openai/gsm8k",)),
     "format": BuiltIn(format_reward),
     "think_format": BuiltIn(think_format_reward),
     "exact_match": BuiltIn(exact_match_reward, exact_match_row_check),
@@ -59,6 +61,11 @@ def built_in(name: str) -> BuiltIn:
             "path/to/file.py:function or module:function"
         )
     return BUILT_INS[name]
+
+
+def reward_for(data_source: str) -> str | None:
+    """The built-in reward that is made for rows of this data source."""
+    return next((name for name, reward in BUILT_INS.items() if data_source in reward.data_sources), None)
 
 
 def check_args(name: str, args: Mapping[str, Any]) -> None:

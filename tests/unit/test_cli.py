@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -336,3 +337,22 @@ def test_a_closed_pipe_is_quiet() -> None:
 @pytest.mark.parametrize("word", ["--reward=gsm8k", "--eval-data=t.jsonl", "--rollout.group_size=4", "--eval.every=5"])
 def test_sft_refuses_what_would_not_act(capsys: pytest.CaptureFixture[str], word: str) -> None:
     assert word.split("=")[0] in refused(capsys, "sft", "--model", "m", "--data", "d.jsonl", word)
+
+
+# --- a reward that the data names ---
+
+
+def test_rows_of_gsm8k_need_no_reward(training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["train", "--model-path", training[1], "--data-path", training[3], "--dry-run"]
+    row = '{"prompt": "2+2?", "data_source": "SOURCE", "reward_model": {"ground_truth": "4"}}\n'
+    (tmp_path / "train.jsonl").write_text(row.replace("SOURCE", "openai/gsm8k"))
+    assert main(flags) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r'name = "gsm8k" +# data_source of .*train\.jsonl\n', shown)
+    assert re.search(r'data_source = \["openai/gsm8k"\] +# data_source of', shown)
+    assert main([*flags, "--reward", "exact_match"]) == 0
+    assert re.findall(r'^name = "(\w+)" .*line$', capsys.readouterr().out, re.MULTILINE) == ["exact_match"]
+    (tmp_path / "train.jsonl").write_text(row.replace("SOURCE", "mine"))
+    assert "training needs at least one" in refused(capsys, *flags)
+    (tmp_path / "train.jsonl").write_text("")
+    assert "has no rows" in refused(capsys, *flags)

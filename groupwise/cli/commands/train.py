@@ -30,7 +30,10 @@ def _add_arguments(parser: Parser) -> None:
     _add_shared(parser)
     parser.add_argument("--eval-data", metavar="FILE", help="held-out rows (data.eval)")
     parser.add_argument(
-        "--reward", action="append", metavar="NAME", help="replaces the recipe's rewards; may repeat (reward.N.name)"
+        "--reward",
+        action="append",
+        metavar="NAME",
+        help="replaces the recipe's rewards; may repeat (reward.N.name); GSM8K's rows need none",
     )
 
 
@@ -62,6 +65,25 @@ def _load(args: argparse.Namespace) -> LoadedConfig:
     return load_config(recipe, _overrides(args))
 
 
+def _with_known_reward(loaded: LoadedConfig) -> LoadedConfig:
+    """Rows of a data set that a built-in reward is made for need no `--reward`."""
+    from groupwise.config import RewardConfig
+    from groupwise.config.loading import LoadedConfig
+    from groupwise.data import read_rows
+    from groupwise.rewards import reward_for
+
+    config = loaded.config
+    if config.reward or not Path(config.data.train).is_file():
+        return loaded
+    source = read_rows(config.data.train, limit=1)[0].values.get("data_source")
+    name = reward_for(source) if isinstance(source, str) else None
+    if name is None:
+        return loaded
+    reward = RewardConfig.model_validate({"name": name, "data_source": (source,)})
+    origins = {f"reward.0.{key}": f"data_source of {config.data.train}" for key in ("name", "data_source")}
+    return LoadedConfig(config.model_copy(update={"reward": (reward,)}), {**loaded.origins, **origins})
+
+
 def _overrides(args: argparse.Namespace) -> list[str]:
     return [
         *set_key("model.path", args.model),
@@ -78,7 +100,7 @@ def _train(args: argparse.Namespace) -> None:
     from groupwise.config.checks import check_trainable
     from groupwise.config.loading import render_resolved
 
-    loaded = _load(args)
+    loaded = _with_known_reward(_load(args))
     if args.dry_run:
         print(render_resolved(loaded), end="", flush=True)
     check_trainable(loaded.config)

@@ -303,13 +303,9 @@ _ALGORITHM = {
         vllm_importance_sampling_clip_min=None,
         vllm_importance_sampling_cap=None,
     ),
-    **_only("every completion is in run/trajectories, printed or not", log_completions=(False, True)),
-    **_hints(
-        "every completion is in run/trajectories",
-        num_completions_to_print=None,
-        log_unique_prompts=False,
-        log_multimodal=True,
-    ),
+    "log_completions": _acts(False, "tracking.samples_every = logging_steps; run/trajectories has all, always"),
+    "num_completions_to_print": _acts(None, "tracking.samples"),
+    **_hints("every completion is in run/trajectories", log_unique_prompts=False, log_multimodal=True),
 }
 
 GRPO: Mapping[str, Setting] = {

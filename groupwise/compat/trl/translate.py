@@ -98,6 +98,7 @@ def grpo_values(args: GRPOConfig, batch: Batch, *, num_rows: int) -> Values:
         **_shared(args, batch, num_rows=num_rows),
         **_evaluation(args, batch, num_rows=num_rows),
         **algorithm_values(args),
+        **_samples(args, batch),
         **sampling_values(args),
         "data.max_prompt_tokens": args.max_prompt_length or ALL,
         "rollout.prompts_per_step": batch.size,
@@ -244,19 +245,32 @@ _SCHEDULES = {
 }
 
 
+_OWN_TRACKERS = ("console", "jsonl", "tensorboard")
+
+
 def _trackers(args: Arguments) -> Values:
     asked = [args.report_to] if isinstance(args.report_to, str) else list(args.report_to)
     backends = ["jsonl"] if args.disable_tqdm else ["console", "jsonl"]
     for name in asked:
-        if name not in ("none", "all", *BUILDERS):
+        there = name in _OWN_TRACKERS or (name in BUILDERS and find_spec(name) is not None)
+        if name not in ("none", "all") and not there:
+            why = "is not installed" if name in BUILDERS else f"is no tracker; there are {', '.join(BUILDERS)}"
             logger.warning(
-                "%s.report_to: there is no tracker %r; its numbers go to TensorBoard files and to metrics.jsonl",
-                type(args).__name__,
-                name,
+                "%s.report_to: %s %s; its numbers go to TensorBoard files and to metrics.jsonl",
+                *(type(args).__name__, name, why),
             )
         if name != "none":
-            backends.append(name if name in BUILDERS else "tensorboard")
+            backends.append(name if there else "tensorboard")
     return {"tracking.backends": tuple(dict.fromkeys(backends))}
+
+
+def _samples(args: GRPOConfig, batch: Batch) -> Values:
+    if not args.log_completions:
+        if args.num_completions_to_print is not None:
+            raise ConfigError("GRPOConfig.num_completions_to_print has no effect without log_completions = True")
+        return {}
+    shown = {} if args.num_completions_to_print is None else {"tracking.samples": args.num_completions_to_print}
+    return {"tracking.samples_every": batch.steps_for(max(1, args.logging_steps)), **shown}
 
 
 def _evaluation(args: GRPOConfig, batch: Batch, *, num_rows: int) -> Values:

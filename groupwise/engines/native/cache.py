@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from groupwise.model.exact import BLOCK
+from groupwise.model.exact import BLOCK, width_of
 
 ARENA_SPAN = 256  # keys of a GPU step come in multiples of this, so that few graphs serve all lengths
 
@@ -127,10 +127,12 @@ class BlockCache:
             block[:, :, target] = block[:, :, source]
 
     def spans(self, layer: int, lanes: int, tokens: int) -> list[Span]:
-        return [
-            Span(index * BLOCK, block[0, layer, :lanes].flatten(0, 1), block[1, layer, :lanes].flatten(0, 1))
-            for index, block in enumerate(self.blocks[: -(-tokens // BLOCK)])
-        ]
+        spans: list[Span] = []
+        for index, block in enumerate(self.blocks[: -(-tokens // BLOCK)]):
+            width = width_of(tokens - index * BLOCK)
+            key, value = (block[which, layer, :lanes].flatten(0, 1)[:, :width] for which in (0, 1))
+            spans.append(Span(index * BLOCK, key, value))
+        return spans
 
     def plan_write(self, position: Tensor, tokens: Sequence[int]) -> Write:
         return _BlockWrite(self, position, tokens)

@@ -22,12 +22,14 @@ class StepShape:
     """The sizes of a step; two steps of one shape run the same kernels.
 
     Attributes:
-        lanes: B, samples and padding.
+        rows: N, of the linear layers: lanes and padding, which attends to nothing.
+        lanes: B, samples; on a GPU, and padding.
         prompts: prompt lanes and padding; width: W, most samples of one prompt.
         sample_tokens, prompt_tokens: keys that are read of each sample and each prompt.
         in_order: lane i is member i of the prompts' rows, none missing, so rows need no sorting.
     """
 
+    rows: int
     lanes: int
     prompts: int
     width: int
@@ -41,7 +43,7 @@ class StepInputs:
     """What a step reads, all int64.
 
     Attributes:
-        tokens, position_ids: `[B]`, the tokens fed and their places in the whole sequence.
+        tokens, position_ids: `[N]`, the tokens fed and their places in the whole sequence.
         position: `[B]`, each token's place in its completion, 0 for the first.
         member: `[B]`, prompt lane x W + place among the prompt's samples; padding has prompts x W.
         prompt_lengths: `[prompts]`; padding has 1.
@@ -78,7 +80,8 @@ class DecodeLayout:
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         shape, heads = self._shape, self._samples.shape.heads
         lanes, repeat = shape.lanes, query.shape[1] // heads
-        self._write.put(call.layer, key, value)
+        query = query[:lanes]
+        self._write.put(call.layer, key[:lanes], value[:lanes])
         own_spans = self._samples.spans(call.layer, lanes, shape.sample_tokens)
         shared_spans = self._prompts.spans(call.layer, shape.prompts, shape.prompt_tokens)
         if call.window not in self._masks:
@@ -92,7 +95,8 @@ class DecodeLayout:
         shared = partial_attention(shared_query, _blocks(shared_spans, masks.shared), call.scale)
         seen = Partial(*(self._to_lanes(_ungroup_rows(x, shape, repeat)) for x in _fields(shared)))
         both = merge(seen, Partial(*(_lane_rows(x, lanes, repeat) for x in _fields(own))))
-        return both.out.div_(both.mass[..., None]).to(query.dtype).reshape(lanes, heads * repeat, -1)
+        out = both.out.div_(both.mass[..., None]).to(query.dtype).reshape(lanes, heads * repeat, -1)
+        return pad(out, (0, 0, 0, 0, 0, shape.rows - lanes)) if shape.rows > lanes else out
 
     def _to_members(self, query: Tensor) -> Tensor:
         """`[B, Hq, d]` by lane to `[prompts * W, Hq, d]` by prompt."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from groupwise.config import RolloutConfig
 from groupwise.engines.native.cache import CacheShape
-from groupwise.engines.native.sampling import RowParams, choose
+from groupwise.engines.native.sampling import Forbidden, RowParams, choose
 from groupwise.engines.native.scheduler import Outbox, Sample, Scheduler
 from groupwise.engines.native.steps import DecodeSteps
 from groupwise.engines.native.stopping import find_finish
@@ -150,15 +150,18 @@ class NativeEngine:
                 sample.seen[list(sample.request.prompt.token_ids)] = True
         return torch.stack([sample.seen for sample in samples if sample.seen is not None])
 
-    def _forbidden(self, samples: list[Sample], logits: Tensor) -> Tensor | None:
-        early = [i for i, sample in enumerate(samples) if len(sample.tokens) < sample.request.sampling.min_tokens]
-        if not early:
+    def _forbidden(self, samples: list[Sample], logits: Tensor) -> Forbidden | None:
+        pairs = [
+            (row, stop)
+            for row, sample in enumerate(samples)
+            if len(sample.tokens) < sample.request.sampling.min_tokens
+            for stop in (*self._loaded.stop_token_ids, *sample.request.sampling.stop_token_ids)
+            if stop < logits.shape[-1]
+        ]
+        if not pairs:
             return None
-        forbidden = torch.zeros_like(logits, dtype=torch.bool)
-        for index in early:
-            stops = (*self._loaded.stop_token_ids, *samples[index].request.sampling.stop_token_ids)
-            forbidden[index, [stop for stop in stops if stop < logits.shape[-1]]] = True
-        return forbidden
+        rows, tokens = torch.tensor(pairs, device=logits.device).unbind(1)
+        return Forbidden(rows, tokens)
 
     def _completion(self, sample: Sample, reason: FinishReason) -> Completion:
         return Completion(

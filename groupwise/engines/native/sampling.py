@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from groupwise.model.head import scale_by_temperature, target_logprobs, weigh
+from groupwise.model.head import Weighed, scale_by_temperature, target_logprobs, weigh
 from groupwise.types import SamplingParams
 
 _SPAN = 128  # tokens whose mass is summed before the search
@@ -37,6 +37,10 @@ class RowParams:
     min_p: Tensor | None
     penalty: Tensor | None
 
+    @property
+    def any_filter(self) -> bool:
+        return self.top_k is not None or self.top_p is not None or self.min_p is not None
+
     @staticmethod
     def of(rows: Sequence[SamplingParams], device: torch.device) -> RowParams:
         def column(values: list[float], neutral: float, dtype: torch.dtype = torch.float32) -> Tensor | None:
@@ -56,6 +60,18 @@ class RowParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Forbidden:
+    """What cannot be drawn (stop tokens before `min_tokens`), pair by pair: `rows [F]` and `tokens [F]`, int64."""
+
+    rows: Tensor
+    tokens: Tensor
+
+    def hidden_in(self, logits: Tensor) -> Tensor:
+        """A copy of `logits [B, V]` with `-inf` at the pairs."""
+        return logits.index_put((self.rows, self.tokens), logits.new_tensor(-torch.inf))
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """`tokens [B]` int64 and their `logprobs [B]` float32 under the policy at its temperature, before filters."""
 
@@ -64,7 +80,12 @@ class Choice:
 
 
 def choose(
-    logits: Tensor, uniform: Tensor, params: RowParams, *, seen: Tensor | None = None, forbidden: Tensor | None = None
+    logits: Tensor,
+    uniform: Tensor,
+    params: RowParams,
+    *,
+    seen: Tensor | None = None,
+    forbidden: Forbidden | None = None,
 ) -> Choice:
     """Draw one token per row.
 
@@ -72,22 +93,36 @@ def choose(
         logits: `[B, V]` float32, straight from the head.
         uniform: `[B]` float64 in [0, 1).
         seen: `[B, V]` bool, tokens that the repetition penalty concerns; needed when `params.penalty` is set.
-        forbidden: `[B, V]` bool, tokens that cannot be drawn (stop tokens before `min_tokens`).
+        forbidden: tokens that cannot be drawn.
     """
     temperature = params.temperature if params.any_scaled else 1.0
     policy = scale_by_temperature(logits, temperature)
-    policy_weights = weigh(policy)
+    weighed = weigh(policy)
     wanted = logits
     if params.penalty is not None:
         assert seen is not None, "a repetition penalty needs the tokens seen"
         wanted = _penalise(wanted, seen, params.penalty)
-    if forbidden is not None:
-        wanted = wanted.masked_fill(forbidden, -torch.inf)
-    cut = _filter(policy if wanted is logits else scale_by_temperature(wanted, temperature), params)
-    tokens = invert_cdf((policy_weights if cut is policy else weigh(cut)).weights, uniform)
+    if wanted is logits and not params.any_filter:
+        weights = weighed.weights if forbidden is None else _without(forbidden, policy, weighed)
+    else:
+        scaled = policy if wanted is logits else scale_by_temperature(wanted, temperature)
+        weights = weigh(_filter(scaled if forbidden is None else forbidden.hidden_in(scaled), params)).weights
+    tokens = invert_cdf(weights, uniform)
     if params.any_greedy:
-        tokens = torch.where(params.temperature > 0, tokens, wanted.argmax(-1))
-    return Choice(tokens, target_logprobs(policy, tokens, policy_weights))
+        best = wanted if forbidden is None else forbidden.hidden_in(wanted)
+        tokens = torch.where(params.temperature > 0, tokens, best.argmax(-1))
+    return Choice(tokens, target_logprobs(policy, tokens, weighed))
+
+
+def _without(forbidden: Forbidden, logits: Tensor, weighed: Weighed) -> Tensor:
+    """Weights `[B, V]` of the tokens that are left, the bits of `weigh` over logits with `-inf` at the others: a row
+    that loses its most likely token is weighed again."""
+    rows, tokens = forbidden.rows, forbidden.tokens
+    lost_top = rows[logits[rows, tokens] >= weighed.top[rows]]
+    weights = weighed.weights.index_put((rows, tokens), weighed.weights.new_zeros(()))
+    if lost_top.numel():
+        weights[lost_top] = weigh(forbidden.hidden_in(logits)[lost_top]).weights
+    return weights
 
 
 def _penalise(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -101,7 +136,7 @@ def _filter(logits: Tensor, params: RowParams) -> Tensor:
 
     Tokens as likely as the last one kept are kept too, so no choice depends on the order of a sort.
     """
-    if params.top_k is None and params.top_p is None and params.min_p is None:
+    if not params.any_filter:
         return logits
     least = torch.full_like(logits[:, 0], -torch.inf)
     if params.top_k is not None or params.top_p is not None:

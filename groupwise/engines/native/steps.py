@@ -16,10 +16,9 @@ from torch import Tensor
 from groupwise.engines.native.cache import ARENA_SPAN, ArenaCache, KeyCache
 from groupwise.engines.native.decoding import DecodeLayout, StepInputs, StepShape
 from groupwise.engines.native.scheduler import PromptLane, Sample, Scheduler
-from groupwise.model.exact import TILE
 from groupwise.model.forward import hidden_states, packed_hidden_states
 from groupwise.model.loading import LoadedModel
-from groupwise.model.packing import Segment, pack_prompts
+from groupwise.model.packing import ROW_MULTIPLE, Segment, pack_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +31,14 @@ GRAPH_PROMPTS = 8
 class _Rounding:
     """What sizes are rounded up to."""
 
+    rows: int
     lanes: int
     prompts: int
     tokens: int
 
 
-_EAGER = _Rounding(lanes=TILE, prompts=1, tokens=1)
-_GRAPH = _Rounding(lanes=GRAPH_LANES, prompts=GRAPH_PROMPTS, tokens=ARENA_SPAN)
+_EAGER = _Rounding(rows=ROW_MULTIPLE, lanes=1, prompts=1, tokens=1)
+_GRAPH = _Rounding(rows=GRAPH_LANES, lanes=GRAPH_LANES, prompts=GRAPH_PROMPTS, tokens=ARENA_SPAN)
 
 
 class DecodeSteps:
@@ -82,6 +82,7 @@ class DecodeSteps:
         members = [lane_of[id(sample.prompt)] * width + sample.member for sample in running]
         full = members == list(range(len(prompts) * width))
         return StepShape(
+            rows=_up(len(running), to.rows),
             lanes=_up(len(running), to.lanes),
             prompts=_up(len(prompts), to.prompts),
             width=width,
@@ -113,13 +114,14 @@ def _inputs(
     shape: StepShape, running: Sequence[Sample], prompts: Sequence[PromptLane], positions: list[int]
 ) -> StepInputs:
     missing = [0] * (shape.lanes - len(running))
+    blank = [0] * (shape.rows - shape.lanes)
     lane_of = {id(prompt): lane for lane, prompt in enumerate(prompts)}
     starts = [len(sample.request.prompt.token_ids) for sample in running] + missing
     members = [lane_of[id(sample.prompt)] * shape.width + sample.member for sample in running]
     lengths = [len(prompt.token_ids) for prompt in prompts]
     return StepInputs(
-        tokens=torch.tensor([sample.tokens[-1] for sample in running] + missing),
-        position_ids=torch.tensor([start + place for start, place in zip(starts, positions, strict=True)]),
+        tokens=torch.tensor([sample.tokens[-1] for sample in running] + missing + blank),
+        position_ids=torch.tensor([start + place for start, place in zip(starts, positions, strict=True)] + blank),
         position=torch.tensor(positions),
         member=torch.tensor(members + [shape.prompts * shape.width] * len(missing)),
         prompt_lengths=torch.tensor(lengths + [1] * (shape.prompts - len(prompts))),

@@ -88,6 +88,8 @@ ACTING: dict[str, tuple[Any, dict[str, Any]]] = {
     "shuffle_dataset": (False, {}),
     "loss_type": ("dr_grpo", {}),
     "importance_sampling_level": ("sequence", {"loss_type": "grpo"}),
+    "log_completions": (True, {}),
+    "num_completions_to_print": (3, {"log_completions": True}),
     "beta": (0.04, {}),
     "num_iterations": (2, {}),
     "epsilon": (0.1, {}),
@@ -198,6 +200,7 @@ def test_the_table_has_every_argument_of_trl() -> None:
         ({"entropy_target": 0.3}, "no effect without use_adaptive_entropy"),
         ({"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "batch"}, "normalize_then_sum with"),
         ({"max_steps": 0}, "max_steps = 0"),
+        ({"num_completions_to_print": 3}, "no effect without log_completions"),
         ({"num_generations": 0}, "num_generations = 0: expected a whole number above 0"),
         ({"save_steps": 0}, "save_strategy"),
         ({"eval_strategy": "best"}, "eval_strategy = 'best'"),
@@ -364,11 +367,18 @@ def test_eight_bits_without_bitsandbytes_are_a_sentence(
     assert "bitsandbytes is not installed" in caplog.text
 
 
-def test_trackers_that_are_not_there_are_a_sentence(caplog: pytest.LogCaptureFixture) -> None:
+def test_trackers_that_are_not_there_are_a_sentence(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert config_of(report_to="none").tracking.backends == ("console", "jsonl")
     assert config_of(report_to=["clearml"]).tracking.backends == ("console", "jsonl", "tensorboard")
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "no tracker 'clearml'" in caplog.text
+    assert "clearml is no tracker; there are console" in caplog.text
+    monkeypatch.setattr("groupwise.compat.trl.translate.find_spec", lambda name: None)
+    assert "tensorboard" in config_of(report_to="wandb").tracking.backends
+    assert "wandb is not installed" in caplog.text
+    monkeypatch.setattr("groupwise.compat.trl.translate.find_spec", lambda name: object())
+    assert config_of(report_to="wandb").tracking.backends == ("console", "jsonl", "wandb")
 
 
 def test_supervised_lengths() -> None:

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from groupwise.engines.native.sampling import RowParams, choose, invert_cdf
+from groupwise.engines.native.sampling import Forbidden, RowParams, choose, invert_cdf
 from groupwise.types import SamplingParams
 
 CPU = torch.device("cpu")
@@ -175,15 +175,36 @@ def test_a_row_is_drawn_alike_among_rows_with_other_settings() -> None:
             assert alone.logprobs.item() == together.logprobs[i].item(), rows[i]
 
 
+def forbid(token: int, *, rows: int) -> Forbidden:
+    return Forbidden(torch.arange(rows), torch.full((rows,), token))
+
+
 def test_forbidden_tokens_are_not_drawn_and_the_log_prob_stays_the_policys() -> None:
     logits = random_logits(2)
     logits[:, 7] = 50.0
-    forbidden = torch.zeros(2, VOCABULARY, dtype=torch.bool)
-    forbidden[:, 7] = True
     params = RowParams.of([NEUTRAL, replace(NEUTRAL, temperature=0.0)], CPU)
-    choice = choose(logits, torch.tensor([0.5, 0.5], dtype=torch.float64), params, forbidden=forbidden)
+    points = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    choice = choose(logits, points, params, forbidden=forbid(7, rows=2))
     assert 7 not in choice.tokens.tolist()
     assert (choice.logprobs < -20).all()
+
+
+@pytest.mark.parametrize("height", [-5.0, 3.0, 8.0, 200.0])
+@pytest.mark.parametrize("neighbour", [{"top_k": 5}, {"temperature": 0.7}, {"repetition_penalty": 1.3}])
+def test_a_forbidden_token_gives_the_same_draws_beside_any_neighbour(
+    height: float, neighbour: dict[str, float]
+) -> None:
+    """Whether or not it was the most likely one, or so likely that the others' weights vanish beside it."""
+    logits = random_logits(64)
+    logits[:, 7] = height
+    points = grid(64)
+    alone = choose(logits, points, RowParams.of([NEUTRAL] * 64, CPU), forbidden=forbid(7, rows=64))
+    beside = RowParams.of([NEUTRAL] * 63 + [replace(NEUTRAL, **neighbour)], CPU)
+    seen = torch.ones(64, VOCABULARY, dtype=torch.bool)
+    together = choose(logits, points, beside, seen=seen, forbidden=forbid(7, rows=64))
+    assert torch.equal(alone.tokens[:63], together.tokens[:63])
+    assert torch.equal(alone.logprobs[:63], together.logprobs[:63])
+    assert len(set(alone.tokens.tolist())) > 10
 
 
 def test_equally_likely_tokens_are_kept_together() -> None:

@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from groupwise.model.exact import BLOCK, TILE, Partial, causal_blocks, merge, partial_attention, prefix_blocks
+from groupwise.model.exact import (
+    BLOCK,
+    TILE,
+    KeyBlock,
+    Mask,
+    Partial,
+    causal_blocks,
+    merge,
+    partial_attention,
+    prefix_blocks,
+    width_of,
+)
 
 SIZE = 12
 SCALE = 0.3
@@ -139,3 +150,21 @@ def test_rows_must_come_in_tiles_and_keys_in_blocks() -> None:
         causal_blocks(key[:, :10], key[:, :10], 1, None)
     with pytest.raises(AssertionError, match="sliding window needs"):
         prefix_blocks(key, key, 3, None, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [16, 48, 64, 128])
+@pytest.mark.parametrize("rows", [TILE, 2 * TILE, 256])
+def test_keys_that_no_row_sees_may_be_left_out(rows: int, size: int, dtype: torch.dtype) -> None:
+    query, key, value = (randn(32, n, size, seed=i).to(dtype) for i, n in enumerate((rows, BLOCK, BLOCK)))
+    for keys in range(1, BLOCK):
+        width = width_of(keys)
+        hidden = (torch.arange(BLOCK) >= keys)[None, None]
+        blocks = [
+            KeyBlock(key[:, :w], value[:, :w], 0, Mask.of(hidden[..., :w], dtype) if keys < w else None)
+            for w in (BLOCK, width)
+        ]
+        whole, short = (partial_attention(query, [block], SCALE) for block in blocks)
+        assert width < BLOCK or keys > 32
+        for a, b in ((whole.out, short.out), (whole.top, short.top), (whole.mass, short.mass)):
+            assert torch.equal(a, b), keys

@@ -67,7 +67,7 @@ def test_nothing_is_packed_twice_and_the_rest_is_padding(groups: list[tuple[list
 
 def test_the_documented_example() -> None:
     packed = pack([row(0, [1, 2, 3], [7, 8]), row(0, [1, 2, 3], [9])])
-    assert packed.token_ids.tolist() == [1, 2, 3, 7, 0, 0, 0, 0]
+    assert packed.token_ids.tolist() == [1, 2, 3, 7] + [0] * 12
     assert packed.position_ids.tolist()[:4] == [0, 1, 2, 3]
     assert packed.predictors.tolist() == [2, 3, 2]
     assert packed.targets.tolist() == [7, 8, 9]
@@ -125,3 +125,16 @@ def test_moving_keeps_every_field() -> None:
             (moved.row, packed.row),
         ]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [16, 32, 48])
+def test_a_full_tile_gives_a_row_the_bits_of_any_larger_product(columns: int, dtype: torch.dtype) -> None:
+    """Narrow layers are where small products have kernels of their own."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        weight = (torch.randn(columns, 32, generator=generator) * 0.2).to(dtype)
+        x = torch.randn(512, 32, generator=generator).to(dtype)
+        whole = torch.nn.functional.linear(x, weight)
+        parts = [torch.nn.functional.linear(rows, weight) for rows in x.split(ROW_MULTIPLE)]
+        assert torch.equal(torch.cat(parts), whole)

@@ -1,0 +1,74 @@
+"""`fit()` of a program with XTuner's names: a function as judger, its run directories, and going on with a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from groupwise.compat import xtuner
+from groupwise.errors import ConfigError
+
+ReadRows = Callable[[Path], list[dict[str, Any]]]
+
+
+def long_enough(response: str, label: str, extra_info: dict[str, Any]) -> dict[str, Any]:
+    assert label == "x"
+    return {"score": extra_info["weight"] * len(response)}
+
+
+def program(task: Any, folder: Path, **given: Any) -> xtuner.RLTrainer:
+    rows = folder / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"say {k}:", "reward_model": {"ground_truth": "x"}}) + "\n" for k in range(4))
+    )
+    judger = xtuner.JudgerConfig(judger_name="long", reward_handler=long_enough, extra_info={"weight": 0.5})
+    loss = xtuner.GRPOLossConfig(policy_loss_cfg={"cliprange_low": 0.2, "cliprange_high": 0.2})
+    parts: dict[str, Any] = {
+        "resources": xtuner.AcceleratorResourcesConfig(accelerator="CPU", num_workers=1),
+        "rollout_config": xtuner.RolloutConfig(model_path=task.model, dtype="float32"),
+        "dataflow_config": xtuner.DataFlowConfig(
+            prompt_repeat_k=2, global_batch_size=2, sample_params=xtuner.SampleParams(max_tokens=6)
+        ),
+        "judger_config": judger,
+        "replay_buffer_config": xtuner.ReplayBufferConfig(
+            dataset_cfg=[{"dataset": xtuner.DatasetConfig(anno_path=rows)}], tokenizer=task.model
+        ),
+        "train_worker_cfg": xtuner.WorkerConfig(loss_cfg=loss, load_from=task.model, pack_max_length=256),
+        "tokenizer_path": task.model,
+        "work_dir": folder / "work",
+        "total_epochs": 1,
+        "enable_evaluate": False,
+    }
+    return xtuner.RLTrainer(**{**parts, **given})
+
+
+def test_each_fit_has_a_folder_of_its_own(task: Any, tmp_path: Path, read_jsonl: ReadRows) -> None:
+    for _ in range(2):
+        assert program(task, tmp_path).fit()["steps"] == 2
+    runs = sorted((tmp_path / "work").iterdir())
+    assert len(runs) == 2
+    for run in runs:
+        assert all("rewards/long/mean" in row for row in read_jsonl(run / "metrics.jsonl"))
+        rows = read_jsonl(run / "rollout_idx_2_trajectory.jsonl")
+        assert {row["reward"] for row in rows} == {0.5 * len(row["completion"]) for row in rows}
+
+
+def test_auto_resume_goes_on_with_the_newest_run(task: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = program(task, tmp_path, auto_resume=True)
+    first.fit()
+    with caplog.at_level(logging.INFO, "groupwise"):
+        program(task, tmp_path, auto_resume=True).fit()
+    assert len(list((tmp_path / "work").iterdir())) == 1
+    assert "resumed from" in caplog.text
+
+
+def test_a_row_without_a_label_is_refused(task: Any, tmp_path: Path) -> None:
+    trainer = program(task, tmp_path)
+    trainer.replay_buffer_config.dataset_cfg[0].dataset.anno_path = task.rows
+    with pytest.raises(ConfigError, match="reward_model"):
+        trainer.fit()
