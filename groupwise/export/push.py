@@ -54,8 +54,7 @@ def plan_push(folder: str | Path, repo: str, *, private: bool = False, endpoint:
         ConfigError: there is no model or GGUF file in the folder, or the name is no repository's.
     """
     place = Path(folder)
-    if not REPO.fullmatch(repo):
-        raise ConfigError(f"--repo {repo!r}: expected `owner/name`, in letters, digits, `-`, `_` and `.`")
+    check_repo(repo)
     if is_run(place):
         raise ConfigError(f"{place} is a run directory; push its model, {place / 'final'}, or an export")
     files = tuple(PushedFile(name, (place / name).stat().st_size) for name in _names(place))
@@ -65,16 +64,35 @@ def plan_push(folder: str | Path, repo: str, *, private: bool = False, endpoint:
     return Push(place, repo, private, endpoint, files)
 
 
-def push(plan: Push, *, message: str = "Model trained with Groupwise") -> str:
+def check_repo(repo: str) -> None:
+    """Raises ConfigError where the name is no repository's."""
+    if not REPO.fullmatch(repo):
+        raise ConfigError(f"--repo {repo!r}: expected `owner/name`, in letters, digits, `-`, `_` and `.`")
+
+
+def require_token(token: str | None = None) -> str:
+    """This token, or else the Hub client's own.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = token or get_token()
+    if found is None:
+        raise ConfigError("no Hugging Face token: set HF_TOKEN, or run `hf auth login`")
+    return found
+
+
+def push(plan: Push, *, message: str = "Model trained with Groupwise", token: str | None = None) -> str:
     """Make the repository if it is missing, and one commit with the plan's files; returns the commit's address.
+
+    Args:
+        token: instead of the Hub client's own.
 
     Raises:
         ConfigError: there is no token.
         ExportError: the Hub refused, or could not be reached.
     """
-    if get_token() is None:
-        raise ConfigError("no Hugging Face token: set HF_TOKEN, or run `hf auth login`")
-    api = HfApi(endpoint=plan.endpoint)
+    api = HfApi(endpoint=plan.endpoint, token=require_token(token))
     try:
         api.create_repo(plan.repo, private=plan.private, exist_ok=True)
         commit = api.upload_folder(

@@ -109,7 +109,8 @@ def adopt_adapter(model: PreTrainedModel) -> None:
     if strange:
         raise ConfigError(f"{place}: {strange[0]} = {found[strange[0]]!r} is more than plain LoRA; leave it out")
     model._hf_peft_config_loaded = True
-    _settle(model)
+    _check_targets(model, configs[_NAME], _linears_without(model))
+    settle_adapters(model)
 
 
 _FREE = frozenset(
@@ -155,6 +156,13 @@ def adapter_of(model: PreTrainedModel) -> peft.LoraConfig | None:
     return found
 
 
+def has_adapter_layers(model: nn.Module) -> bool:
+    """Whether peft put an adapter into the module, of whatever kind."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(layer, BaseTunerLayer) for layer in model.modules())
+
+
 def adds_nothing(model: PreTrainedModel) -> bool:
     """Whether the adapter is as it was made: without a part in what the model computes."""
     return not any(bool(p.any()) for name, p in model.named_parameters() if ".lora_B." in name)
@@ -179,10 +187,10 @@ def _inject(model: PreTrainedModel, config: peft.LoraConfig) -> None:
     base = Path(model.name_or_path or "")
     if model.name_or_path and base.is_dir():  # so that the adapter finds it from everywhere
         config.base_model_name_or_path = str(base.resolve())
-    _settle(model)
+    settle_adapters(model)
 
 
-def _settle(model: PreTrainedModel) -> None:
+def settle_adapters(model: PreTrainedModel) -> None:
     """Adapters compute in the module's dtype, and in full tiles."""
     for name, parameter in model.named_parameters():
         if ".lora_" in name:  # on 4-bit weights peft would compute in float32

@@ -24,6 +24,7 @@ from groupwise.model.forward import packed_hidden_states
 from groupwise.model.head import TokenScores, token_scores
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packing import Packed, pack
+from groupwise.model.recompute import recompute_layers
 from groupwise.policy.adapter_reference import make_reference
 from groupwise.policy.bundle import BundleWriter, LearnedBatch
 from groupwise.policy.optimizer import Gradient, MasterOptimizer
@@ -89,7 +90,7 @@ class Policy:
         if objective.needs_reference:
             self.reference = make_reference(loaded, temperature=temperature, chunk_tokens=train.logprob_chunk_tokens)
         if gradient_checkpointing:
-            loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(loaded.model)
         self._optimizer = MasterOptimizer(loaded.model, optim, ends=_ends(loaded))
         self._learned: list[LearnedBatch] = []
         self._updates = 0
@@ -285,7 +286,7 @@ class Policy:
     def release(self) -> None:
         """Leave the model as a model, which may be trained by another policy."""
         if self._checkpointing:
-            self.loaded.model.gradient_checkpointing_disable()
+            recompute_layers(self.loaded.model, False)
         self._optimizer.release()
 
     def save_pretrained(self, path: Path) -> None:

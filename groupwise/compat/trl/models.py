@@ -7,8 +7,8 @@ objects of transformers and peft are known by their classes and attributes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,8 +22,9 @@ from groupwise.compat.trl.arguments import Arguments
 from groupwise.config import ModelConfig
 from groupwise.config.values import literal
 from groupwise.errors import ConfigError
-from groupwise.model.adapters import adopt_adapter
-from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, resolve_device, wrap_model
+from groupwise.model.adapters import has_adapter_layers
+from groupwise.model.borrowing import borrow
+from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, resolve_device
 from groupwise.types import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class HeldModel:
     @property
     def lora(self) -> dict[str, Any]:
         """What `lora` is to say of the adapter; nothing without one."""
-        if not _has_adapter(self.module):
+        if not has_adapter_layers(self.module):
             return {}
         with self.at_work() as loaded:
             adapter = loaded.adapter
@@ -63,19 +64,9 @@ class HeldModel:
             "lora.target_modules": (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
         }
 
-    @contextmanager
-    def at_work(self) -> Iterator[LoadedModel]:
+    def at_work(self) -> AbstractContextManager[LoadedModel]:
         """Within it the module samples and learns; afterwards it is as transformers knows it."""
-        module, attention = self.module, self.module.config._attn_implementation
-        adopted = module._hf_peft_config_loaded
-        try:
-            if _has_adapter(module):
-                adopt_adapter(module)
-            yield wrap_model(module, self.tokenizer)
-        finally:
-            module._hf_peft_config_loaded = adopted
-            if attention is not None and module.config._attn_implementation != attention:
-                module.set_attn_implementation(attention)
+        return borrow(self.module, self.tokenizer)
 
 
 class AutoModelForCausalLM:
@@ -115,7 +106,7 @@ def hold_model(
         _place(module, args)
         path = ModelConfig.model_validate({"path": module.name_or_path or ""})
         held = HeldModel(model, module, tokenizer or load_tokenizer(path))
-    if _has_adapter(held.module):
+    if has_adapter_layers(held.module):
         if peft_config is not None:
             raise ConfigError("peft_config: the model has an adapter already; leave peft_config out, or merge it first")
         return held
@@ -159,12 +150,6 @@ def _load(settings: ModelConfig) -> PreTrainedModel:
     module = load_model(settings).model
     module.set_attn_implementation("sdpa")
     return module
-
-
-def _has_adapter(module: PreTrainedModel) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return any(isinstance(layer, BaseTunerLayer) for layer in module.modules())
 
 
 def _with_new_adapter(module: PreTrainedModel, config: Any, *, seed: int) -> peft.PeftModel:

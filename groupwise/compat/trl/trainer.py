@@ -16,6 +16,7 @@ from groupwise.compat.trl.translate import RUN_FOLDER, Batch, Values, build_conf
 from groupwise.config import Config
 from groupwise.data.files import SourceRow
 from groupwise.errors import ConfigError
+from groupwise.model.recompute import recomputes_layers
 
 logger = logging.getLogger(__name__)
 
@@ -153,5 +154,6 @@ def _model_values(held: HeldModel, *, stop: Sequence[str]) -> Values:
         "model.device": str(held.module.device),
         # The model's own end token ends a completion anyway, and is no part of its text.
         "rollout.stop": tuple(text for text in stop if text != own),
+        **({"model.gradient_checkpointing": True} if recomputes_layers(held.module) else {}),
         **held.lora,
     }

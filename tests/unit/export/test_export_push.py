@@ -1,13 +1,7 @@
-"""Pushing, to a server on this machine that speaks the Hub's API: repositories, pre-upload, LFS and commits."""
+"""Pushing, to a server on this machine that speaks the Hub's API."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,94 +10,6 @@ import pytest
 
 from groupwise.errors import ConfigError, ExportError
 from groupwise.export.push import plan_push, push
-
-TOKEN = "hf_" + "x" * 20
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Keeps what it is sent; files ending in .safetensors go the way of large files."""
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        server: Any = self.server
-        server.seen.append((self.path, self.headers.get("Authorization")))
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            self._answer({"error": "Invalid username or password."}, 401)
-        elif self.path == "/api/repos/create":
-            server.created.append(json.loads(body))
-            self._answer({"url": f"{server.address}/{server.repo}"})
-        elif self.path.endswith("/preupload/main"):
-            files = [
-                {
-                    "path": item["path"],
-                    "uploadMode": "lfs" if item["path"].endswith(".safetensors") else "regular",
-                    "shouldIgnore": False,
-                    "oid": None,
-                }
-                for item in json.loads(body)["files"]
-            ]
-            self._answer({"files": files, "commitOid": None})
-        elif self.path.endswith("/info/lfs/objects/batch"):
-            objects = [
-                {
-                    "oid": item["oid"],
-                    "size": item["size"],
-                    "actions": {"upload": {"href": f"{server.address}/lfs/{item['oid']}"}},
-                }
-                for item in json.loads(body)["objects"]
-            ]
-            self._answer({"transfer": "basic", "objects": objects})
-        elif self.path.endswith("/commit/main"):
-            for line in body.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-                if entry["key"] == "lfsFile":
-                    server.files[entry["value"]["path"]] = server.blobs[entry["value"]["oid"]]
-            url = f"{server.address}/{server.repo}/commit/abc"
-            self._answer({"success": True, "commitOid": "a" * 40, "commitUrl": url, "hookOutput": ""})
-        else:
-            self._answer({"error": f"no {self.path}"}, 404)
-
-    def do_PUT(self) -> None:
-        server: Any = self.server
-        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        oid = self.path.rpartition("/")[2]
-        assert hashlib.sha256(content).hexdigest() == oid
-        server.blobs[oid] = content
-        self._answer({})
-
-    def do_GET(self) -> None:
-        self._answer({"error": "Repository not found"}, 404)
-
-    def _answer(self, content: dict[str, Any], status: int = 200) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.address = f"http://127.0.0.1:{server.server_port}"
-    server.repo = "someone/sums"
-    server.seen, server.created, server.files, server.blobs = [], [], {}, {}
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture
