@@ -95,7 +95,7 @@ class Policy:
         self._learned: list[LearnedBatch] = []
         self._updates = 0
         self._skipped = 0
-        self._is_sampler = True
+        self._is_sampler = False
 
     @property
     def bytes_to_come(self) -> int:

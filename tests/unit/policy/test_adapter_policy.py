@@ -34,7 +34,7 @@ def adapted(loaded: LoadedModel, **settings: Any) -> LoadedModel:
 
 
 def make_policy(loaded: LoadedModel, *, kl_coef: float = 0.0, checkpointing: bool = False, **settings: Any) -> Policy:
-    return Policy(
+    policy = Policy(
         loaded,
         algorithm(kl_coef=kl_coef),
         optim=OptimConfig.model_validate({"lr": 0.05, **settings}),
@@ -42,6 +42,8 @@ def make_policy(loaded: LoadedModel, *, kl_coef: float = 0.0, checkpointing: boo
         total_updates=10,
         gradient_checkpointing=checkpointing,
     )
+    policy.published()
+    return policy
 
 
 def row(group: int, length: int, advantage: float = 1.0) -> TrainingRow:

@@ -48,13 +48,15 @@ def algorithm(**settings: Any) -> Algorithm:
 
 
 def make_policy(loaded: LoadedModel, objective: Algorithm | None = None, **settings: Any) -> Policy:
-    return Policy(
+    policy = Policy(
         loaded,
         objective or algorithm(),
         optim=OptimConfig.model_validate({"lr": 0.01, "max_grad_norm": 0, **settings}),
         train=TrainConfig.model_validate({"logprob_chunk_tokens": 8}),
         total_updates=10,
     )
+    policy.published()
+    return policy
 
 
 def row(group: int, length: int, *, advantage: float = 1.0, prompt: int = 3) -> TrainingRow:
@@ -283,6 +285,7 @@ def test_sampler_and_trainer_agree_exactly(make_model: Any, dtype: torch.dtype, 
         total_updates=10,
         temperature=temperature,
     )
+    policy.published()
     sampling = SamplingParams(max_tokens=12, temperature=temperature, seed=1)
     for _ in range(3):
         for found in one_step(policy, sampled(loaded, sampling), objective, tokens=40):

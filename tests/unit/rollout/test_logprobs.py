@@ -33,7 +33,9 @@ def make_policy(model: Path, **settings: Any) -> Policy:
     torch.set_num_threads(1)
     config = ModelConfig.model_validate({"path": str(model), "device": "cpu", "dtype": "float32"})
     objective = build_algorithm(AlgorithmConfig.model_validate(settings))
-    return Policy(load_model(config), objective, optim=OptimConfig(lr=0.01), train=TrainConfig(), total_updates=4)
+    policy = Policy(load_model(config), objective, optim=OptimConfig(lr=0.01), train=TrainConfig(), total_updates=4)
+    policy.published()
+    return policy
 
 
 def fill(policy: Policy, groups: list[RolloutGroup], *, old: bool, reference: bool = False, budget: int = 12) -> Any:
