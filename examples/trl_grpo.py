@@ -155,8 +155,8 @@ def adapter() -> LoraConfig:
     )
 
 
-def train(model_name: str, output: Path, *, steps: int | None, tiny: bool) -> list[float]:
-    """Two stages, a merged model, an answer; returns the mean reward of each step of the last stage."""
+def train(model_name: str, output: Path, *, steps: int | None, tiny: bool) -> list[list[float]]:
+    """Two stages, a merged model, an answer; returns the mean reward of each step of each stage."""
     dataset = prepare(questions(2_000, seed=1))
     model, tokenizer = load(model_name)
 
@@ -200,7 +200,8 @@ def train(model_name: str, output: Path, *, steps: int | None, tiny: bool) -> li
         merged.save_pretrained(output / "production")
         tokenizer.save_pretrained(output / "production")
         ask(output / "production", tokenizer)
-    return [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    stages = (first, trainer)
+    return [[entry["reward"] for entry in stage.state.log_history if "reward" in entry] for stage in stages]
 
 
 def ask(folder: Path, tokenizer) -> None:
@@ -246,7 +247,7 @@ def make_tiny(output: Path, *, steps: int) -> str:
     return str(output / "warm-up")
 
 
-def main(argv: list[str] | None = None) -> list[float]:
+def main(argv: list[str] | None = None) -> list[list[float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder or a Hugging Face name")
     parser.add_argument("--tiny", action="store_true", help="make a tiny model instead")
