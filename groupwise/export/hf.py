@@ -88,6 +88,7 @@ def _quantise(source: Source, folder: Path) -> ExportRecord:
         for file in folder.glob("*.safetensors*"):
             file.unlink()
         model.save_pretrained(folder)
+    # Which of these it is depends on what is missing: the package, its kernels, or a device that they know.
     except (RuntimeError, ImportError, NotImplementedError, ValueError) as error:
         raise ExportError(
             f"bitsandbytes cannot quantise on this machine: {error}; use one with a CUDA GPU, or --form full"

@@ -33,7 +33,7 @@ from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, LogprobPass, Producer, Selection
 from groupwise.rollout.batch import teaches
 from groupwise.rundir import RunDirectory, check_place
-from groupwise.tracking import build_trackers, check_backends
+from groupwise.tracking import Trackers, build_trackers, check_backends
 from groupwise.train import TrainParts, train
 from groupwise.types import Engine, RolloutGroup, SamplingParams, Unwatched, Watcher
 from groupwise.weight_sync import InProcessSync
@@ -117,13 +117,10 @@ def run_training(
         if remark := sampling_remark(config):
             logger.warning(remark)
         adaptive = None if algorithm.entropy_control is None else AdaptiveEntropy(algorithm, algorithm.entropy_control)
-        policy = _policy(config, loaded, adaptive or algorithm, steps=steps)
-        policy.bundles = BundleWriter(run, config)
+        policy = _policy(config, loaded, adaptive or algorithm, run=run, steps=steps)
         engine = build_engine(config.rollout, loaded, reserved_bytes=policy.bytes_to_come)
         reports = _Reports(run)
-        buffer = Buffer(
-            prompts_per_step=config.rollout.prompts_per_step, max_off_policy_steps=config.train.max_off_policy_steps
-        )
+        buffer = _buffer(config)
         producer = _producer(config, data, engine, scorer, buffer=buffer, steps=steps)
         keep = partial(teaches, algorithm=algorithm, reward_weights=scorer.weights)
         parts = TrainParts(
@@ -138,9 +135,7 @@ def run_training(
             scorer=scorer,
             weight_sync=InProcessSync(policy, engine),
             evaluator=_evaluator(config, given, data, engine, reports=reports),
-            trackers=build_trackers(
-                config.tracking, run_name=run.path.name, total_steps=steps, resumed_step=_resumed_step(run)
-            ),
+            trackers=_trackers(config, run, steps=steps),
             run=run,
             num_steps=steps,
             stop=stop,
@@ -271,8 +266,18 @@ def _producer(
     )
 
 
-def _policy(config: Config, loaded: LoadedModel, objective: Objective, *, steps: int) -> Policy:
-    return Policy(
+def _buffer(config: Config) -> Buffer:
+    return Buffer(
+        prompts_per_step=config.rollout.prompts_per_step, max_off_policy_steps=config.train.max_off_policy_steps
+    )
+
+
+def _trackers(config: Config, run: RunDirectory, *, steps: int) -> Trackers:
+    return build_trackers(config.tracking, run_name=run.path.name, total_steps=steps, resumed_step=_resumed_step(run))
+
+
+def _policy(config: Config, loaded: LoadedModel, objective: Objective, *, run: RunDirectory, steps: int) -> Policy:
+    policy = Policy(
         loaded,
         objective,
         optim=config.optim,
@@ -281,6 +286,8 @@ def _policy(config: Config, loaded: LoadedModel, objective: Objective, *, steps:
         temperature=config.rollout.temperature,
         gradient_checkpointing=config.model.gradient_checkpointing,
     )
+    policy.bundles = BundleWriter(run, config)
+    return policy
 
 
 def _selection(

@@ -88,28 +88,17 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-class Scorer:
-    """Scores of one set of query rows `[B, R, d]`.
-
-    The factor goes into the queries where that costs no precision, else into the scores.
-    """
-
-    def __init__(self, query: Tensor, scale: float) -> None:
-        folded = query.dtype in (torch.float32, torch.float64)
-        self._query = query * scale if folded else query
-        self._scale = 1.0 if folded else scale
-
-    def scores(self, block: KeyBlock) -> Tensor:
-        """`[B, R - first_row, BLOCK]`, far down where hidden."""
-        scores = wide(torch.bmm(self._query[:, block.first_row :], block.key.transpose(1, 2)))
-        if self._scale != 1.0:
-            scores.mul_(self._scale)
-        if block.mask is not None:
-            block.mask.rows_of(scores).add_(block.mask.bias)
-        return scores
+def _scores(query: Tensor, factor: float, block: KeyBlock) -> Tensor:
+    """`[B, R - first_row, W]`, far down where hidden."""
+    scores = wide(torch.bmm(query[:, block.first_row :], block.key.transpose(1, 2)))
+    if factor != 1.0:
+        scores.mul_(factor)
+    if block.mask is not None:
+        block.mask.rows_of(scores).add_(block.mask.bias)
+    return scores
 
 
-def weigh(scores: Tensor, top: Tensor, block: KeyBlock) -> Tensor:
+def _weigh(scores: Tensor, top: Tensor, block: KeyBlock) -> Tensor:
     """exp(scores - top), in place; exactly 0 where hidden. `top [B, R - first_row]`."""
     scores.sub_(top[..., None])
     if block.mask is None:
@@ -125,14 +114,16 @@ def partial_attention(query: Tensor, blocks: Sequence[KeyBlock], scale: float) -
     """Attention of `query [B, R, d]` over one key segment, R a multiple of `TILE`."""
     assert query.shape[1] % TILE == 0, f"{query.shape[1]} query rows are not a multiple of {TILE}"
     assert blocks[0].first_row == 0, "every row sees the first block of a segment"
-    scorer = Scorer(query, scale)
-    scores = [scorer.scores(block) for block in blocks]
+    # The factor goes into the queries where that costs no precision, else into the scores.
+    folded = query.dtype in (torch.float32, torch.float64)
+    asking, factor = (query * scale, 1.0) if folded else (query, scale)
+    scores = [_scores(asking, factor, block) for block in blocks]
     top = scores[0].amax(-1)
     for block, score in zip(blocks[1:], scores[1:], strict=True):
         rows = top[:, block.first_row :]
         torch.maximum(rows, score.amax(-1), out=rows)
     for block, score in zip(blocks, scores, strict=True):
-        weigh(score, top[:, block.first_row :], block)
+        _weigh(score, top[:, block.first_row :], block)
     mass = scores[0].sum(-1)
     out = wide(torch.bmm(scores[0].to(query.dtype), blocks[0].value))
     for block, weights in zip(blocks[1:], scores[1:], strict=True):

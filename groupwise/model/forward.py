@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from groupwise.model.attention import Layout
+from groupwise.model.head import TokenScores, token_scores
+from groupwise.model.loading import LoadedModel
 from groupwise.model.packed_attention import PackedLayout
 from groupwise.model.packing import Packed
 
@@ -28,3 +30,23 @@ def packed_hidden_states(
     heads = model.config.get_text_config().num_attention_heads
     layout = PackedLayout(packed, heads, on_keys=on_keys)
     return hidden_states(model, packed.token_ids, packed.position_ids, layout)
+
+
+def packed_scores(
+    loaded: LoadedModel,
+    packed: Packed,
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+    with_entropy: bool = False,
+) -> TokenScores:
+    """Log-probs (and entropies) of a packed sequence's completion tokens; arguments as for `token_scores`."""
+    hidden = packed_hidden_states(loaded.model, packed)
+    return token_scores(
+        loaded.head,
+        hidden[packed.predictors],
+        packed.targets,
+        temperature=temperature,
+        chunk_tokens=chunk_tokens,
+        with_entropy=with_entropy,
+    )

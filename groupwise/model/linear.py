@@ -33,7 +33,6 @@ class _DnnProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
         return _product(x, weight, bias)
 
     @staticmethod
@@ -44,7 +43,7 @@ class _DnnProduct(torch.autograd.Function):
         rows = grad.flatten(0, -2)
         of_x = _product(grad, weight.t(), None) if wants_x else None
         of_weight = rows.t() @ x.flatten(0, -2) if wants_weight else None
-        return of_x, of_weight, rows.sum(0) if ctx.has_bias and wants_bias else None
+        return of_x, of_weight, rows.sum(0) if wants_bias else None
 
 
 def use_dnn_linear(model: nn.Module) -> None:

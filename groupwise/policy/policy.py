@@ -20,8 +20,8 @@ from groupwise.config import OptimConfig, TrainConfig
 from groupwise.errors import TrainingError
 from groupwise.metrics import Last, Max, Mean, Metrics, Sum
 from groupwise.model.adapters import dropout_layers
-from groupwise.model.forward import packed_hidden_states
-from groupwise.model.head import TokenScores, token_scores
+from groupwise.model.forward import packed_scores
+from groupwise.model.head import TokenScores
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packing import Packed, pack
 from groupwise.model.recompute import recompute_layers
@@ -147,11 +147,9 @@ class Policy:
                 self.loaded.model.eval()
 
     def _scores(self, packed: Packed, with_entropy: bool) -> TokenScores:
-        hidden = packed_hidden_states(self.loaded.model, packed)
-        return token_scores(
-            self.loaded.head,
-            hidden[packed.predictors],
-            packed.targets,
+        return packed_scores(
+            self.loaded,
+            packed,
             temperature=self._temperature,
             chunk_tokens=self._chunk_tokens,
             with_entropy=with_entropy,

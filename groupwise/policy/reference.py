@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groupwise.model.forward import packed_hidden_states
-from groupwise.model.head import LanguageHead, token_scores
+from groupwise.model.forward import packed_scores
+from groupwise.model.head import LanguageHead
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packing import Packed
 
@@ -38,14 +38,8 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, packed: Packed) -> Tensor:
         """`[M]` float32, of the packed completion tokens, at the sampling temperature."""
-        hidden = packed_hidden_states(self.loaded.model, packed)
-        return token_scores(
-            self.loaded.head,
-            hidden[packed.predictors],
-            packed.targets,
-            temperature=self._temperature,
-            chunk_tokens=self._chunk_tokens,
-        ).logprobs
+        scores = packed_scores(self.loaded, packed, temperature=self._temperature, chunk_tokens=self._chunk_tokens)
+        return scores.logprobs
 
     @torch.no_grad()
     def sync(self, alpha: float) -> None:

@@ -37,8 +37,28 @@ def algorithm_values(args: GRPOConfig) -> Values:
 
 
 def _policy_loss(args: GRPOConfig) -> Values:
+    _check_loss(args)
     kind, level = args.loss_type, args.importance_sampling_level
     normaliser = {"grpo": "sequence", "sapo": "sequence", "dr_grpo": "constant"}.get(kind, "token")
+    low, high = args.epsilon, _upper(args)
+    loss: Values = {"name": "gspo" if level == "sequence" else "grpo", "clip_low": low, "clip_high": high}
+    if kind == "cispo":
+        loss = {"name": "cispo"} if args.epsilon_high is None else {"name": "cispo", "clip_high": high - 1}
+    elif kind == "sapo":
+        temperatures = (args.sapo_temperature_neg, args.sapo_temperature_pos)
+        names = ("sapo_temperature_negative", "sapo_temperature_positive")
+        loss = {"name": "sapo", **dict(zip(names, temperatures, strict=True))}
+    elif args.delta is not None:
+        loss["dual_clip"] = args.delta
+    return {**loss, "normaliser": normaliser}
+
+
+def _upper(args: GRPOConfig) -> float:
+    return args.epsilon if args.epsilon_high is None else args.epsilon_high
+
+
+def _check_loss(args: GRPOConfig) -> None:
+    kind, level = args.loss_type, args.importance_sampling_level
     if kind not in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"):
         raise ConfigError(
             f"GRPOConfig.loss_type = {kind!r} is not there; expected grpo, bnpo, dr_grpo, dapo, cispo or sapo, or "
@@ -50,22 +70,11 @@ def _policy_loss(args: GRPOConfig) -> Values:
             "or sequence with grpo"
         )
     _refuse_unused(args)
-    low, high = args.epsilon, args.epsilon if args.epsilon_high is None else args.epsilon_high
-    loss: Values = {"name": "gspo" if level == "sequence" else "grpo", "clip_low": low, "clip_high": high}
-    if kind == "cispo":
-        loss = {"name": "cispo"} if args.epsilon_high is None else {"name": "cispo", "clip_high": high - 1}
-    elif kind == "sapo":
-        temperatures = (args.sapo_temperature_neg, args.sapo_temperature_pos)
-        names = ("sapo_temperature_negative", "sapo_temperature_positive")
-        loss = {"name": "sapo", **dict(zip(names, temperatures, strict=True))}
-    elif args.delta is not None:
-        if args.delta <= 1 + high:
-            raise ConfigError(
-                f"GRPOConfig.delta = {args.delta}: expected more than 1 + epsilon_high = {1 + high}; it bounds the "
-                "ratio where the advantage is negative"
-            )
-        loss["dual_clip"] = args.delta
-    return {**loss, "normaliser": normaliser}
+    if args.delta is not None and args.delta <= 1 + _upper(args):
+        raise ConfigError(
+            f"GRPOConfig.delta = {args.delta}: expected more than 1 + epsilon_high = {1 + _upper(args)}; it bounds the "
+            "ratio where the advantage is negative"
+        )
 
 
 def _refuse_unused(args: GRPOConfig) -> None:

@@ -47,7 +47,10 @@ class FastSettings:
 
 
 class FastMethods:
-    """Unsloth's methods, on whole models and on those with an adapter alike."""
+    """Unsloth's methods, on whole models and on those with an adapter alike.
+
+    Not an ABC: its metaclass would change the layout of a module that becomes a `FastModel`, which Python refuses.
+    """
 
     @property
     def base(self) -> PreTrainedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -136,9 +137,9 @@ class _Trainer(Names):
         """The trainer: the object itself."""
         return self
 
+    @abstractmethod
     def _parts(self) -> _Parts:
         """What the two generations have in different places."""
-        raise NotImplementedError
 
     def _translate(self) -> _Program:
         found, parts = Translation(), self._parts()

@@ -20,8 +20,7 @@ from groupwise.engines.native.scheduler import Outbox, Sample, Scheduler
 from groupwise.engines.native.steps import DecodeSteps
 from groupwise.engines.native.stopping import find_finish
 from groupwise.errors import EngineError
-from groupwise.model.forward import packed_hidden_states
-from groupwise.model.head import token_scores
+from groupwise.model.forward import packed_scores
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packing import pack
 from groupwise.types import Completion, EngineCaps, FinishReason, SampleRequest, TrainingRow
@@ -189,9 +188,7 @@ class NativeEngine:
         neutral = (0.0,) * len(completion_ids)
         row = TrainingRow(0, tuple(prompt_ids), tuple(completion_ids), (1,) * len(completion_ids), neutral, neutral)
         with torch.inference_mode():
-            packed = pack([row]).to(self._loaded.device)
-            hidden = packed_hidden_states(self._model, packed)
-            return token_scores(self._loaded.head, hidden[packed.predictors], packed.targets).logprobs.tolist()
+            return packed_scores(self._loaded, pack([row]).to(self._loaded.device)).logprobs.tolist()
 
     async def sleep(self) -> None:
         if self._scheduler.busy:
