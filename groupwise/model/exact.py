@@ -88,11 +88,26 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _scores(query: Tensor, factor: float, block: KeyBlock) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """Queries, and the factor that is still due on their scores."""
+
+    query: Tensor
+    scale: float
+
+
+def fold_scale(query: Tensor, scale: float) -> Asking:
+    """The factor goes into the queries where that costs no precision."""
+    if scale == 1.0 or query.dtype not in (torch.float32, torch.float64):
+        return Asking(query, scale)
+    return Asking(query * scale, 1.0)
+
+
+def _scores(asking: Asking, block: KeyBlock) -> Tensor:
     """`[B, R - first_row, W]`, far down where hidden."""
-    scores = wide(torch.bmm(query[:, block.first_row :], block.key.transpose(1, 2)))
-    if factor != 1.0:
-        scores.mul_(factor)
+    scores = wide(torch.bmm(asking.query[:, block.first_row :], block.key.transpose(1, 2)))
+    if asking.scale != 1.0:
+        scores.mul_(asking.scale)
     if block.mask is not None:
         block.mask.rows_of(scores).add_(block.mask.bias)
     return scores
@@ -114,10 +129,8 @@ def partial_attention(query: Tensor, blocks: Sequence[KeyBlock], scale: float) -
     """Attention of `query [B, R, d]` over one key segment, R a multiple of `TILE`."""
     assert query.shape[1] % TILE == 0, f"{query.shape[1]} query rows are not a multiple of {TILE}"
     assert blocks[0].first_row == 0, "every row sees the first block of a segment"
-    # The factor goes into the queries where that costs no precision, else into the scores.
-    folded = query.dtype in (torch.float32, torch.float64)
-    asking, factor = (query * scale, 1.0) if folded else (query, scale)
-    scores = [_scores(asking, factor, block) for block in blocks]
+    asking = fold_scale(query, scale)
+    scores = [_scores(asking, block) for block in blocks]
     top = scores[0].amax(-1)
     for block, score in zip(blocks[1:], scores[1:], strict=True):
         rows = top[:, block.first_row :]
@@ -137,8 +150,8 @@ def merge(first: Partial, second: Partial) -> Partial:
     top = torch.maximum(first.top, second.top)
     keep_first = (first.top - top).exp_()
     keep_second = (second.top - top).exp_()
-    out = first.out * keep_first[..., None] + second.out * keep_second[..., None]
-    return Partial(out, top, first.mass * keep_first + second.mass * keep_second)
+    out = (first.out * keep_first[..., None]).add_(second.out * keep_second[..., None])
+    return Partial(out, top, (first.mass * keep_first).add_(second.mass * keep_second))
 
 
 def causal_blocks(key: Tensor, value: Tensor, repeat: int, window: int | None) -> list[KeyBlock]:

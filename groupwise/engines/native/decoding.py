@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from groupwise.engines.native.cache import KeyCache, Span
 from groupwise.model.attention import AttentionCall
-from groupwise.model.exact import TILE, KeyBlock, Mask, Partial, merge, partial_attention
+from groupwise.model.exact import TILE, KeyBlock, Mask, Partial, fold_scale, merge, partial_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,48 +70,54 @@ class DecodeLayout:
     def __init__(
         self, prompts: KeyCache, samples: KeyCache, *, shape: StepShape, inputs: StepInputs, positions: Sequence[int]
     ) -> None:
-        self._prompts = prompts
-        self._samples = samples
         self._shape = shape
         self._inputs = inputs
+        self._heads = samples.shape.heads
         self._write = samples.plan_write(inputs.position, positions)
+        self._own = samples.spans(shape.lanes, shape.sample_tokens)
+        self._shared = prompts.spans(shape.prompts, shape.prompt_tokens)
         self._masks: dict[int | None, _Masks] = {}
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        shape, heads = self._shape, self._samples.shape.heads
-        lanes, repeat = shape.lanes, query.shape[1] // heads
-        query = query[:lanes]
+        shape, heads = self._shape, self._heads
+        lanes, repeat, size = shape.lanes, query.shape[1] // heads, query.shape[2]
         self._write.put(call.layer, key[:lanes], value[:lanes])
-        own_spans = self._samples.spans(call.layer, lanes, shape.sample_tokens)
-        shared_spans = self._prompts.spans(call.layer, shape.prompts, shape.prompt_tokens)
-        if call.window not in self._masks:
-            self._masks[call.window] = _Masks(shape, self._inputs, repeat, call.window, own_spans, shared_spans)
-        masks = self._masks[call.window]
+        masks = self._masks.get(call.window)
+        if masks is None:
+            masks = _Masks(shape, self._inputs, repeat, call.window, self._own, self._shared)
+            self._masks[call.window] = masks
 
-        own_query = pad(query.reshape(lanes * heads, repeat, -1), (0, 0, 0, -repeat % TILE))
-        own = partial_attention(own_query, _blocks(own_spans, masks.own), call.scale)
-        shared_query = _group_rows(self._to_members(query), shape.prompts, heads, repeat)
-        shared_query = pad(shared_query, (0, 0, 0, -shared_query.shape[1] % TILE))
-        shared = partial_attention(shared_query, _blocks(shared_spans, masks.shared), call.scale)
-        seen = Partial(*(self._to_lanes(_ungroup_rows(x, shape, repeat)) for x in _fields(shared)))
-        both = merge(seen, Partial(*(_lane_rows(x, lanes, repeat) for x in _fields(own))))
-        out = both.out.div_(both.mass[..., None]).to(query.dtype).reshape(lanes, heads * repeat, -1)
+        asking = fold_scale(query[:lanes], call.scale)
+        by_lane = asking.query.view(lanes, heads, repeat, size)
+        own = partial_attention(_tiled(by_lane), _blocks(self._own, call.layer, masks.own), asking.scale)
+        by_prompt = self._to_members(by_lane).transpose(1, 2).reshape(shape.prompts, heads, -1, size)
+        shared = partial_attention(_tiled(by_prompt), _blocks(self._shared, call.layer, masks.shared), asking.scale)
+
+        seen = Partial(*(self._to_lanes(_rows_of(x, shape.prompts, by_prompt.shape[2])) for x in _fields(shared)))
+        both = merge(seen, Partial(*(self._like_seen(_rows_of(x, lanes, repeat)) for x in _fields(own))))
+        out = both.out.div_(both.mass[..., None]).to(query.dtype).reshape(lanes, heads * repeat, size)
         return pad(out, (0, 0, 0, 0, 0, shape.rows - lanes)) if shape.rows > lanes else out
 
-    def _to_members(self, query: Tensor) -> Tensor:
-        """`[B, Hq, d]` by lane to `[prompts * W, Hq, d]` by prompt."""
-        if self._shape.in_order:
-            return query
-        count = self._shape.prompts * self._shape.width
-        gathered = query.new_zeros(count + 1, *query.shape[1:])  # the last row takes the padding
-        gathered[self._inputs.member] = query
-        return gathered[:count]
+    def _to_members(self, x: Tensor) -> Tensor:
+        """`[B, heads, repeat, d]` by lane to `[prompts, W, heads, repeat, d]` by prompt."""
+        if not self._shape.in_order:
+            gathered = x.new_zeros(self._members + 1, *x.shape[1:])  # the last row takes the padding
+            gathered[self._inputs.member] = x
+            x = gathered[: self._members]
+        return x.unflatten(0, (self._shape.prompts, -1))
 
     def _to_lanes(self, x: Tensor) -> Tensor:
-        """The inverse; padded lanes get some member's."""
-        if self._shape.in_order:
-            return x
-        return x[self._inputs.member.clamp(max=x.shape[0] - 1)]
+        """`[prompts, heads, W * repeat, …]` to rows by lane: `[prompts, W, heads, repeat, …]` where all are in order,
+        else `[B, heads, repeat, …]`, in which padded lanes get some member's."""
+        x = x.unflatten(2, (self._shape.width, -1)).transpose(1, 2)
+        return x if self._shape.in_order else x.flatten(0, 1)[self._inputs.member.clamp(max=self._members - 1)]
+
+    def _like_seen(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (self._shape.prompts, -1)) if self._shape.in_order else x
+
+    @property
+    def _members(self) -> int:
+        return self._shape.prompts * self._shape.width
 
 
 class _Masks:
@@ -126,25 +132,25 @@ class _Masks:
         own_spans: Sequence[Span],
         shared_spans: Sequence[Span],
     ) -> None:
-        heads = own_spans[0].key.shape[0] // shape.lanes
+        heads = own_spans[0].keys[0].shape[0] // shape.lanes
         lengths = inputs.prompt_lengths[:, None]
         at = _row_positions(shape, inputs, repeat) if window is not None else None
         self.own: list[Mask | None] = []
         for span in own_spans:
             distance = inputs.position[:, None] - _tokens_of(span)
             hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-            self.own.append(_mask(hidden[:, None], heads, span.key))
+            self.own.append(_mask(hidden[:, None], heads, span.keys[0]))
         self.shared: list[Mask | None] = []
         for span in shared_spans:
             token = _tokens_of(span)
             hidden = (token >= lengths)[:, None]
             if window is not None and at is not None:
                 hidden = hidden | (at[..., None] - token >= window)
-            self.shared.append(_mask(hidden, heads, span.key))
+            self.shared.append(_mask(hidden, heads, span.keys[0]))
 
 
 def _tokens_of(span: Span) -> Tensor:
-    return torch.arange(span.start, span.start + span.key.shape[1], device=span.key.device)
+    return torch.arange(span.start, span.start + span.keys[0].shape[1], device=span.keys[0].device)
 
 
 def _mask(hidden: Tensor, heads: int, key: Tensor) -> Mask | None:
@@ -163,27 +169,23 @@ def _row_positions(shape: StepShape, inputs: StepInputs, repeat: int) -> Tensor:
     return pad(at, (0, -at.shape[1] % TILE))
 
 
-def _blocks(spans: Sequence[Span], masks: Sequence[Mask | None]) -> list[KeyBlock]:
-    return [KeyBlock(span.key, span.value, 0, mask) for span, mask in zip(spans, masks, strict=True)]
+def _blocks(spans: Sequence[Span], layer: int, masks: Sequence[Mask | None]) -> list[KeyBlock]:
+    return [
+        KeyBlock(span.keys[layer], span.values[layer], 0, mask) for span, mask in zip(spans, masks, strict=True)
+    ]
 
 
-def _lane_rows(x: Tensor, lanes: int, repeat: int) -> Tensor:
-    """`[B * heads, R, …]` as `[B, heads, repeat, …]`, a view without the padding rows."""
-    return x.unflatten(0, (lanes, -1))[:, :, :repeat]
+def _tiled(query: Tensor) -> Tensor:
+    """`[n, heads, R, d]` as `[n * heads, R, d]`, R padded to `TILE`."""
+    query = query.flatten(0, 1)
+    missing = -query.shape[1] % TILE
+    return pad(query, (0, 0, 0, missing)) if missing else query
+
+
+def _rows_of(x: Tensor, count: int, rows: int) -> Tensor:
+    """`[count * heads, R, …]` as `[count, heads, rows, …]`, a view without the padding rows."""
+    return x.unflatten(0, (count, -1))[:, :, :rows]
 
 
 def _fields(part: Partial) -> list[Tensor]:
     return [part.out, part.top, part.mass]
-
-
-def _group_rows(x: Tensor, count: int, heads: int, repeat: int) -> Tensor:
-    """`[count * W, heads * repeat, d]` to `[count * heads, W * repeat, d]`."""
-    return x.view(count, -1, heads, repeat, x.shape[-1]).transpose(1, 2).reshape(count * heads, -1, x.shape[-1])
-
-
-def _ungroup_rows(x: Tensor, shape: StepShape, repeat: int) -> Tensor:
-    """`[prompts * heads, R, …]` to `[prompts * W, heads, repeat, …]`, padding rows dropped."""
-    count, width, tail = shape.prompts, shape.width, x.shape[2:]
-    heads = x.shape[0] // count
-    x = x[:, : width * repeat].reshape(count, heads, width, repeat, *tail).transpose(1, 2)
-    return x.reshape(count * width, heads, repeat, *tail)

@@ -21,6 +21,7 @@ from groupwise.engines.native.steps import DecodeSteps
 from groupwise.engines.native.stopping import find_finish
 from groupwise.errors import EngineError
 from groupwise.model.forward import packed_scores
+from groupwise.model.linear import ordered_weights
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packing import pack
 from groupwise.types import Completion, EngineCaps, FinishReason, SampleRequest, TrainingRow
@@ -91,17 +92,18 @@ class NativeEngine:
 
     async def _work(self) -> None:
         """Step until nothing is left; other tasks (rewards) run between steps."""
-        while self._scheduler.busy:
-            try:
-                with torch.inference_mode():
-                    self._step()
-            except BaseException as error:
-                failed = self._scheduler.find(None)
-                self._scheduler.remove(failed)
-                for sample in failed:
-                    sample.outbox.put_nowait(error)
-                raise
-            await asyncio.sleep(0)
+        with ordered_weights(self._model):
+            while self._scheduler.busy:
+                try:
+                    with torch.inference_mode():
+                        self._step()
+                except BaseException as error:
+                    failed = self._scheduler.find(None)
+                    self._scheduler.remove(failed)
+                    for sample in failed:
+                        sample.outbox.put_nowait(error)
+                    raise
+                await asyncio.sleep(0)
 
     def _step(self) -> None:
         admitted = self._scheduler.admit()

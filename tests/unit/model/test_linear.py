@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from groupwise.model.linear import DnnLinear, use_dnn_linear
+from groupwise.model import linear
+from groupwise.model.linear import DnnLinear, ordered_weights, use_dnn_linear
 
 needs_dnn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 
@@ -75,3 +76,53 @@ def test_subclasses_stay_as_they_are() -> None:
     holder = nn.Sequential(Own(4, 4))
     use_dnn_linear(holder)
     assert type(holder[0]) is Own
+
+
+@needs_dnn
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("inputs", "outputs"), [(32, 16), (64, 283), (256, 128), (256, 768), (1000, 64)])
+def test_ordered_weights_give_the_same_bits(inputs: int, outputs: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        _, dnn = made(inputs, outputs, bias=True)
+        for rows in (16, 48, 64, 512):
+            x = torch.randn(rows, inputs)
+            with torch.no_grad():
+                plain = dnn(x)
+                with ordered_weights(dnn):
+                    assert dnn.ordered is not None
+                    assert torch.equal(dnn(x), plain)
+                    with torch.enable_grad():  # a gradient needs the weight itself
+                        assert dnn(x).requires_grad
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_dnn
+def test_ordered_weights_are_let_go_and_follow_a_change() -> None:
+    _, dnn = made(32, 16, bias=False)
+    x = torch.randn(16, 32)
+    with torch.no_grad():
+        with pytest.raises(KeyboardInterrupt), ordered_weights(dnn):
+            dnn(x)
+            raise KeyboardInterrupt
+        assert dnn.ordered is None
+        dnn.weight.data.mul_(2)
+        with ordered_weights(dnn):
+            assert torch.equal(dnn(x), dnn(x))
+            torch.testing.assert_close(dnn(x), x @ dnn.weight.t())
+
+
+@needs_dnn
+def test_a_large_model_keeps_its_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_ORDERED_BYTES", 100)
+    _, dnn = made(32, 16, bias=False)
+    with ordered_weights(dnn):
+        assert dnn.ordered is None
+
+
+def test_other_types_are_not_ordered() -> None:
+    _, dnn = made(32, 16, bias=False)
+    with ordered_weights(dnn.bfloat16()):
+        assert not isinstance(dnn, DnnLinear) or dnn.ordered is None
