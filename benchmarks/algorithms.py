@@ -7,8 +7,8 @@
 All rows of one seed start from the same supervised checkpoint and are measured on the same 256 held-out problems,
 greedily, before and after. A row that is finished is not run again, so the program can be stopped and started.
 
-On policy, in the first of `optim.steps_per_batch` steps, every loss has the gradient of `reinforce`. So the rows that are
-about a loss take two steps per batch: in the second one ratios and clips act.
+On policy, in the first of `optim.steps_per_batch` steps, every loss has the gradient of `reinforce`. So the rows that
+are about a loss take two steps per batch: in the second one ratios and clips act.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ class Row:
     Attributes:
         algorithm: the whole section `[algorithm]`.
         others: settings of other sections, over those of the quick start.
-        why: the reason for `others`, for the table's notes.
 
     Example:
         Row("cispo", {"name": "cispo"}, TWO_STEPS)
@@ -48,7 +47,6 @@ class Row:
     name: str
     algorithm: Mapping[str, Any]
     others: Mapping[str, Any] = field(default_factory=dict)
-    why: str = ""
 
     def shown(self) -> str:
         """Settings that differ from the quick start's, for people."""
@@ -78,7 +76,7 @@ ADVANTAGE_ROWS = (
     Row("maxrl", {"name": "maxrl"}),
     Row("maxrl-clip", {"name": "grpo", "advantage": "maxrl"}),
     Row("pass_k", {"name": "pass_k", "pass_k": 4}),
-    Row("gdpo", {"name": "gdpo"}, {"reward": [{"name": "gsm8k"}, {"name": "format"}]}, "it is for several rewards"),
+    Row("gdpo", {"name": "gdpo"}, {"reward": [{"name": "gsm8k"}, {"name": "format"}]}),
 )
 
 LOSS_ROWS = (
@@ -94,14 +92,8 @@ LOSS_ROWS = (
     Row("reinforce", {"name": "grpo", "loss": "reinforce"}, TWO_STEPS),
 )
 
-METHOD_ROWS = (
-    Row(
-        "grpo-lora",
-        {"name": "grpo"},
-        {"lora": {"rank": 16}, "optim": {"lr": 2e-3}},
-        "adapters start at zero and need about ten times the rate of all weights",
-    ),
-)
+# Adapters start at zero and need about ten times the rate of all weights.
+METHOD_ROWS = (Row("grpo-lora", {"name": "grpo"}, {"lora": {"rank": 16}, "optim": {"lr": 2e-3}}),)
 
 ROWS: Mapping[str, Row] = {row.name: row for row in (*ADVANTAGE_ROWS, *LOSS_ROWS, *METHOD_ROWS)}
 

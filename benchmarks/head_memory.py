@@ -1,12 +1,12 @@
 """Peak memory of the loss: forward and backward from hidden states to log-probs, chunked and in one piece.
 
-    python benchmarks/head_memory.py                                    # 4k to 32k tokens; up to 10 minutes each on a CPU
+    python benchmarks/head_memory.py                           # 4k to 32k tokens; about 15 minutes on one CPU core
     python benchmarks/head_memory.py --device cuda --dtype bfloat16
 
-Each measurement is a process of its own. What counts is the peak after the weights and hidden states are there: on a CPU
+Each measurement is a process of its own. What counts is the peak after weights and hidden states are there: on a CPU
 of the resident set, on a GPU of what torch allocated. It holds the weights' gradient, which any loss needs. The loss in
-one piece is `cross_entropy` over all logits, as `transformers` computes it; it is measured at `--plain-tokens`, and
-beyond that only its logits and their gradient are counted: 2 x tokens x vocabulary x bytes.
+one piece is `cross_entropy` over all logits, as `transformers` computes it. It is measured at `--plain-tokens`; beyond,
+only its logits and their gradient are counted: 2 x tokens x vocabulary x 4 bytes. Seconds are of processor time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Work:
 
 
 def measure(work: Work) -> dict[str, Any]:
-    """Peak bytes of one pass above what was there before it, and its seconds."""
+    """Peak bytes of one pass above what was there before it, and its seconds of processor time."""
     import torch
     from gpu import ModelShape, build_model
 
@@ -56,15 +56,17 @@ def measure(work: Work) -> dict[str, Any]:
     dtype = resolve_dtype(work.dtype, device)
     shape = ModelShape(work.hidden, layers=1, heads=2, kv_heads=1, head_dim=32, mlp=64, vocab=work.vocabulary)
     head = build_model(shape, device, dtype)
+    torch.manual_seed(1)
     hidden = torch.randn(work.tokens, work.hidden, device=device, dtype=dtype, requires_grad=True)
     targets = torch.randint(work.vocabulary, (work.tokens,), device=device)
     before = _peak(device)
-    started = time.perf_counter()
+    started = time.process_time()
     loss = _loss(head, hidden, targets, work.chunk_tokens)
     loss.backward()
     value = loss.item()
-    seconds = time.perf_counter() - started
-    assert hidden.grad is not None and bool(hidden.grad.isfinite().all()), "the backward pass gave no finite gradient"
+    seconds = time.process_time() - started
+    assert hidden.grad is not None, "the backward pass did not reach the hidden states"
+    assert bool(hidden.grad.isfinite().all()), "a gradient is not finite"
     return {"peak_bytes": _peak(device) - before, "seconds": seconds, "loss": value}
 
 
@@ -95,16 +97,16 @@ def in_fresh_process(work: Work) -> dict[str, Any]:
     return {**asdict(work), **json.loads(ended.stdout.splitlines()[-1])}
 
 
-def logits_bytes(work: Work, itemsize: int) -> int:
-    """All logits and their gradient: what the loss in one piece cannot do without."""
-    return 2 * work.tokens * work.vocabulary * itemsize
+def logits_bytes(work: Work) -> int:
+    """All logits and their gradient, which the loss in one piece cannot do without; float32 in a model of any type."""
+    return 2 * work.tokens * work.vocabulary * 4
 
 
-def line(result: dict[str, Any], itemsize: int) -> str:
+def line(result: dict[str, Any]) -> str:
     """A row of the Markdown table."""
     work = Work(**{name: result[name] for name in Work.__dataclass_fields__})
     kind = f"chunks of {work.chunk_tokens:,}" if work.chunk_tokens else "one piece"
-    analytic = logits_bytes(work, itemsize) / GIB
+    analytic = logits_bytes(work) / GIB
     return f"| {work.tokens:,} | {kind} | {result['peak_bytes'] / GIB:.2f} | {analytic:.2f} | {result['seconds']:.0f} |"
 
 
@@ -129,12 +131,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(measure(Work(**json.loads(args.child)))))
         return
     sizes = [(tokens, 0) for tokens in args.plain_tokens] + [(tokens, args.chunk_tokens) for tokens in args.tokens]
-    # Logits are float32 in the loss, whatever the model computes in.
     print("| tokens | loss | peak, GiB | logits and gradient in one piece, GiB | seconds |\n|---|---|---|---|---|")
     for tokens, chunk in sizes:
         work = Work(tokens, args.vocabulary, args.hidden, args.dtype, args.device, chunk, args.threads)
         result = in_fresh_process(work)
-        print(line(result, itemsize=4), flush=True)
+        print(line(result), flush=True)
         if args.json:
             with args.json.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
