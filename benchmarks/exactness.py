@@ -81,10 +81,9 @@ class DenseSteps:
 
     def hidden(self, running: Sequence[Sample], prompts: Sequence[PromptLane]) -> Tensor:
         assert len(running) == self._cache.shape[2], "a sample ended before the others, or joined them"
-        place = len(running[0].tokens) - 1
-        self._column = self._width + place
+        self._column = self._width + len(running[0].tokens) - 1
         tokens = torch.tensor([sample.tokens[-1] for sample in running])
-        position_ids = torch.tensor([len(sample.request.prompt.token_ids) + place for sample in running])
+        position_ids = torch.tensor([len(s.request.prompt.token_ids) + len(s.tokens) - 1 for s in running])
         return hidden_states(self._loaded.model, tokens, position_ids, self)
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -96,9 +95,8 @@ class DenseSteps:
         self._cache[1, call.layer, :, :, self._column] = value
         keys, values = self._cache[:, call.layer, :, :, :until]
         rows = query.view(*key.shape[:2], -1, query.shape[-1])  # the query heads of one key head are rows of one matrix
-        mask = self._mask[..., :until]
+        mask = self._mask[..., :until].expand(-1, -1, rows.shape[2], -1)
         if self._attention == "sdpa":
-            mask = mask.expand(-1, -1, rows.shape[2], -1)
             out = scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=call.scale)
         else:
             scores = rows @ keys.transpose(-1, -2) * call.scale + mask
@@ -106,8 +104,7 @@ class DenseSteps:
         return out.reshape(query.shape)
 
     def _attend_prompts(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        prompts = self._prompt.shape[2]
-        q, k, v = (x.view(prompts, self._width, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
+        q, k, v = (x.view(-1, self._width, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
         self._prompt[0, call.layer], self._prompt[1, call.layer] = k, v
         out = scaled_dot_product_attention(q, k, v, attn_mask=self._mask, scale=call.scale, enable_gqa=True)
         return out.transpose(1, 2).reshape(query.shape)
@@ -181,7 +178,7 @@ def check(side: Side, exact: Side, trainer: LoadedModel) -> dict[str, float]:
 
 
 def compare(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    """Turns of all sides on one dtype."""
+    """Turns of all sides in one dtype."""
     load = os.getloadavg()[0]
     sides = [Side.make(name, config, prompts=args.prompts, tokens=args.tokens) for name in SIDES]
     trainer = load_model(config.model)
@@ -191,28 +188,26 @@ def compare(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     for number in range(args.rounds):
         for side in sides:
             figures[side.name].append(side.turn(seed=number + 1))
-    result: dict[str, Any] = {"dtype": config.model.dtype, "load_before": load, "load_after": os.getloadavg()[0]}
+    loads = {"load_before": load, "load_after": os.getloadavg()[0]}
+    every = {name: [asdict(x) for x in found] for name, found in figures.items()}
+    result: dict[str, Any] = {"dtype": config.model.dtype, **loads, "checks": checks, "figures": every}
     for clock in ("wall", "cpu"):
-        median = {name: statistics.median(asdict(x)[clock] for x in found) for name, found in figures.items()}
+        median = {name: statistics.median(x[clock] for x in found) for name, found in every.items()}
         fastest = max(INEXACT, key=lambda name: median[name])
         result[clock] = {"median": median, "fastest": fastest, "ratio": median["exact"] / median[fastest]}
-    return {
-        **result,
-        "figures": {name: [asdict(x) for x in found] for name, found in figures.items()},
-        "checks": checks,
-    }
+    return result
 
 
 def show(result: dict[str, Any]) -> None:
     for name in SIDES:
         walls, check = [x["wall"] for x in result["figures"][name]], result["checks"][name]
-        speeds = (result["wall"]["median"][name], min(walls), max(walls), result["cpu"]["median"][name])
+        speeds = (*(result[clock]["median"][name] for clock in ("wall", "cpu")), min(walls), max(walls))
         shown = " | ".join(f"{speed:,.0f}" for speed in speeds)
         drift = f"{check['difference_max']:.2g} | {check['difference_mean']:.2g} | {check['greedy_equal']:.0%}"
         print(f"| {result['dtype']} | {name} | {shown} | {drift} |")
     for clock, label in (("wall", "the wall"), ("cpu", "processor time")):
-        part = result[clock]
-        print(f"{result['dtype']}, by {label}: exact / {part['fastest']} = {part['ratio']:.3f}", flush=True)
+        fastest, ratio = result[clock]["fastest"], result[clock]["ratio"]
+        print(f"{result['dtype']}, by {label}: exact / {fastest} = {ratio:.3f}", flush=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -234,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     setting = {k: v for k, v in vars(args).items() if k != "json"} | {"threads": torch.get_num_threads()}
     print(" ".join(f"{k}={v}" for k, v in (versions() | setting).items()), flush=True)
-    print("| dtype | side | tokens/s | lowest | highest | by processor time | difference max | mean | greedy equal |")
+    print("| dtype | side | tokens/s | by processor time | lowest | highest | difference max | mean | greedy equal |")
     print("|---|---|---|---|---|---|---|---|---|")
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="groupwise-bench-") as folder:
@@ -248,9 +243,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             results.append(compare(Config.model_validate(values), args))
             show(results[-1])
     if args.json:
-        args.json.write_text(
-            json.dumps({"versions": versions(), "setting": setting, "results": results}, indent=1) + "\n", "utf-8"
-        )
+        document = {"versions": versions(), "setting": setting, "results": results}
+        args.json.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
