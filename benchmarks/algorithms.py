@@ -137,11 +137,12 @@ def run_row(row: Row, recipe: QuickstartRecipe, *, output: Path, steps: int) -> 
 
 
 def collect(root: Path, names: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """What is finished: accuracy before for each seed, and each row's accuracy after and mean rise."""
+    """What is finished: accuracy before for each seed, and each row's accuracy after, rise and mismatch."""
     before: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     for name in names:
         after: dict[str, float] = {}
+        mismatch = 0.0
         for seed in seeds:
             file = root / f"seed-{seed}" / name / "summary.json"
             if not file.is_file():
@@ -150,6 +151,7 @@ def collect(root: Path, names: Sequence[str], seeds: Sequence[int]) -> dict[str,
             known = before.setdefault(str(seed), found[0]["accuracy"])
             assert known == found[0]["accuracy"], f"{file}: rows of one seed start from one model, yet differ before"
             after[str(seed)] = found[-1]["accuracy"]
+            mismatch = max(mismatch, largest_mismatch(file.with_name("metrics.jsonl")))
         if after:
             rises = [after[seed] - before[seed] for seed in after]
             mean = statistics.mean(rises)
@@ -160,9 +162,16 @@ def collect(root: Path, names: Sequence[str], seeds: Sequence[int]) -> dict[str,
                     "after": after,
                     "mean_rise": mean,
                     "least_rise": min(rises),
+                    "mismatch": mismatch,
                 }
             )
     return {"versions": versions(), "before": before, "rows": rows}
+
+
+def largest_mismatch(metrics: Path) -> float:
+    """Between the log-probs of sampler and trainer, over all tokens of all steps."""
+    rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    return max(row.get("sampling/sampling_logp_difference/max", 0.0) for row in rows)
 
 
 def versions() -> dict[str, str]:
@@ -173,15 +182,16 @@ def markdown(table: Mapping[str, Any]) -> str:
     """A Markdown table; accuracies in per cent, rises in points."""
     seeds = sorted(table["before"], key=int)
     lines = [
-        "| run | `[algorithm]` and other settings | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean rise |",
-        "|---|---|" + "---|" * (len(seeds) + 1),
-        "| *before* | | " + " | ".join(f"{table['before'][seed]:.1%}" for seed in seeds) + " | |",
+        "| run | `[algorithm]` and other settings | "
+        + " | ".join(f"seed {seed}" for seed in seeds)
+        + " | mean rise | mismatch |",
+        "|---|---|" + "---|" * (len(seeds) + 2),
+        "| *before* | | " + " | ".join(f"{table['before'][seed]:.1%}" for seed in seeds) + " | | |",
     ]
     for row in table["rows"]:
         cells = [f"{row['after'][seed]:.1%}" if seed in row["after"] else "" for seed in seeds]
-        lines.append(
-            f"| `{row['name']}` | {row['settings']} | " + " | ".join(cells) + f" | {100 * row['mean_rise']:+.1f} |"
-        )
+        ends = f"{100 * row['mean_rise']:+.1f} | {row['mismatch']:g}"
+        lines.append(f"| `{row['name']}` | {row['settings']} | " + " | ".join(cells) + f" | {ends} |")
     return "\n".join(lines)
 
 

@@ -46,11 +46,9 @@ SIDES = ("exact", *INEXACT)
 
 
 class DenseSteps:
-    """Prefill and decode steps for samples that start together and end together: what an engine does that need not be
-    exact. It is its own layout, see `groupwise.model.attention.Layout`.
-
-    `cache`: `[2, layers, B, heads, T, size]`, the keys and values of B samples; prompts are padded on the left to one
-    width, so that all samples write to one column.
+    """Steps of an engine that need not be exact, and their own `groupwise.model.attention.Layout`, for samples that
+    start and end together. Prompts are padded on the left, so that all samples write to one column of the cache
+    `[2, layers, B, heads, T, size]`.
     """
 
     def __init__(self, loaded: LoadedModel, scheduler: Scheduler, *, attention: str) -> None:

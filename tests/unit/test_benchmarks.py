@@ -156,6 +156,8 @@ def _write_summary(folder: Path, *, before: float, after: float) -> None:
     folder.mkdir(parents=True)
     evaluations = [{"step": 0, "accuracy": before}, {"step": 50, "accuracy": after}]
     (folder / "summary.json").write_text(json.dumps({"eval": evaluations}), "utf-8")
+    metrics = [{"step": 0}, {"step": 1, "sampling/sampling_logp_difference/max": after / 1000}]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)), "utf-8")
 
 
 def test_table_of_the_algorithms_that_are_finished(load, tmp_path: Path) -> None:
@@ -170,9 +172,9 @@ def test_table_of_the_algorithms_that_are_finished(load, tmp_path: Path) -> None
         ("gspo", -0.125, -0.125),
     ]
     lines = algorithms.markdown(table).splitlines()
-    assert lines[2] == "| *before* | | 25.0% | 50.0% | |"
-    assert lines[3] == '| `grpo` | `name = "grpo"` | 75.0% | 87.5% | +43.8 |'
-    assert lines[4] == '| `gspo` | `name = "gspo"`, `optim.steps_per_batch = 2` |  | 37.5% | -12.5 |'
+    assert lines[2] == "| *before* | | 25.0% | 50.0% | | |"
+    assert lines[3] == '| `grpo` | `name = "grpo"` | 75.0% | 87.5% | +43.8 | 0.000875 |'
+    assert lines[4] == '| `gspo` | `name = "gspo"`, `optim.steps_per_batch = 2` |  | 37.5% | -12.5 | 0.000375 |'
 
     _write_summary(tmp_path / "seed-0" / "sapo", before=0.26, after=0.75)
     with pytest.raises(AssertionError, match="start from one model"):
