@@ -171,7 +171,8 @@ def collect(root: Path, names: Sequence[str], seeds: Sequence[int]) -> dict[str,
 def largest_mismatch(metrics: Path) -> float:
     """Between the log-probs of sampler and trainer, over all tokens of all steps."""
     rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
-    return max(row.get("sampling/sampling_logp_difference/max", 0.0) for row in rows)
+    key = "sampling/sampling_logp_difference/max"
+    return max(row[key] for row in rows if key in row)
 
 
 def versions() -> dict[str, str]:
