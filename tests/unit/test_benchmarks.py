@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -32,7 +33,16 @@ def load(monkeypatch: pytest.MonkeyPatch):
     return load_script
 
 
-@pytest.mark.parametrize(("script", "option"), [("vs_trl", "--kl-coef"), ("gpu", "--model-shape")])
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [
+        ("vs_trl", "--kl-coef"),
+        ("gpu", "--model-shape"),
+        ("algorithms", "--warm-up-steps"),
+        ("head_memory", "--plain-tokens"),
+        ("exactness", "--rounds"),
+    ],
+)
 def test_help_lists_the_options(load, capsys: pytest.CaptureFixture[str], script: str, option: str) -> None:
     with pytest.raises(SystemExit) as ended:
         load(script).main(["--help"])
@@ -118,3 +128,106 @@ def test_engine_part_runs_to_its_report(tmp_path: Path) -> None:
     assert {name: len(found) for name, found in figures.items()} == {"generate": 1, "native": 1}
     assert result["wall"]["ratio"] == pytest.approx(figures["native"][0] / figures["generate"][0])
     assert "native / generate" in ended.stdout
+
+
+def test_every_algorithm_has_a_row(load, tmp_path: Path) -> None:
+    from groupwise.config.algorithm import ADVANTAGE_SETTINGS, LOSS_SETTINGS, RECIPES
+    from groupwise.config.algorithm_checks import check_algorithm
+    from groupwise.quickstart.recipe import quickstart_recipe
+
+    algorithms = load("algorithms")
+    recipe = quickstart_recipe(tmp_path, seed=3)
+    configs = {
+        name: algorithms.config_of(row, recipe, output=tmp_path / name, steps=7)
+        for name, row in algorithms.ROWS.items()
+    }
+    for config in configs.values():
+        check_algorithm(config.algorithm)
+        assert (config.train.steps, config.eval.every, config.train.seed) == (7, 7, 3)
+    assert {config.algorithm.name for config in configs.values()} == set(RECIPES)
+    assert {config.algorithm.advantage for config in configs.values()} == set(ADVANTAGE_SETTINGS)
+    assert {config.algorithm.loss for config in configs.values()} == set(LOSS_SETTINGS)
+    assert configs["gspo"].algorithm.clip_low == 3e-4
+    assert configs["grpo-lora"].lora.rank == 16
+    assert configs["grpo-lora"].optim.betas == recipe.grpo.optim.betas
+
+
+def _write_summary(folder: Path, *, before: float, after: float) -> None:
+    folder.mkdir(parents=True)
+    evaluations = [{"step": 0, "accuracy": before}, {"step": 50, "accuracy": after}]
+    (folder / "summary.json").write_text(json.dumps({"eval": evaluations}), "utf-8")
+    metrics = [{"step": 0}, {"step": 1, "sampling/sampling_logp_difference/max": after / 1000}]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)), "utf-8")
+
+
+def test_table_of_the_algorithms_that_are_finished(load, tmp_path: Path) -> None:
+    algorithms = load("algorithms")
+    _write_summary(tmp_path / "seed-0" / "grpo", before=0.25, after=0.75)
+    _write_summary(tmp_path / "seed-1" / "grpo", before=0.5, after=0.875)
+    _write_summary(tmp_path / "seed-1" / "gspo", before=0.5, after=0.375)
+    table = algorithms.collect(tmp_path, ["grpo", "gspo", "sapo"], [0, 1, 2])
+    assert table["before"] == {"0": 0.25, "1": 0.5}
+    assert [(row["name"], row["mean_rise"], row["least_rise"]) for row in table["rows"]] == [
+        ("grpo", 0.4375, 0.375),
+        ("gspo", -0.125, -0.125),
+    ]
+    lines = algorithms.markdown(table).splitlines()
+    assert lines[2] == "| *before* | | 25.0% | 50.0% | | |"
+    assert lines[3] == '| `grpo` | `name = "grpo"` | 75.0% | 87.5% | +43.8 | 0.000875 |'
+    assert lines[4] == '| `gspo` | `name = "gspo"`, `optim.steps_per_batch = 2` |  | 37.5% | -12.5 | 0.000375 |'
+
+    _write_summary(tmp_path / "seed-0" / "sapo", before=0.26, after=0.75)
+    with pytest.raises(AssertionError, match="start from one model"):
+        algorithms.collect(tmp_path, ["grpo", "sapo"], [0])
+
+
+@pytest.mark.slow
+def test_algorithms_go_on_where_they_stopped(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    algorithms = load("algorithms")
+    arguments = ["--output", str(tmp_path), "--seeds", "0", "--steps", "1", "--warm-up-steps", "2", "--only"]
+    algorithms.main([*arguments, "grpo-lora"])
+    done = tmp_path / "seed-0" / "grpo-lora" / "summary.json"
+    first = done.stat().st_mtime_ns
+    algorithms.main([*arguments, "grpo-lora", "gdpo"])
+    assert done.stat().st_mtime_ns == first
+    table = json.loads((tmp_path / "table.json").read_text("utf-8"))
+    assert [row["name"] for row in table["rows"]] == ["grpo-lora", "gdpo"]
+    assert not (tmp_path / "seed-0" / "gdpo" / "final").exists()
+    assert algorithms.markdown(table) in capsys.readouterr().out
+
+
+def test_head_memory_compares_one_and_the_same_loss(load) -> None:
+    load("gpu")
+    memory = load("head_memory")
+    work = memory.Work(tokens=100, vocabulary=700, hidden=16, dtype="float32", device="cpu", chunk_tokens=32, threads=0)
+    whole = dataclasses.replace(work, chunk_tokens=0)
+    assert memory.measure(work)["loss"] == pytest.approx(memory.measure(whole)["loss"], rel=1e-6)
+    assert memory.logits_bytes(work) == 2 * 100 * 700 * 4
+
+
+@pytest.mark.slow
+def test_head_memory_is_below_that_of_the_loss_in_one_piece(load, tmp_path: Path) -> None:
+    out = tmp_path / "memory.jsonl"
+    sizes = ["--vocabulary", "32768", "--hidden", "16", "--chunk-tokens", "256", "--threads", "1"]
+    load("head_memory").main(["--tokens", "4096", "--plain-tokens", "4096", *sizes, "--json", str(out)])
+    whole, chunked = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert (whole["chunk_tokens"], chunked["chunk_tokens"]) == (0, 256)
+    assert whole["peak_bytes"] > 2 * 4096 * 32768 * 4
+    assert chunked["peak_bytes"] < whole["peak_bytes"] / 2
+
+
+def test_exactness_benchmark_samples_the_same_on_all_sides(load, tmp_path: Path) -> None:
+    out = tmp_path / "exactness.json"
+    sizes = ["--size", "0.1m", "--prompts", "3", "--samples", "2", "--tokens", "5", "--rounds", "1"]
+    load("exactness").main([*sizes, "--json", str(out)])
+    document = json.loads(out.read_text("utf-8"))
+    assert [result["dtype"] for result in document["results"]] == ["float32", "bfloat16"]
+    for result in document["results"]:
+        checks, median = result["checks"], result["cpu"]["median"]
+        assert checks["exact"] == {"difference_max": 0.0, "difference_mean": 0.0, "greedy_equal": 1.0}
+        bound = 1e-5 if result["dtype"] == "float32" else 0.2
+        for side in ("sdpa", "products"):
+            assert checks[side]["difference_max"] < bound
+        assert result["cpu"]["ratio"] == median["exact"] / max(median["sdpa"], median["products"])
+    single = document["results"][0]["checks"]
+    assert [single[side]["greedy_equal"] for side in ("sdpa", "products")] == [1.0, 1.0]
