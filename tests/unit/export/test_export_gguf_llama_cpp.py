@@ -19,8 +19,7 @@ from groupwise.export.llama_cpp import GgufAnswers
 from groupwise.export.source import find_source
 from groupwise.export.verify import PROMPTS, verify
 
-pytestmark = pytest.mark.slow
-llama_cpp = pytest.importorskip("llama_cpp")
+pytestmark = [pytest.mark.slow, pytest.mark.extras(package="llama_cpp")]
 
 KINDS = ("qwen3", "qwen2", "llama", "gemma3")
 
@@ -54,10 +53,12 @@ def test_logits_are_the_models(kind: str, model_folder: Callable[[str], Path], t
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_becomes_the_same_tokens(kind: str, model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    from llama_cpp import Llama
+
     folder, out = model_folder(kind), tmp_path / "x.gguf"
     export_gguf(find_source(folder), out)
     ours = AutoTokenizer.from_pretrained(folder)
-    theirs = llama_cpp.Llama(str(out), vocab_only=True, verbose=False)
+    theirs = Llama(str(out), vocab_only=True, verbose=False)
     texts = [*TELLING_TEXTS, *PROMPTS, "<|im_start|>user\nx<|im_end|>\n", "9" * 40, "\n\n\n  \t\n", "½² ª'll"]
     for text in texts:
         assert theirs.tokenize(text.encode(), add_bos=True, special=True) == ours.encode(text), text
@@ -90,12 +91,14 @@ def test_an_adapter_on_its_bases_gguf(
 def test_sentencepiece_text_becomes_the_same_tokens(
     sentencepiece_like: Any, model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    from llama_cpp import Llama
+
     folder = tmp_path / "model"
     shutil.copytree(model_folder("qwen3"), folder, ignore=lambda _, names: [n for n in names if "token" in n])
     sentencepiece_like.save_pretrained(folder)
     export_gguf(find_source(folder), tmp_path / "x.gguf")
     ours = AutoTokenizer.from_pretrained(folder)
-    theirs = llama_cpp.Llama(str(tmp_path / "x.gguf"), vocab_only=True, verbose=False)
+    theirs = Llama(str(tmp_path / "x.gguf"), vocab_only=True, verbose=False)
     texts = ["abc ab a b", "  ab  abc", "1 abcabab\n\nab\n", "日本 é 🙂 abc", "<eos>ab<bos>", "", " ", *TELLING_TEXTS]
     for text in texts:
         assert theirs.tokenize(text.encode(), add_bos=True, special=True) == ours.encode(text), text
