@@ -20,7 +20,7 @@ help:
 	@echo "make test      fast tests"
 	@echo "make test-slow the slow tests that need no GPU"
 	@echo "make test-all  all tests that need no GPU"
-	@echo "make test-extras  the tests with the real trackers and llama.cpp, in $(VENV_EXTRAS) (1 GB; compiles for minutes)"
+	@echo "make test-extras  the tests with the real trackers and llama.cpp, in $(VENV_EXTRAS) (2 GB; compiles for minutes)"
 	@echo "make check     lint, format, types, import layers"
 	@echo "make format    mend lint and format"
 	@echo "make docs      write the generated pages"
@@ -77,7 +77,7 @@ test-extras: $(VENV_EXTRAS)/.installed
 		echo "no C++ compiler (CXX = $(CXX)): the tests with llama-cpp-python are left out" >&2; \
 		tests='extras and not extras(package="llama_cpp")'; \
 	fi; \
-	$(BIN_EXTRAS)/python -m pytest -q --extras -m "$$tests" $(PYTEST_ARGS)
+	$(BIN_EXTRAS)/python -m pytest -q --extras --timeout 600 -m "$$tests" $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	@echo "== ruff check"

@@ -66,7 +66,9 @@ def test_trajectories_have_xtuners_names_while_the_run_goes_on(task: Any, tmp_pa
         return {"score": float(len(response))}
 
     rows = [{"dataset": xtuner.DatasetConfig(anno_path=tmp_path / "rows.jsonl")}]
-    evaluator = xtuner.EvaluatorConfig(dataset_cfg=rows, evaluate_step=1, sample_params=xtuner.SampleParams(max_tokens=6))
+    evaluator = xtuner.EvaluatorConfig(
+        dataset_cfg=rows, evaluate_step=1, sample_params=xtuner.SampleParams(max_tokens=6)
+    )
     given = {"evaluator_config": evaluator, "enable_evaluate": True, "enable_initial_evaluate": True}
     program(task, tmp_path, judger_config=xtuner.JudgerConfig(reward_handler=watching), **given).fit()
     in_second_step = {"eval_0_trajectory.jsonl", "eval_1_trajectory.jsonl", "rollout_idx_1_trajectory.jsonl"}

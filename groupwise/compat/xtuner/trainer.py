@@ -52,7 +52,6 @@ from groupwise.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-
 @dataclass(frozen=True, slots=True)
 class _Parts:
     """What the two generations have in different places.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -141,3 +142,29 @@ def test_a_file_of_noise_is_refused(model_folder: Callable[[str], Path], tmp_pat
     (tmp_path / "y.gguf").write_bytes(b"GGUF nonsense")
     with pytest.raises(ConfigError, match="got no GGUF file"):
         verify(tmp_path / "y.gguf", source=source)
+
+
+def test_a_model_of_short_context_and_long_answers(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("qwen3"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 24}))
+    export_gguf(find_source(folder), tmp_path / "x.gguf", kind="f32")
+    assert verify(tmp_path / "x.gguf").same == 20
+
+
+@pytest.mark.parametrize("precision", ["f32", "f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("name", ["blk.1.ffn_down.weight", "blk.0.attn_k.weight", "token_embd.weight"])
+def test_one_damaged_matrix_is_found(
+    name: str, precision: str, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import gguf
+
+    export_gguf(find_source(model_folder("qwen3")), tmp_path / "x.gguf", kind=precision)
+    [tensor] = [tensor for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors if tensor.name == name]
+    content = bytearray((tmp_path / "x.gguf").read_bytes())
+    start, size = int(tensor.data_offset), int(tensor.n_bytes)
+    content[start : start + size] = content[start + size // 2 : start + size] + content[start : start + size // 2]
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(ExportError, match="is not the model that it came from"):
+        verify(tmp_path / "x.gguf")
