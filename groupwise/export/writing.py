@@ -20,7 +20,7 @@ def check_new_folder(out: Path) -> None:
         ConfigError: something is there.
     """
     if not (out.is_dir() and not any(out.iterdir())):
-        check_new_file(out)
+        _check_absent(out)
 
 
 def check_new_file(out: Path) -> None:
@@ -31,8 +31,7 @@ def check_new_file(out: Path) -> None:
     """
     if out.is_dir():
         raise ConfigError(f"{out} is a folder; expected a new file, such as --out {out / 'NAME'}")
-    if out.exists() or out.is_symlink():
-        raise ConfigError(f"{out} exists; give a new place with --out, or delete this one")
+    _check_absent(out)
 
 
 @contextmanager
@@ -50,3 +49,8 @@ def new_place(out: Path) -> Iterator[Path]:
             os.replace(place, out)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{out} could not be written: {error}; nothing is left of it") from error
+
+
+def _check_absent(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out} exists; give a new place with --out, or delete this one")
