@@ -1,15 +1,18 @@
 # `make demo` trains a tiny model in minutes on a CPU; `make test` runs the fast tests. Both install what they need first.
 PYTHON ?= python3
 VENV ?= .venv
+VENV_EXTRAS ?= .venv-extras
 # More arguments for pip, e.g. PIP_ARGS="--extra-index-url URL" for a CPU-only build of torch.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+BIN_EXTRAS := $(VENV_EXTRAS)/bin
+PIP_EXTRAS := $(BIN_EXTRAS)/python -m pip install --quiet --disable-pip-version-check -c constraints-extras.txt $(PIP_ARGS)
 FAST := not slow and not gpu
 
-.PHONY: help demo test test-slow test-all check check-deps format docs clean
+.PHONY: help demo test test-slow test-all test-extras check check-deps format docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,16 +20,17 @@ help:
 	@echo "make test      fast tests"
 	@echo "make test-slow the slow tests that need no GPU"
 	@echo "make test-all  all tests that need no GPU"
+	@echo "make test-extras  the tests with the real trackers and llama.cpp, in $(VENV_EXTRAS) (2 GB; compiles for minutes)"
 	@echo "make check     lint, format, types, import layers"
 	@echo "make format    mend lint and format"
 	@echo "make docs      write the generated pages"
-	@echo "make clean     remove $(VENV) and caches"
+	@echo "make clean     remove $(VENV), $(VENV_EXTRAS) and caches"
 
-$(VENV)/.python:
+%/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: got $$($(PYTHON) --version 2>&1); groupwise needs Python 3.11 or newer: make PYTHON=python3.12 …" >&2; exit 2; }
-	@echo "== making $(VENV) with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv $(VENV)
+	@echo "== making $* with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $*
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt
@@ -56,6 +60,25 @@ test-all: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
+# A second environment: the trackers need older versions of some packages than the first one has.
+$(VENV_EXTRAS)/.installed: $(VENV_EXTRAS)/.python pyproject.toml constraints-extras.txt
+	@echo "== installing torch into $(VENV_EXTRAS)"
+	@$(PIP_EXTRAS) torch
+	@echo "== installing groupwise with all trackers"
+	@$(PIP_EXTRAS) -e '.[trackers,gguf]' pytest pytest-timeout hypothesis
+	@touch $@
+
+test-extras: $(VENV_EXTRAS)/.installed
+	@if command -v $(CXX) >/dev/null; then \
+		echo "== building llama-cpp-python, unless pip has it already"; \
+		$(PIP_EXTRAS) llama-cpp-python || exit; \
+		tests='extras'; \
+	else \
+		echo "no C++ compiler (CXX = $(CXX)): the tests with llama-cpp-python are left out" >&2; \
+		tests='extras and not extras(package="llama_cpp")'; \
+	fi; \
+	$(BIN_EXTRAS)/python -m pytest -q --extras --timeout 600 -m "$$tests" $(PYTEST_ARGS)
+
 check: $(VENV)/.installed-dev
 	@echo "== ruff check"
 	@$(BIN)/ruff check .
@@ -75,5 +98,5 @@ docs: $(VENV)/.installed
 	@mv docs/config.md.new docs/config.md
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV_EXTRAS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

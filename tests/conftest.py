@@ -1,8 +1,9 @@
-"""What all tests share: no network, steady hypothesis settings, GPU tests skipped where there is no GPU."""
+"""What all tests share: no network, steady hypothesis settings, tests skipped where their GPU or package is missing."""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import pytest
 from hypothesis import settings
@@ -17,7 +18,29 @@ settings.register_profile("groupwise", deadline=None, derandomize=True)
 settings.load_profile("groupwise")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--extras", action="store_true", help="refuse to skip tests whose package is not installed")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _skip_without_gpu(items)
+    for item in items:
+        packages = [mark.kwargs["package"] for mark in item.iter_markers("extras")]
+        for package in (name for name in packages if find_spec(name) is None):
+            item.add_marker(pytest.mark.skip(reason=f"needs {package}: make test-extras"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Only those that were chosen: `-m` may leave out what cannot be installed here."""
+    if not session.config.getoption("extras"):
+        return
+    packages = {mark.kwargs["package"] for item in session.items for mark in item.iter_markers("extras")}
+    missing = sorted(name for name in packages if find_spec(name) is None)
+    if missing:
+        raise pytest.UsageError(f"--extras: not installed here: {', '.join(missing)}")
+
+
+def _skip_without_gpu(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,15 +12,15 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from groupwise.errors import ConfigError, ExportError
 from groupwise.export.gguf_models import GgufModel
 from groupwise.export.gguf_vocab import add_special_tokens, gguf_vocab
 from groupwise.export.llama_quantize import K_QUANTS, find_llama_quantize, run_llama_quantize
-from groupwise.export.loading import load_base, load_merged
+from groupwise.export.loading import load_adapter_weights, load_base, load_merged
 from groupwise.export.record import ExportRecord
-from groupwise.export.source import ADAPTER_CONFIG, Source, check_new, read_object
+from groupwise.export.source import ADAPTER_CONFIG, Source, read_object
+from groupwise.export.writing import check_new_file, new_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ def export_gguf(
         ConfigError: the model's kind, the tokenizer or the type cannot be written.
     """
     place = Path(out)
-    check_new(place)
+    check_new_file(place)
     quantizer = find_llama_quantize(kind, llama_quantize) if kind in K_QUANTS else None
     if quantizer is None and kind not in TYPES:
         raise ConfigError(f"--type {kind}: unknown; expected one of {', '.join(TYPE_NAMES)}")
@@ -75,24 +74,19 @@ def export_gguf(
     model = GgufModel.of(merged.model.config)
     weights = dict(_weights(merged.model, model))
     vocab = gguf_vocab(merged.tokenizer, size=int(weights["token_embd.weight"].shape[0]), pre=pre)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.tmp")
     plain = TYPES[kind] if quantizer is None else TYPES["f32" if merged.dtype == torch.float32 else "bf16"]
-    try:
-        writer = gguf.GGUFWriter(temporary, model.arch_name)
+    record = ExportRecord.of(source, form="gguf", precision=kind, merge_difference=merged.difference)
+    with new_place(place) as file:
+        unquantised = file if quantizer is None else file.with_name("unquantised.gguf")
+        writer = gguf.GGUFWriter(unquantised, model.arch_name)
         _add_general(writer, source, plain)
         model.add_parameters(writer)
         vocab.add_to(writer)
         add_special_tokens(writer, merged.tokenizer, _stop_ids(merged.model))
         _write(writer, weights, plain)
         if quantizer is not None:
-            run_llama_quantize(quantizer, temporary, place, kind=kind)
-        else:
-            os.replace(temporary, place)
-    finally:
-        temporary.unlink(missing_ok=True)
-    record = ExportRecord.of(source, form="gguf", precision=kind, merge_difference=merged.difference)
-    record.write(place)
+            run_llama_quantize(quantizer, unquantised, file, kind=kind)
+        record.write(place)
     return record
 
 
@@ -103,7 +97,7 @@ def export_gguf_adapter(source: Source, out: str | Path, *, kind: str = "f16") -
         ConfigError: the source is no adapter, or one that GGUF has no place for (DoRA, trained embeddings, …).
     """
     place = Path(out)
-    check_new(place)
+    check_new_file(place)
     if kind not in ("f32", "f16", "bf16"):
         raise ConfigError(f"--type {kind}: an adapter is written as f32, f16 or bf16")
     if not source.is_adapter:
@@ -111,19 +105,14 @@ def export_gguf_adapter(source: Source, out: str | Path, *, kind: str = "f16") -
     config = read_object(source.folder / ADAPTER_CONFIG)
     model = GgufModel.of(load_base(source).config)
     weights = _adapter_weights(source, model, config)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.tmp")
-    try:
-        writer = gguf.GGUFWriter(temporary, model.arch_name)
+    record = ExportRecord.of(source, form="gguf-adapter", precision=kind)
+    with new_place(place) as file:
+        writer = gguf.GGUFWriter(file, model.arch_name)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(config["lora_alpha"]))
         _write(writer, weights, TYPES[kind])
-        os.replace(temporary, place)
-    finally:
-        temporary.unlink(missing_ok=True)
-    record = ExportRecord.of(source, form="gguf-adapter", precision=kind)
-    record.write(place)
+        record.write(place)
     return record
 
 
@@ -146,7 +135,7 @@ def _adapter_weights(source: Source, model: GgufModel, config: Mapping[str, Any]
             "GGUF adapter has no place for; export it merged, without --adapter"
         )
     found: dict[str, torch.Tensor] = {}
-    for name, tensor in load_file(source.folder / "adapter_model.safetensors").items():
+    for name, tensor in load_adapter_weights(source).items():
         match = _LORA.fullmatch(name)
         if match is None:
             raise ConfigError(f"{source.folder}: the weight {name} has no place in a GGUF adapter; export it merged")
@@ -211,8 +200,15 @@ def _write(writer: gguf.GGUFWriter, weights: Mapping[str, torch.Tensor], kind: G
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        assert writer.fout is not None, "it is open from the header on"
+        [file] = writer.fout
+        writer.write_padding(file, file.tell())
         for name, tensor in weights.items():
-            writer.write_tensor_data(_packed(name, tensor, stored[name]))
+            values = _packed(name, tensor, stored[name])
+            file.write(
+                values.data
+            )  # the writer's own way, numpy's tofile, says nothing if a full disk cuts the end off
+            writer.write_padding(file, values.nbytes)
     finally:
         writer.close()
 

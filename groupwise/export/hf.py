@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +14,8 @@ from groupwise.errors import ConfigError, ExportError
 from groupwise.export.card import CARD_FILE, write_card
 from groupwise.export.loading import Merged, load_merged, load_tokenizer
 from groupwise.export.record import ExportRecord
-from groupwise.export.source import Source, check_new, read_object
+from groupwise.export.source import Source, read_object
+from groupwise.export.writing import check_new_folder, new_place
 from groupwise.files import write_json_atomic
 
 Form = Literal["full", "4bit", "adapter"]
@@ -41,9 +38,10 @@ def export_hf(source: Source, out: str | Path, *, form: Form = "full", dtype: Dt
         ExportError: the merge changed the model's answers, or this machine cannot quantise.
     """
     place = Path(out)
-    check_new(place)
+    check_new_folder(place)
     _check_form(source, form, dtype)
-    with _new_folder(place) as folder:
+    with new_place(place) as folder:
+        folder.mkdir()
         if form == "adapter":
             record = _copy_adapter(source, folder)
         else:
@@ -105,15 +103,3 @@ def _copy_adapter(source: Source, folder: Path) -> ExportRecord:
     write_json_atomic(folder / ADAPTER_FILES[0], config)
     load_tokenizer(source).save_pretrained(folder)
     return ExportRecord.of(source, form="adapter", precision="as trained")
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp's 0700 would lock out whoever else may read the parent folder
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

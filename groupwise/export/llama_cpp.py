@@ -22,7 +22,6 @@ PRECISIONS = {
     gguf.LlamaFileType.MOSTLY_Q5_K_M: "q5_k_m",
     gguf.LlamaFileType.MOSTLY_Q4_K_M: "q4_k_m",
 }
-CONTEXT = 1024  # tokens
 
 
 class GgufAnswers:
@@ -31,13 +30,14 @@ class GgufAnswers:
     Args:
         base: of an adapter file: the model that it goes on top of.
         stop_ids: tokens that end an answer.
+        context: the longest text, in tokens.
 
     Raises:
         ConfigError: the package is missing.
         ExportError: llama.cpp does not load the file.
     """
 
-    def __init__(self, file: Path, *, base: str | Path | None, stop_ids: tuple[int, ...]) -> None:
+    def __init__(self, file: Path, *, base: str | Path | None, stop_ids: tuple[int, ...], context: int = 1024) -> None:
         if find_spec("llama_cpp") is None:
             raise ConfigError("a GGUF file is read back by llama.cpp; pip install llama-cpp-python (it is compiled)")
         if base is None and is_gguf_adapter(file):
@@ -48,7 +48,7 @@ class GgufAnswers:
             self._model: Any = library.Llama(
                 model_path=str(file if base is None else base),
                 lora_path=None if base is None else str(file),
-                n_ctx=min(CONTEXT, _trained_context(file if base is None else Path(base))),
+                n_ctx=context,
                 n_gpu_layers=0,
                 logits_all=True,
                 verbose=False,
@@ -88,11 +88,6 @@ def gguf_precision(file: Path) -> str:
     """The name under which `verify` knows the file's type; an adapter's own rounding counts as float16."""
     found = gguf_value(file, gguf.Keys.General.FILE_TYPE)
     return "float16" if found is None else PRECISIONS[gguf.LlamaFileType(int(found))]
-
-
-def _trained_context(file: Path) -> int:
-    arch = gguf_value(file, gguf.Keys.General.ARCHITECTURE)
-    return int(gguf_value(file, gguf.Keys.LLM.CONTEXT_LENGTH.format(arch=arch)))
 
 
 def gguf_value(file: Path, key: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,18 +31,13 @@ def find_llama_quantize(kind: str, given: str | None = None) -> Path:
 
 
 def run_llama_quantize(program: Path, plain: Path, out: Path, *, kind: str) -> None:
-    """Quantise a GGUF file into another; `out` appears whole or not at all.
+    """Quantise a GGUF file into another.
 
     Raises:
         ExportError: the program failed; shows the end of what it said.
     """
-    temporary = out.with_name(f".{out.name}.quantised.tmp")
-    command = [str(program), str(plain), str(temporary), kind.upper()]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode != 0 or not temporary.is_file():
-            said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
-            raise ExportError(f"{program} failed with exit code {done.returncode}:\n{said}")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    command = [str(program), str(plain), str(out), kind.upper()]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode != 0 or not out.is_file():
+        said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
+        raise ExportError(f"{program} failed with exit code {done.returncode}:\n{said}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -85,6 +86,12 @@ def load_merged(source: Source) -> Merged:
             f"{LOGIT_TOLERANCE:.0e}; the adapter does not belong to {source.base}, or its kind cannot be merged"
         )
     return Merged(merged, tokenizer, _stored_dtype(source), difference)
+
+
+def load_adapter_weights(source: Source) -> dict[str, torch.Tensor]:
+    """The adapter's own matrices, by peft's names."""
+    with _as_config_error(str(source.folder)):
+        return load_file(source.folder / "adapter_model.safetensors")
 
 
 @torch.inference_mode()

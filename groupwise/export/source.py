@@ -76,18 +76,6 @@ def read_object(file: Path) -> Mapping[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def check_new(out: Path) -> None:
-    """Refuse to write over anything.
-
-    Raises:
-        ConfigError: something is there.
-    """
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists():
-        raise ConfigError(f"{out} exists; give a new place with --out, or delete this one")
-
-
 def _base_of(folder: Path, base: str | None) -> str:
     found = base or read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not found:

@@ -111,7 +111,8 @@ def verify(
     if exported.is_dir():
         found = _read_folder(exported)
     else:
-        found = _read_gguf(exported, base_gguf, stop_ids=expected.stop_ids)
+        context = max(map(len, prompts)) + max_tokens
+        found = _read_gguf(exported, base_gguf, stop_ids=expected.stop_ids, context=context)
     misread = sum(found.tokenize(text) != tokenizer.encode(text) for text in texts)
     verdict = _compare(found, prompts, answers, misread=misread)
     if not verdict.passed:
@@ -182,12 +183,12 @@ def _read_folder(folder: Path) -> _Answers:
     return _HfAnswers(source, load_tokenizer(source), _folder_precision(folder))
 
 
-def _read_gguf(file: Path, base: str | Path | None, *, stop_ids: tuple[int, ...]) -> _Answers:
+def _read_gguf(file: Path, base: str | Path | None, *, stop_ids: tuple[int, ...], context: int) -> _Answers:
     if find_spec("gguf") is None:
         raise ConfigError("GGUF files need the package gguf; pip install 'groupwise[gguf]'")
     from groupwise.export.llama_cpp import GgufAnswers
 
-    return GgufAnswers(file, base=base, stop_ids=stop_ids)
+    return GgufAnswers(file, base=base, stop_ids=stop_ids, context=context)
 
 
 def _rendered(prompt: str, tokenizer: Any) -> str:

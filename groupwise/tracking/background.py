@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,6 +16,7 @@ from groupwise.tracking.base import Sample, Tracker
 
 logger = logging.getLogger("groupwise.tracking")
 
+CLOSE_SECONDS = 15.0
 _Call: TypeAlias = Callable[[], None]
 
 
@@ -22,14 +25,18 @@ class Background:
 
     Args:
         capacity: most waiting calls; what does not fit is dropped, with one warning.
-        close_seconds: how long `close` waits for the calls that are still waiting.
+        close_seconds: how long `close` waits at most for the calls that are still waiting, from `stop` on;
+            None is `CLOSE_SECONDS`.
     """
 
-    def __init__(self, name: str, tracker: Tracker, *, capacity: int = 1000, close_seconds: float = 30.0) -> None:
+    def __init__(
+        self, name: str, tracker: Tracker, *, capacity: int = 1000, close_seconds: float | None = None
+    ) -> None:
         self._name = name
         self._tracker = tracker
         self._calls: queue.Queue[_Call | None] = queue.Queue(capacity)
-        self._close_seconds = close_seconds
+        self._close_seconds = CLOSE_SECONDS if close_seconds is None else close_seconds
+        self._deadline = math.inf
         self._failure: Exception | None = None
         self._warned = False
         # A daemon: a tracker that hangs must not keep the process from ending.
@@ -45,25 +52,31 @@ class Background:
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         self._put(lambda: self._tracker.samples(step, samples))
 
+    def stop(self) -> None:
+        """Let the tracker end; `close` waits for it. Several that are stopped first are waited for together."""
+        self._deadline = min(self._deadline, time.monotonic() + self._close_seconds)
+        with suppress(queue.Full):  # then close() finds room
+            self._calls.put_nowait(None)
+
     def close(self) -> None:
-        """Write what waits, for at most `close_seconds`.
+        """Write what waits, until `close_seconds` after `stop`.
 
         Raises:
             TimeoutError: the tracker was not done by then.
         """
-        deadline = time.monotonic() + self._close_seconds
+        self.stop()
         if self._thread.is_alive():
-            try:
-                self._calls.put(None, timeout=self._close_seconds)
-            except queue.Full:
-                deadline = 0.0
-            self._thread.join(max(0.0, deadline - time.monotonic()))
+            with suppress(queue.Full):
+                self._calls.put(None, timeout=self._left())
+            self._thread.join(self._left())
         if self._thread.is_alive():
-            self._close_seconds = 0.0  # a second close does not wait again
             raise TimeoutError(
-                f"not done {self._calls.qsize()} calls behind, after waiting; the run's own files have everything"
+                f"not done {self._close_seconds:g} s after the end of training; the run's own files have everything"
             )
         self._raise_failure()
+
+    def _left(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
 
     def _put(self, call: _Call) -> None:
         self._raise_failure()

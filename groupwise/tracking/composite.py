@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from groupwise.tracking.background import Background
 from groupwise.tracking.base import Sample, Tracker
 from groupwise.types import TrainingBatch
 
@@ -50,6 +51,9 @@ class Trackers:
             self._each(lambda tracker: tracker.samples(step, chosen))
 
     def close(self) -> None:
+        for tracker in self._trackers.values():
+            if isinstance(tracker, Background):  # the slow ones end side by side
+                tracker.stop()
         self._each(lambda tracker: tracker.close())
 
     def _each(self, call: Callable[[Tracker], None]) -> None:

@@ -15,6 +15,7 @@ from groupwise.tracking.facts import RunFacts, keep_id, new_id
 logger = logging.getLogger("groupwise.tracking")
 
 NAME = "wandb"
+START_SECONDS, FINISH_SECONDS = 30.0, 10.0
 
 
 class WandbTracker:
@@ -38,7 +39,8 @@ class WandbTracker:
             config=dict(config),
             mode=self._mode(wandb, folder),
             # Training's own output is in log.txt; catching it would slow the progress bar.
-            settings=wandb.Settings(console="off"),
+            # wandb waits for its server when the process ends, for as long as these say.
+            settings=wandb.Settings(console="off", init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS),
         )
         keep_id(run_dir, NAME, run_id)
         # W&B's own step may only rise; a run that goes on from a checkpoint repeats some.

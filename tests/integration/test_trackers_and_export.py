@@ -41,8 +41,10 @@ def test_tables_of_samples_are_what_was_trained_on(task: Any, tmp_path: Path, re
     assert [row["step"] for row in read_jsonl(run / "samples.jsonl")] == [2] * 6 + [4] * 6 + [6] * 6
 
 
+@pytest.mark.extras(package="mlflow")
 def test_a_run_and_its_continuation_are_one_mlflow_run(task: Any, tmp_path: Path) -> None:
-    mlflow = pytest.importorskip("mlflow")
+    import mlflow
+
     run = tmp_path / "run"
     tracking = {"backends": ["jsonl", "mlflow"], "samples_every": 2, "mode": "local", "folder": str(tmp_path / "seen")}
     for steps, resume in ((4, False), (6, True)):

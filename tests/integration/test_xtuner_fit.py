@@ -58,6 +58,35 @@ def test_each_fit_has_a_folder_of_its_own(task: Any, tmp_path: Path, read_jsonl:
         assert {row["reward"] for row in rows} == {0.5 * len(row["completion"]) for row in rows}
 
 
+def test_trajectories_have_xtuners_names_while_the_run_goes_on(task: Any, tmp_path: Path, read_jsonl: ReadRows) -> None:
+    seen: list[set[str]] = []
+
+    def watching(response: str, label: str, extra_info: dict[str, Any]) -> dict[str, Any]:
+        seen.append({link.name for link in tmp_path.glob("work/*/*_trajectory.jsonl") if read_jsonl(link)})
+        return {"score": float(len(response))}
+
+    rows = [{"dataset": xtuner.DatasetConfig(anno_path=tmp_path / "rows.jsonl")}]
+    evaluator = xtuner.EvaluatorConfig(
+        dataset_cfg=rows, evaluate_step=1, sample_params=xtuner.SampleParams(max_tokens=6)
+    )
+    given = {"evaluator_config": evaluator, "enable_evaluate": True, "enable_initial_evaluate": True}
+    program(task, tmp_path, judger_config=xtuner.JudgerConfig(reward_handler=watching), **given).fit()
+    in_second_step = {"eval_0_trajectory.jsonl", "eval_1_trajectory.jsonl", "rollout_idx_1_trajectory.jsonl"}
+    assert seen[0] == set()
+    assert seen[-1] == in_second_step, "the last evaluation comes before the second step is logged"
+
+
+def test_where_links_cannot_be_made_a_line_says_so_and_the_run_goes_on(
+    task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(link: Path, file: Path) -> None:
+        raise OSError("links are not supported")
+
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    assert program(task, tmp_path).fit()["steps"] == 2
+    assert sum("links are not supported" in record.getMessage() for record in caplog.records) == 1
+
+
 def test_auto_resume_goes_on_with_the_newest_run(task: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = program(task, tmp_path, auto_resume=True)
     first.fit()

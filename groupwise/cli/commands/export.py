@@ -86,12 +86,14 @@ def _modelfile(args: argparse.Namespace) -> None:
     from groupwise.export.modelfile import write_modelfile
     from groupwise.export.record import read_record
     from groupwise.export.source import find_source
+    from groupwise.export.writing import check_new_file
 
     quiet_loading()
     file = Path(args.gguf)
+    out = Path(args.out) if args.out else file.with_name("Modelfile")
+    check_new_file(out)
     source = find_source(args.source) if args.source else read_record(file).find_source()
     tokenizer = load_tokenizer(source)
-    out = Path(args.out) if args.out else file.with_name("Modelfile")
     stops = stop_texts(source, tokenizer)
     write_modelfile(out, gguf_file=file, tokenizer=tokenizer, stops=stops, base_gguf=args.base_gguf)
     print(f"wrote {out}; `ollama create NAME -f {out}` makes a model of it")
@@ -105,9 +107,12 @@ def _card_arguments(parser: Parser) -> None:
 def _card(args: argparse.Namespace) -> None:
     from groupwise.export.card import CARD_FILE, write_card
     from groupwise.export.source import find_source
+    from groupwise.export.writing import check_new_file
 
     source = find_source(args.run)
     out = Path(args.out) if args.out else source.folder / CARD_FILE
+    if args.out:
+        check_new_file(out)
     write_card(source, out)
     print(f"wrote {out}")
 

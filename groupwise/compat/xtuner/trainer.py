@@ -15,6 +15,7 @@ from pydantic import Field
 
 from groupwise.compat.xtuner.base import Apart, Becomes, Inert, Names, Only, Translation
 from groupwise.compat.xtuner.environment import engine_notes
+from groupwise.compat.xtuner.files import TrajectoryLinks
 from groupwise.compat.xtuner.judging import Rewards, read_judgers
 from groupwise.compat.xtuner.names import (
     OWN_LOGS,
@@ -49,9 +50,6 @@ from groupwise.config.loading import LoadedConfig
 from groupwise.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-_OWN_FILE = re.compile(r"(step|eval)_(\d+)\.jsonl")
-_LINK = {"step": "rollout_idx_{}_trajectory.jsonl", "eval": "eval_{}_trajectory.jsonl"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +123,11 @@ class _Trainer(Names):
         config = program.loaded.config
         for line in [*engine_notes(), *_device_note(self.resources)]:
             logger.warning(line)
-        given = Given(rewards=program.rewards.functions)
+        given = Given(rewards=program.rewards.functions, watcher=TrajectoryLinks(program.output.folder))
         try:
             return run_training(config, resume=program.output.resume, given=given)
         except ConfigError as error:
             raise _in_this_programs_words(error, program.loaded) from error
-        finally:
-            _link_trajectories(program.output.folder)
 
     def build(self) -> Self:
         """The trainer: the object itself."""
@@ -255,15 +251,3 @@ def _in_this_programs_words(error: ConfigError, loaded: LoadedConfig) -> ConfigE
     origins = loaded.origins.items()
     named = [f"  {dotted} is {where}" for dotted, where in origins if re.search(rf"\b{re.escape(dotted)}\b", message)]
     return ConfigError("\n".join([message, *(["in this program:", *named] if named else [])]))
-
-
-def _link_trajectories(run: Path) -> None:
-    """Give each step's trajectories XTuner's name too, in the run directory itself."""
-    folder = run / "trajectories"
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        match = _OWN_FILE.fullmatch(file.name)
-        if match is None:
-            continue
-        link = run / _LINK[match[1]].format(int(match[2]))
-        if not link.is_symlink():
-            link.symlink_to(file.relative_to(run))

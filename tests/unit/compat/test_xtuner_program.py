@@ -10,7 +10,7 @@ import pytest
 
 from groupwise.cli import main
 from groupwise.compat.xtuner.environment import environment, script_variables
-from groupwise.compat.xtuner.trainer import _link_trajectories
+from groupwise.compat.xtuner.files import TrajectoryLinks
 from groupwise.config.loading import load_config
 from groupwise.errors import ConfigError
 
@@ -117,12 +117,13 @@ def test_trajectories_have_both_names(place: Path) -> None:
     folder.mkdir(parents=True)
     for name in ("step_000001.jsonl", "step_000012.jsonl", "eval_000010.jsonl", "other.txt"):
         (folder / name).write_text(name)
-    for _ in range(2):  # a resumed run has links already
-        _link_trajectories(place / "run")
-    links = {path.name: path.read_text() for path in (place / "run").iterdir() if path.is_symlink()}
-    assert links == {
+    links = TrajectoryLinks(place / "run")
+    for step in (1, 12, 10, 12, 99):  # a step that a resumed run does again has its link already
+        assert not links.logged(step, {})
+    found = {path.name: path.read_text() for path in (place / "run").iterdir() if path.is_symlink()}
+    assert found == {
         "rollout_idx_1_trajectory.jsonl": "step_000001.jsonl",
         "rollout_idx_12_trajectory.jsonl": "step_000012.jsonl",
         "eval_10_trajectory.jsonl": "eval_000010.jsonl",
     }
-    _link_trajectories(place / "nowhere")
+    assert not TrajectoryLinks(place / "nowhere").logged(1, {})

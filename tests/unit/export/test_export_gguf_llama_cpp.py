@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,8 +20,7 @@ from groupwise.export.llama_cpp import GgufAnswers
 from groupwise.export.source import find_source
 from groupwise.export.verify import PROMPTS, verify
 
-pytestmark = pytest.mark.slow
-llama_cpp = pytest.importorskip("llama_cpp")
+pytestmark = [pytest.mark.slow, pytest.mark.extras(package="llama_cpp")]
 
 KINDS = ("qwen3", "qwen2", "llama", "gemma3")
 
@@ -54,10 +54,12 @@ def test_logits_are_the_models(kind: str, model_folder: Callable[[str], Path], t
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_becomes_the_same_tokens(kind: str, model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    from llama_cpp import Llama
+
     folder, out = model_folder(kind), tmp_path / "x.gguf"
     export_gguf(find_source(folder), out)
     ours = AutoTokenizer.from_pretrained(folder)
-    theirs = llama_cpp.Llama(str(out), vocab_only=True, verbose=False)
+    theirs = Llama(str(out), vocab_only=True, verbose=False)
     texts = [*TELLING_TEXTS, *PROMPTS, "<|im_start|>user\nx<|im_end|>\n", "9" * 40, "\n\n\n  \t\n", "½² ª'll"]
     for text in texts:
         assert theirs.tokenize(text.encode(), add_bos=True, special=True) == ours.encode(text), text
@@ -90,12 +92,14 @@ def test_an_adapter_on_its_bases_gguf(
 def test_sentencepiece_text_becomes_the_same_tokens(
     sentencepiece_like: Any, model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    from llama_cpp import Llama
+
     folder = tmp_path / "model"
     shutil.copytree(model_folder("qwen3"), folder, ignore=lambda _, names: [n for n in names if "token" in n])
     sentencepiece_like.save_pretrained(folder)
     export_gguf(find_source(folder), tmp_path / "x.gguf")
     ours = AutoTokenizer.from_pretrained(folder)
-    theirs = llama_cpp.Llama(str(tmp_path / "x.gguf"), vocab_only=True, verbose=False)
+    theirs = Llama(str(tmp_path / "x.gguf"), vocab_only=True, verbose=False)
     texts = ["abc ab a b", "  ab  abc", "1 abcabab\n\nab\n", "日本 é 🙂 abc", "<eos>ab<bos>", "", " ", *TELLING_TEXTS]
     for text in texts:
         assert theirs.tokenize(text.encode(), add_bos=True, special=True) == ours.encode(text), text
@@ -138,3 +142,29 @@ def test_a_file_of_noise_is_refused(model_folder: Callable[[str], Path], tmp_pat
     (tmp_path / "y.gguf").write_bytes(b"GGUF nonsense")
     with pytest.raises(ConfigError, match="got no GGUF file"):
         verify(tmp_path / "y.gguf", source=source)
+
+
+def test_a_model_of_short_context_and_long_answers(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("qwen3"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 24}))
+    export_gguf(find_source(folder), tmp_path / "x.gguf", kind="f32")
+    assert verify(tmp_path / "x.gguf").same == 20
+
+
+@pytest.mark.parametrize("precision", ["f32", "f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("name", ["blk.1.ffn_down.weight", "blk.0.attn_k.weight", "token_embd.weight"])
+def test_one_damaged_matrix_is_found(
+    name: str, precision: str, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import gguf
+
+    export_gguf(find_source(model_folder("qwen3")), tmp_path / "x.gguf", kind=precision)
+    [tensor] = [tensor for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors if tensor.name == name]
+    content = bytearray((tmp_path / "x.gguf").read_bytes())
+    start, size = int(tensor.data_offset), int(tensor.n_bytes)
+    content[start : start + size] = content[start + size // 2 : start + size] + content[start : start + size // 2]
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(ExportError, match="is not the model that it came from"):
+        verify(tmp_path / "x.gguf")

@@ -9,8 +9,10 @@ import logging
 import math
 import sqlite3
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,12 +25,19 @@ SAMPLES = (
     Sample("2|2\n<b>?", "日本 🙂", 1.0, {"match": 1.0, "format": None}, 0.5),
     Sample("2|2\n<b>?", "x" * 5000, None, {"match": None}, -0.5),
 )
-EXTERNAL = ("wandb", "swanlab", "trackio", "mlflow")
+
+
+def needing(*names: str) -> list[object]:
+    return [pytest.param(name, marks=pytest.mark.extras(package=name)) for name in names]
+
+
+EXTERNAL = needing("wandb", "swanlab", "trackio", "mlflow")
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No login, no settings of the machine, no network."""
+    """No login, no settings of the machine, no network; and time, for a run that ends before a package is imported."""
+    monkeypatch.setattr("groupwise.tracking.background.CLOSE_SECONDS", 90.0)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
     monkeypatch.setenv("SWANLAB_SAVE_DIR", str(tmp_path / "home" / "swanlab"))
@@ -72,7 +81,7 @@ def run_id(run_dir: Path, name: str) -> str:
     return json.loads((run_dir / "tracking" / f"{name}_run.json").read_text())["id"]
 
 
-def wandb_records(file: Path) -> Iterator[object]:
+def wandb_records(file: Path) -> Iterator[Any]:
     """The records of an offline run: LevelDB's log format after a header of seven bytes."""
     from wandb.proto import wandb_internal_pb2
 
@@ -93,12 +102,16 @@ def wandb_records(file: Path) -> Iterator[object]:
 
 def wandb_history(folder: Path) -> list[dict[str, object]]:
     [file] = folder.glob("run-*.wandb")
+    deadline = time.monotonic() + 20  # wandb's own process closes the file some time after `finish` has returned
+    while not any(record.HasField("exit") for record in wandb_records(file)):
+        assert time.monotonic() < deadline, f"{file} has no end"
+        time.sleep(0.05)
     histories = [record.history for record in wandb_records(file) if record.HasField("history")]
     return [{"/".join(item.nested_key) or item.key: item.value_json for item in row.item} for row in histories]
 
 
+@pytest.mark.extras(package="wandb")
 def test_wandb_offline(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("wandb")
     assert track("wandb", run_dir, range(1, 4)).names == ("wandb",)
     assert track("wandb", run_dir, range(3, 5), resumed=2).names == ("wandb",)
     folders = sorted((run_dir / "tracking" / "wandb" / "wandb").glob("offline-run-*"))
@@ -140,11 +153,11 @@ def check_swanlab_files(folder: Path, *, viewer: bool) -> None:
     assert [(1, 0.25), (2, 0.5), (3, 0.75)] in logs.values()
 
 
+@pytest.mark.extras(package="swanlab")
 @pytest.mark.parametrize("viewer", [True, False], ids=["with dashboard", "without"])
 def test_swanlab_without_a_login_stays_on_this_machine(
     viewer: bool, run_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("swanlab")
     if viewer:
         pytest.importorskip("swanboard")
     else:
@@ -158,8 +171,8 @@ def test_swanlab_without_a_login_stays_on_this_machine(
     assert ("`swanlab sync" in hint) is not viewer
 
 
+@pytest.mark.extras(package="swanlab")
 def test_swanlab_resumes_under_the_same_id(run_dir: Path) -> None:
-    pytest.importorskip("swanlab")
     track("swanlab", run_dir, range(1, 4), mode="local")
     before = run_id(run_dir, "swanlab")
     assert track("swanlab", run_dir, range(3, 5), resumed=2, mode="local").names == ("swanlab",)
@@ -167,8 +180,8 @@ def test_swanlab_resumes_under_the_same_id(run_dir: Path) -> None:
     assert all(folder.name.endswith(before) for folder in swanlab_run(run_dir))
 
 
+@pytest.mark.extras(package="trackio")
 def test_trackio(run_dir: Path, tmp_path: Path) -> None:
-    pytest.importorskip("trackio")
     assert track("trackio", run_dir, range(1, 4)).names == ("trackio",)
     assert track("trackio", run_dir, range(3, 5), resumed=2).names == ("trackio",)
     [database] = (tmp_path / "trackio").rglob("sums.db")
@@ -186,10 +199,10 @@ def test_trackio(run_dir: Path, tmp_path: Path) -> None:
     assert json.loads(config)["optim"] == {"lr": 1e-6}
 
 
+@pytest.mark.extras(package="trackio")
 def test_trackio_does_not_go_on_in_a_stranger_of_the_same_name(
     run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("trackio")
     track("trackio", run_dir, range(1, 3))
     other = tmp_path / "other"
     other.mkdir()
@@ -219,8 +232,10 @@ def test_trackio_takes_the_mode_that_was_asked_for(
     assert expected in caplog.text
 
 
+@pytest.mark.extras(package="mlflow")
 def test_mlflow(run_dir: Path) -> None:
-    mlflow = pytest.importorskip("mlflow")
+    import mlflow
+
     assert track("mlflow", run_dir, range(1, 4)).names == ("mlflow",)
     assert track("mlflow", run_dir, range(3, 5), resumed=2).names == ("mlflow",)
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{run_dir.resolve()}/tracking/mlflow/mlflow.db")
@@ -240,9 +255,8 @@ def test_mlflow(run_dir: Path) -> None:
     assert len(table["data"]) == 2
 
 
-@pytest.mark.parametrize("name", ["wandb", "swanlab", "mlflow"])
+@pytest.mark.parametrize("name", needing("wandb", "swanlab", "mlflow"))
 def test_files_go_where_the_folder_says(name: str, run_dir: Path, tmp_path: Path) -> None:
-    pytest.importorskip(name)
     assert track(name, run_dir, range(1, 2), mode="local", folder=str(tmp_path / "shared")).names == (name,)
     assert any(path.is_file() for path in (tmp_path / "shared" / name).rglob("*"))
     assert [path.name for path in (run_dir / "tracking").iterdir()] == [f"{name}_run.json"]
@@ -252,7 +266,6 @@ def test_files_go_where_the_folder_says(name: str, run_dir: Path, tmp_path: Path
 def test_asked_to_be_online_without_a_login_it_warns_and_training_goes_on(
     name: str, run_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip(name)
     with caplog.at_level(logging.WARNING, logger="groupwise"):
         assert track(name, run_dir, range(1, 3), mode="online").names == ()
     mine = [record for record in caplog.records if record.name.startswith("groupwise")]
@@ -260,13 +273,10 @@ def test_asked_to_be_online_without_a_login_it_warns_and_training_goes_on(
     assert f"the {name} tracker failed and is off" in mine[0].getMessage()
 
 
-@pytest.mark.parametrize("name", EXTERNAL)
+@pytest.mark.parametrize("name", needing("wandb", "swanlab", "mlflow"))  # trackio has a place of its own
 def test_a_place_that_cannot_be_written_is_one_warning(
     name: str, run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if name == "trackio":
-        pytest.skip("trackio has a place of its own")
-    pytest.importorskip(name)
     (tmp_path / "file").write_text("not a folder")
     assert track(name, run_dir, range(1, 3), folder=str(tmp_path / "file")).names == ()
     assert sum(record.name.startswith("groupwise") for record in caplog.records) == 1

@@ -144,6 +144,24 @@ def test_a_stuck_tracker_is_left_behind(moment: str, capacity: int, caplog: pyte
     stuck.go_on.set()
 
 
+def test_stuck_trackers_are_waited_for_together(tmp_path: Path):
+    stuck = {name: Recorder(wait_at="close") for name in ("a", "b", "c", "d")}
+    trackers = Trackers({name: Background(name, tracker, close_seconds=0.5) for name, tracker in stuck.items()})
+    trackers.start({}, tmp_path)
+    started = time.monotonic()
+    trackers.close()
+    assert time.monotonic() - started < 1.2
+    assert all(tracker.calls[-1] == "close" for tracker in stuck.values())
+    for tracker in stuck.values():
+        tracker.go_on.set()
+
+
+def test_the_wait_at_the_end_is_what_the_page_says():
+    page = (Path(__file__).parents[3] / "docs" / "trackers.md").read_text(encoding="utf-8")
+    assert "fifteen seconds in all" in page
+    assert Background("x", Recorder())._close_seconds == 15
+
+
 def test_a_tracker_that_never_started_closes(tmp_path: Path):
     Background("x", Recorder()).close()
 
