@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 _ORDERED_BYTES = 1 << 28  # weights of a model that may be in memory twice
 _ORDERED_FOR = 64  # rows that the order is made for; it serves any number
 

@@ -170,9 +170,7 @@ def _row_positions(shape: StepShape, inputs: StepInputs, repeat: int) -> Tensor:
 
 
 def _blocks(spans: Sequence[Span], layer: int, masks: Sequence[Mask | None]) -> list[KeyBlock]:
-    return [
-        KeyBlock(span.keys[layer], span.values[layer], 0, mask) for span, mask in zip(spans, masks, strict=True)
-    ]
+    return [KeyBlock(span.keys[layer], span.values[layer], 0, mask) for span, mask in zip(spans, masks, strict=True)]
 
 
 def _tiled(query: Tensor) -> Tensor:
