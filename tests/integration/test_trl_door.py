@@ -188,7 +188,7 @@ def test_a_resumed_run_is_the_run(task: Any, tmp_path: Path) -> None:
     first.train()
     second = trainer_of(str(task.model), tmp_path / "cut", max_steps=4, lr_scheduler_type="constant")
     assert second.train(resume_from_checkpoint=True).global_step == 4
-    assert [row["step"] for row in second.state.log_history] == [3, 4, 4]
+    assert [row["step"] for row in second.state.log_history] == [1, 2, 3, 4, 4]
     for name, value in second.model.named_parameters():
         assert torch.equal(value, dict(whole.model.named_parameters())[name]), name
     with pytest.raises(ConfigError, match="newest checkpoint"):

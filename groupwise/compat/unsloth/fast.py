@@ -12,7 +12,14 @@ import peft
 import torch
 from transformers import PreTrainedModel
 
-from groupwise.compat.unsloth.models import FastModel, FastPeftModel, FastSettings, check_rank, make_fast
+from groupwise.compat.unsloth.models import (
+    FastModel,
+    FastPeftModel,
+    FastSettings,
+    check_rank,
+    make_fast,
+    make_fast_tokenizer,
+)
 from groupwise.compat.unsloth.settings import ADAPTER, LOADING, read_options
 from groupwise.config import ModelConfig
 from groupwise.config.lora import AdapterFile, read_adapter_file
@@ -63,7 +70,7 @@ class FastLanguageModel:
         )
         _say_what_differs(asked, given=options, device=config.device)
         adapter = read_adapter_file(folder)
-        tokenizer = load_tokenizer(config)
+        tokenizer = make_fast_tokenizer(load_tokenizer(config))
         base = config if adapter is None else config.model_copy(update={"path": adapter.base})
         module = load_model(base, tokenizer=tokenizer).model
         module.set_attn_implementation("sdpa")

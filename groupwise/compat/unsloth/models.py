@@ -215,6 +215,31 @@ def make_fast(module: PreTrainedModel, settings: FastSettings) -> PreTrainedMode
     return module
 
 
+class FastTokenizer:
+    """Mixed into a tokenizer of transformers', whose class keeps its name."""
+
+    def apply_chat_template(self, conversation: Any, *inputs: Any, **options: Any) -> Any:
+        """transformers' own. Tokens are a list or a tensor unless `return_dict` asks for more, as they were before
+        transformers 5, for which Unsloth's programs are written: `len(…)` of a dict is not that of the conversation.
+        """
+        masked = options.get("return_assistant_tokens_mask")
+        return cast(Any, super()).apply_chat_template(conversation, *inputs, **{"return_dict": bool(masked), **options})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (type(self).__mro__[2],), vars(self)
+
+
+def make_fast_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with `FastTokenizer`'s method, in place."""
+    kind = type(tokenizer)
+    tokenizer.__class__ = type(kind.__name__, (FastTokenizer, kind), {"__module__": kind.__module__})
+    return tokenizer
+
+
+def _unpickled(kind: type[Any]) -> Tokenizer:
+    return make_fast_tokenizer(kind.__new__(kind))
+
+
 def check_rank(rank: int, settings: FastSettings) -> None:
     """Raises ConfigError above `max_lora_rank`, which counts with `fast_inference`, as in vLLM."""
     if settings.max_lora_rank is not None and rank > settings.max_lora_rank:
