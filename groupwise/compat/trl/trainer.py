@@ -12,7 +12,7 @@ from transformers.trainer_callback import CallbackHandler, TrainerCallback, Trai
 from groupwise.checkpoint import find_latest
 from groupwise.compat.trl.arguments import Arguments
 from groupwise.compat.trl.callbacks import CallbackWatcher, ConfigDecides, Course
-from groupwise.compat.trl.models import HeldModel, hold_model, loading_values
+from groupwise.compat.trl.models import HeldModel, hold_model, is_packed, loading_values
 from groupwise.compat.trl.translate import Batch, Values, build_config
 from groupwise.config import Config
 from groupwise.data.files import SourceRow
@@ -181,6 +181,7 @@ def _model_values(held: HeldModel, *, stop: Sequence[str]) -> Values:
     return {
         "model.path": held.name,
         "model.device": str(held.module.device),
+        "model.quantization": "nf4" if is_packed(held.module) else "none",
         # The model's own end token ends a completion anyway, and is no part of its text.
         "rollout.stop": tuple(text for text in stop if text != own),
         **({"model.gradient_checkpointing": True} if recomputes_layers(held.module) else {}),

@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import peft
 import torch
-from transformers import PreTrainedModel
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from groupwise.compat.unsloth import saving
 from groupwise.compat.unsloth.generation import Limits, answer
@@ -135,6 +136,8 @@ class FastMethods:
         return saving.push_gguf(self._saved(tokenizer), repo_id, methods=quantization_method, options=options)
 
     def _saved(self, tokenizer: Any) -> saving.Saved:
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ConfigError(f"tokenizer: got a {type(tokenizer).__name__}; expected the model's tokenizer, or None")
         return saving.Saved(cast(Any, self), tokenizer or self.settings.tokenizer)
 
 
@@ -195,7 +198,7 @@ class FastPeftModel(FastMethods, peft.PeftModelForCausalLM):
         Raises:
             ConfigError: there is none in that folder, or its rank is above `max_lora_rank`.
         """
-        folder = Path(save_directory)
+        folder = Path(str(save_directory))
         self._adapter_file(folder)
         return LoRARequest(folder.name, 1, str(folder.resolve()))
 
@@ -204,6 +207,14 @@ class FastPeftModel(FastMethods, peft.PeftModelForCausalLM):
         if file is None:
             raise ConfigError(f"load_lora: {str(folder)!r} holds no adapter; expected what model.save_lora wrote")
         check_rank(file.shape.rank, self.settings)
+        weights = folder / "adapter_model.safetensors"
+        try:
+            with safe_open(weights, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"load_lora: {weights} cannot be read: {error}; expected what model.save_lora wrote"
+            ) from error
         return file
 
 
