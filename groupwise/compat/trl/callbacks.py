@@ -35,9 +35,11 @@ _TERMINATED = tuple(f"completions/{what}_terminated_length" for what in ("mean",
 class ConfigDecides(DefaultFlowCallback):
     """In the place of transformers' own flow, which asks for logs, evaluations and checkpoints at steps of its own."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None: ...
+    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> TrainerControl:
+        return control
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None: ...
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **objects: Any) -> TrainerControl:
+        return control
 
 
 @dataclass(frozen=True, slots=True)

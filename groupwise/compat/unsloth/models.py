@@ -138,7 +138,7 @@ class FastMethods:
     def _saved(self, tokenizer: Any) -> saving.Saved:
         if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ConfigError(f"tokenizer: got a {type(tokenizer).__name__}; expected the model's tokenizer, or None")
-        return saving.Saved(cast(Any, self), tokenizer or self.settings.tokenizer)
+        return saving.Saved(cast(Any, self), self.settings.tokenizer if tokenizer is None else cast(Any, tokenizer))
 
 
 class FastModel(FastMethods):
@@ -248,7 +248,7 @@ def make_fast_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _unpickled(kind: type[Any]) -> Tokenizer:
-    return make_fast_tokenizer(kind.__new__(kind))
+    return make_fast_tokenizer(object.__new__(kind))
 
 
 def check_rank(rank: int, settings: FastSettings) -> None:
