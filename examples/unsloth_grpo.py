@@ -97,9 +97,7 @@ def warm_up_data(table: pd.DataFrame, tokenizer) -> Dataset:
     is_number = pd.to_numeric(table["expected_answer"], errors="coerce").notnull()
     table = table.iloc[np.where(is_number)[0]].copy()
     table["messages"] = table.apply(conversation, axis=1)
-    table["length"] = table["messages"].apply(
-        lambda messages: len(tokenizer.apply_chat_template(messages, return_dict=False))
-    )
+    table["length"] = table["messages"].apply(lambda messages: len(tokenizer.apply_chat_template(messages)))
     table = table.loc[table["length"] <= MAX_SEQ_LENGTH / 2].copy()
     table["text"] = tokenizer.apply_chat_template(table["messages"].values.tolist(), tokenize=False)
     return Dataset.from_pandas(table)
@@ -170,9 +168,7 @@ def without_the_longest(dataset: Dataset, tokenizer) -> tuple[Dataset, int]:
     """The shorter nine tenths of the prompts, and the length of the longest of them."""
     tokenized = dataset.map(
         lambda rows: {
-            "tokens": tokenizer.apply_chat_template(
-                rows["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            "tokens": tokenizer.apply_chat_template(rows["prompt"], add_generation_prompt=True, tokenize=True)
         },
         batched=True,
     )

@@ -145,8 +145,10 @@ class _Job:
                 found = self._step(step)
                 losses.append(found["loss"])
                 trackers.log(step + 1, found)
-                last = self.watcher.logged(step + 1, found) or step + 1 == self.steps
-                self._maybe_save(step + 1, last=last, stopping=bool(stop))
+                self.watcher.updated(step + 1)
+                wish = self.watcher.logged(step + 1, found)
+                last = wish.stop or step + 1 == self.steps
+                self._maybe_save(step + 1, last=last, stopping=bool(stop), asked=wish.save)
                 if last:
                     break
         finally:
@@ -163,9 +165,9 @@ class _Job:
         learned.append(self.policy.optim_step())
         return metrics.resolve(metrics.merge(*learned) | {"num_tokens": Last(tokens)} | clock.metrics())
 
-    def _maybe_save(self, step: int, *, last: bool, stopping: bool) -> None:
+    def _maybe_save(self, step: int, *, last: bool, stopping: bool, asked: bool) -> None:
         train = self.config.train
-        if last or stopping or (train.save_every and step % train.save_every == 0):
+        if last or stopping or asked or (train.save_every and step % train.save_every == 0):
             save_checkpoint(self.run.checkpoints, step, self._stateful, keep=train.keep_checkpoints)
             self.watcher.saved(step)
         if stopping and not last:

@@ -26,7 +26,7 @@ from groupwise.rollout.batch import BatchShape
 from groupwise.rollout.records import ledger_rows, trajectory_rows
 from groupwise.rundir import RunDirectory
 from groupwise.tracking import Trackers
-from groupwise.types import Stateful, TrainingBatch, Watcher
+from groupwise.types import Stateful, TrainingBatch, Watcher, Wish
 from groupwise.weight_sync import InProcessSync
 
 
@@ -104,14 +104,15 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
         _record(parts, batch, step + 1)
         parts.trackers.samples(step + 1, batch)
         await parts.weight_sync.publish(step + 1)
+        asked = parts.watcher.updated(step + 1)
         with clock("eval"):
-            scores = await parts.evaluator.maybe_run(step + 1, final=step + 1 == parts.num_steps)
+            scores = await parts.evaluator.maybe_run(step + 1, final=step + 1 == parts.num_steps, asked=asked)
         stopping = bool(parts.stop)  # read once: a request that comes after the save must wait for the next one
         sampled = (chosen.metrics, batch.metrics, parts.scorer.metrics(), parts.buffer.metrics())
         found = metrics.merge(*sampled, *learned, scores)
-        ended = _log(parts, step + 1, found | clock.metrics() | _throughput(batch, clock))
-        last = ended or step + 1 == parts.num_steps
-        _maybe_save(parts, step + 1, now=last or stopping)
+        wish = _log(parts, step + 1, found | clock.metrics() | _throughput(batch, clock))
+        last = wish.stop or step + 1 == parts.num_steps
+        _maybe_save(parts, step + 1, now=last or stopping or wish.save)
         if last:
             return step + 1
         if stopping:
@@ -120,8 +121,7 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
     return parts.num_steps
 
 
-def _log(parts: TrainParts, step: int, found: Metrics) -> bool:
-    """Whether the watcher ends the run here."""
+def _log(parts: TrainParts, step: int, found: Metrics) -> Wish:
     numbers = metrics.resolve(found)
     parts.trackers.log(step, numbers)
     return parts.watcher.logged(step, numbers)

@@ -298,6 +298,22 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a watcher asks for after a step.
+
+    Attributes:
+        save: a checkpoint of it, whatever `train.save_every` says.
+        stop: it is the run's last step.
+
+    Example:
+        Wish(stop=True)
+    """
+
+    save: bool = False
+    stop: bool = False
+
+
 class Watcher(Protocol):
     """A program that follows its run; steps count from 1. Whatever it raises ends the run."""
 
@@ -305,9 +321,12 @@ class Watcher(Protocol):
         """Before each step, which is one of `num_steps`."""
         ...
 
-    def logged(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """After each step, its numbers; after step 0, those of an evaluation before training. True makes it the last
-        step."""
+    def updated(self, step: int) -> bool:
+        """After each step's updates. True asks for an evaluation, whatever `eval.every` says."""
+        ...
+
+    def logged(self, step: int, metrics: Mapping[str, float]) -> Wish:
+        """After each step, its numbers; after step 0, those of an evaluation before training."""
         ...
 
     def saved(self, step: int) -> None:
@@ -320,8 +339,11 @@ class Unwatched:
 
     def begins(self, step: int, num_steps: int) -> None: ...
 
-    def logged(self, step: int, metrics: Mapping[str, float]) -> bool:
+    def updated(self, step: int) -> bool:
         return False
+
+    def logged(self, step: int, metrics: Mapping[str, float]) -> Wish:
+        return Wish()
 
     def saved(self, step: int) -> None: ...
 

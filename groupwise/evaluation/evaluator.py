@@ -158,8 +158,8 @@ def _chosen(prompts: Sequence[Prompt], config: EvalConfig) -> Sequence[Prompt]:
 class Evaluator:
     """Evaluation inside a training loop, with the cadence inside.
 
-    It runs after every `config.every` steps, before the first one when `config.at_start`, and after the last; never
-    when `config.every` is 0, nor twice for one step, also over a resume.
+    It runs after every `config.every` steps, before the first one when `config.at_start`, and after the last; when
+    `config.every` is 0 only where it is asked for. Never twice for one step, also over a resume.
 
     Args:
         on_report: called with the step and the report after each evaluation, to write trajectories, say.
@@ -179,7 +179,7 @@ class Evaluator:
         on_report: Callable[[int, EvalReport], None] | None = None,
     ) -> None:
         self._engine = engine
-        self._prompts = _chosen(prompts, config) if config.every else ()
+        self._prompts = _chosen(prompts, config) if config.every else prompts
         self._scorer = scorer
         self._config = config
         self._sampling = sampling
@@ -187,9 +187,9 @@ class Evaluator:
         self._last_step = -1
         self.last_report: EvalReport | None = None
 
-    async def maybe_run(self, step: int, *, final: bool = False) -> Metrics:
-        """The metrics of the policy after `step` training steps, or nothing when no evaluation is due."""
-        if not self._is_due(step, final=final):
+    async def maybe_run(self, step: int, *, final: bool = False, asked: bool = False) -> Metrics:
+        """The metrics of the policy after `step` training steps, or nothing when no evaluation is due or asked for."""
+        if not self._is_due(step, final=final) and not (asked and step != self._last_step):
             return {}
         report = await evaluate(
             self._engine,

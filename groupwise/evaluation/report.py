@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,16 +77,15 @@ class EvalReport:
     clipped_ratio: float
     rows: tuple[EvalRow, ...]
 
-    @property
-    def mean_rewards(self) -> dict[str, float]:
-        """Each reward function's mean, over the samples that it applies to."""
+    def values_of_rewards(self) -> dict[str, list[float]]:
+        """Each reward function's values, over the samples that it applies to."""
         values: dict[str, list[float]] = {}
         for row in self.rows:
             for sample in row.samples:
                 for name, value in sample.rewards.items():
                     if value is not None:
                         values.setdefault(name, []).append(value)
-        return {name: math.fsum(found) / len(found) for name, found in values.items()}
+        return values
 
     def metrics(self) -> dict[str, Metric]:
         """`eval/…` readings. `eval/pass@k` starts at 2, since pass@1 is the accuracy."""
@@ -93,11 +93,30 @@ class EvalReport:
         readings |= {f"eval/pass@{k}": Last(value) for k, value in self.pass_at_k.items() if k > 1}
         if self.mean_reward is not None:
             readings["eval/reward"] = Last(self.mean_reward)
-        readings |= {f"eval/rewards/{name}/mean": Last(value) for name, value in self.mean_rewards.items()}
+        readings |= self._spreads()
+        for name, values in self.values_of_rewards().items():
+            readings[f"eval/rewards/{name}/mean"] = Last(math.fsum(values) / len(values))
+            if len(values) > 1:
+                readings[f"eval/rewards/{name}/std"] = Last(statistics.stdev(values))
+        lengths = [s.num_tokens for row in self.rows for s in row.samples if s.finish_reason in ("stop", "length")]
         readings["eval/mean_length"] = Last(self.mean_length)
+        readings["eval/min_length"] = Last(float(min(lengths, default=0)))
+        readings["eval/max_length"] = Last(float(max(lengths, default=0)))
         readings["eval/clipped_ratio"] = Last(self.clipped_ratio)
         readings["eval/failed"] = Last(float(self.num_failed))
         return readings
+
+    def _spreads(self) -> dict[str, Metric]:
+        """How far the samples of one row differ, as in training: means over rows of two samples or more."""
+        rewards = [[sample.reward for sample in row.samples if sample.reward is not None] for row in self.rows]
+        compared = [found for found in rewards if len(found) > 1]
+        if not compared:
+            return {}
+        equal = sum(max(found) == min(found) for found in compared)
+        return {
+            "eval/reward_std": Last(math.fsum(map(statistics.stdev, compared)) / len(compared)),
+            "eval/frac_reward_zero_std": Last(equal / len(compared)),
+        }
 
     def summary(self) -> dict[str, Any]:
         """The numbers as JSON values, without the samples."""

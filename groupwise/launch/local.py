@@ -206,7 +206,8 @@ def _load_data(config: Config, given: Given, scorer: RewardScorer) -> _Data:
     eval_source = config.data.eval if given.eval_data is None else given.eval_data
     train_rows = read_rows(train_source)
     check_rows(train_rows, config.data)
-    eval_rows = read_rows(eval_source) if config.eval.every else None
+    # A program's own data is there for evaluations that its watcher asks for.
+    eval_rows = read_rows(eval_source) if config.eval.every or given.eval_data is not None else None
     if eval_rows is not None:
         check_rows(eval_rows, config.data)
     tokenizer = given.loaded.tokenizer if given.loaded is not None else load_tokenizer(config.model)

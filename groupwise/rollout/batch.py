@@ -172,6 +172,8 @@ def batch_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
     """Rewards and lengths of the batch, under TRL's names."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     metrics = _reward_metrics(groups, rollouts) | _length_metrics(rollouts)
+    sampled = sum(len(group.prompt.token_ids) + len(r.token_ids) for group in groups for r in group.rollouts)
+    metrics["num_tokens"] = Sum(float(sampled))
     metrics["rollout/failed"] = Sum(float(sum(rollout.status == "failed" for rollout in rollouts)))
     return metrics
 

@@ -188,7 +188,7 @@ def test_a_resumed_run_is_the_run(task: Any, tmp_path: Path) -> None:
     first.train()
     second = trainer_of(str(task.model), tmp_path / "cut", max_steps=4, lr_scheduler_type="constant")
     assert second.train(resume_from_checkpoint=True).global_step == 4
-    assert [row["step"] for row in second.state.log_history] == [3, 4, 4]
+    assert [row["step"] for row in second.state.log_history] == [1, 2, 3, 4, 4]
     for name, value in second.model.named_parameters():
         assert torch.equal(value, dict(whole.model.named_parameters())[name]), name
     with pytest.raises(ConfigError, match="newest checkpoint"):
@@ -268,6 +268,36 @@ def test_evaluation_and_completions_without_training(task: Any, tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
+def test_rows_in_every_form_that_a_data_set_gives(task: Any, tmp_path: Path) -> None:
+    chats = Dataset.from_list([{"prompt": [{"role": "user", "content": row["prompt"]}], "tags": ["a"]} for row in ROWS])
+    plain = Dataset.from_list(ROWS)
+    trainer = trainer_of(str(task.model), tmp_path)
+    for rows, count in ((plain[0], 1), (plain[:2], 2), (chats[0], 1), (chats[:3], 3), (plain.select([1]), 1)):
+        assert len(trainer.generate_completions(rows)) == count
+    for wrong in ({"a": ROWS, "b": ROWS}, {"train": plain}):
+        with pytest.raises(ConfigError, match=r"got several data sets, .*; give one of them"):
+            trainer.evaluate(wrong)
+        with pytest.raises(ConfigError, match="got several data sets"):
+            trainer_of("never/loaded", tmp_path, eval_dataset=wrong)
+    with pytest.raises(ConfigError, match="ignore_keys = "):
+        trainer.evaluate(plain, ["hidden_states"])
+
+
+def test_functions_that_take_all_columns_get_what_trl_adds(
+    task: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def logs(completions: Any, **columns: Any) -> list[float]:
+        columns["log_metric"]("seen", columns["trainer_state"].global_step)
+        columns["log_extra"]("note", ["x"] * len(completions))
+        return [1.0] * len(completions)
+
+    trainer = trainer_of(str(task.model), tmp_path, rewards=[logs], max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["seen"] == 0
+    assert trainer.state.log_history[0]["rewards/logs/mean"] == 1
+    assert "log_extra('note', …) changes nothing here" in caplog.text
+
+
 def test_in_a_notebook(task: Any, tmp_path: Path) -> None:
     """Whose cells run inside of an event loop."""
 
@@ -282,7 +312,7 @@ def test_in_a_notebook(task: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reward_funcs": []}, "reward"),
+        ({"reward_funcs": []}, "got no reward_funcs"),
         ({"reward_funcs": ["no_such_reward"]}, "no_such_reward"),
         ({"reward_funcs": [torch.nn.Linear(1, 1)]}, "got a Linear; .* A reward model is called in a function"),
         ({"train_dataset": None}, "got no train_dataset"),
@@ -297,7 +327,10 @@ def test_in_a_notebook(task: Any, tmp_path: Path) -> None:
         ({"model": 7}, "model: got a int; expected a name, a folder or a transformers model"),
         ({"model": "no/such/folder"}, "no/such/folder"),
         ({"args": GRPOConfig(**{**SMALL, "num_generations": 1})}, "rollout.group_size is GRPOConfig.num_generations"),
-        ({"args": GRPOConfig(**SMALL, eval_strategy="steps")}, "nothing to evaluate"),
+        (
+            {"args": GRPOConfig(**SMALL, eval_strategy="steps")},
+            "eval_strategy has nothing to evaluate; give",
+        ),
         ({"args": GRPOConfig(**SMALL, reward_weights=[1.0, 2.0])}, "got 2 for 1 reward functions"),
         ({"args": GRPOConfig(**SMALL, model_init_kwargs={"revision": "x"})}, 'revision = "x" is not taken'),
     ],
@@ -325,6 +358,8 @@ def test_hardware_that_is_not_there_is_a_sentence(task: Any, caplog: pytest.LogC
     for said in ("dtype = float16", "attn_implementation = 'flash_attention_2'", "device_map = 'balanced'"):
         assert said in caplog.text
     assert len(caplog.records) == 3
+    with pytest.raises(ConfigError, match="dtype = 'float7': expected"):
+        AutoModelForCausalLM.from_pretrained(str(task.model), dtype="float7")
     with pytest.raises(ConfigError, match="load_in_8bit"):
         AutoModelForCausalLM.from_pretrained(str(task.model), quantization_config={"load_in_8bit": True})
 

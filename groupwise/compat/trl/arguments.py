@@ -63,6 +63,13 @@ class Arguments:
         given = ", ".join(f"{name}={vars(self)[name]!r}" for name in self.SETTINGS if name in self.given)
         return f"{type(self).__name__}({given})"
 
+    # What callbacks read of TrainingArguments beside arguments: one process on one device.
+    world_size = 1
+    process_index = 0
+    local_process_index = 0
+    should_log = True
+    should_save = True
+
     def to_dict(self) -> dict[str, Any]:
         """All arguments by name."""
         return {name: vars(self)[name] for name in self.SETTINGS}

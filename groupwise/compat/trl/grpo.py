@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,8 @@ from groupwise.launch.local import Given, run_async, run_training, training_samp
 from groupwise.rewards import RewardScorer
 from groupwise.rollout.producer import produce_group
 from groupwise.types import RolloutGroup, SampleRequest
+
+logger = logging.getLogger(__name__)
 
 _OPTIONS = ("processing_class", "tokenizer", "peft_config", "quantization_config", "callbacks")
 
@@ -59,6 +63,7 @@ class GRPOTrainer(Trainer):
             raise ConfigError("GRPOTrainer: got no train_dataset; expected rows with a prompt each")
         self.args = args or GRPOConfig()
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self._eval_rows = None if eval_dataset is None else read_rows(_as_rows(eval_dataset))
         rewards = _rewards(reward_funcs, self.args.reward_weights)
         self._functions = [(function, weight) for function, weight in rewards if not isinstance(function, str)]
         rows, batch = read_rows(train_dataset), grpo_batch(self.args)
@@ -80,33 +85,40 @@ class GRPOTrainer(Trainer):
             given = Given(
                 loaded=loaded,
                 train_data=self._rows,
-                eval_data=None if self.eval_dataset is None else _as_rows(self.eval_dataset),
+                eval_data=self._eval_rows,
                 rewards=self._bound(watcher),
                 reward_weights=[weight for _, weight in self._functions],
                 watcher=watcher,
             )
-            run_training(self.config, resume=resume, overwrite=not resume, given=given)
-        return watcher.ended()
+            summary = run_training(self.config, resume=resume, overwrite=not resume, given=given)
+        return watcher.ended(summary)
 
-    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: None = None, *, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Sample and score each row `num_generations_eval` times; the numbers, which `log_history` gets too.
 
         Raises:
             ConfigError: there is nothing to evaluate.
         """
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
-        if data is None:
+        rows = self._eval_rows if eval_dataset is None else _as_rows(eval_dataset)
+        if rows is None:
             raise ConfigError("evaluate: got no eval_dataset; give one here or to the trainer")
+        if ignore_keys:
+            raise ConfigError(
+                f"evaluate: ignore_keys = {ignore_keys!r}: evaluation samples, and has no outputs to drop"
+            )
+        started = time.perf_counter()
         config, watcher = self.config, self._watch(self.args)
         scorer = self._scorer(watcher)
         with self._held.at_work() as loaded:
-            prompts = load_prompts(_as_rows(data), config.data, loaded.tokenizer, limit=config.eval.limit).prompts
+            prompts = load_prompts(rows, config.data, loaded.tokenizer, limit=config.eval.limit).prompts
             scorer.check_prompts(prompts)
             sampling = eval_sampling(config.eval, config.rollout, seed=config.train.seed)
             engine = build_engine(config.rollout, loaded)
             report = run_async(evaluate(engine, prompts, scorer, config=config.eval, sampling=sampling, version=0))
         metrics = {name: float(metric.value) for name, metric in report.metrics().items()}
-        return watcher.evaluated(metrics, prefix=metric_key_prefix)
+        return watcher.evaluated(metrics, seconds=time.perf_counter() - started, prefix=metric_key_prefix)
 
     def generate_completions(self, dataset: Any) -> list[RolloutGroup]:
         """Sample each row `num_generations` times and score the answers, without learning from them.
@@ -133,8 +145,14 @@ class GRPOTrainer(Trainer):
 
             return run_async(sample())
 
+    @property
+    def _num_eval_rows(self) -> int:
+        return len(self._eval_rows or ())
+
     def _check(self, values: Values, model: Any) -> None:
         """Refuse, in TRL's words, what can be refused before the model is loaded."""
+        if values["eval.every"] and self._eval_rows is None:
+            raise ConfigError("GRPOConfig.eval_strategy has nothing to evaluate; give eval_dataset, or leave it out")
         path = {"model.path": str(model)} if isinstance(model, str | Path) else {}
         given = {"data.train": True, "data.eval": self.eval_dataset is not None, "reward": bool(self._functions)}
         provided = [name for name, there in {**given, "model.path": not path}.items() if there]
@@ -151,17 +169,21 @@ class GRPOTrainer(Trainer):
 
     def _bound(self, watcher: CallbackWatcher) -> list[Callable[..., Any]]:
         """The functions, with what TRL hands to those that name it: the trainer's state, and a way to log a number."""
-        extras = {"trainer_state": self.state, "log_metric": watcher.report}
+        extras = {"trainer_state": self.state, "log_metric": watcher.report, "log_extra": _no_columns}
         bound: list[Callable[..., Any]] = []
         for function, _ in self._functions:
-            named = extras.keys() & inspect.signature(function).parameters.keys()
-            bound.append(partial(function, **{name: extras[name] for name in named}) if named else function)
+            parameters = inspect.signature(function).parameters
+            takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+            wanted = {name: extra for name, extra in extras.items() if takes_all or name in parameters}
+            bound.append(partial(function, **wanted) if wanted else function)
         return bound
 
 
 def _rewards(given: Any, weights: Sequence[float] | None) -> list[tuple[Any, float]]:
     """Functions and names with their weights."""
     functions = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    if not functions:
+        raise ConfigError("GRPOTrainer: got no reward_funcs; expected functions, or names of built-in rewards")
     for function in functions:
         if not isinstance(function, str) and (isinstance(function, nn.Module | type) or not callable(function)):
             raise ConfigError(
@@ -174,9 +196,19 @@ def _rewards(given: Any, weights: Sequence[float] | None) -> list[tuple[Any, flo
 
 
 def _as_rows(data: Any) -> Any:
-    """Rows of what may also be a slice of a data set, which is a dict of columns."""
+    """Rows of what may also be a row of a data set, or a slice, which is a dict of columns."""
     if not isinstance(data, Mapping):
         return data
-    if not all(isinstance(column, list) for column in data.values()):
-        raise ConfigError(f"got the splits {', '.join(map(str, data))}; give one of them")
+    if "prompt" not in data:
+        raise ConfigError(f"got several data sets, {', '.join(map(str, data))}; give one of them")
+    prompt = data["prompt"]
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
+        return [dict(data)]
     return [dict(zip(data, values, strict=True)) for values in zip(*data.values(), strict=True)]
+
+
+def _no_columns(name: str, values: Any) -> None:
+    """TRL's `log_extra`."""
+    logger.warning(
+        "log_extra(%r, …) changes nothing here: trajectories have no columns of rewards; use log_metric", name
+    )

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ import peft
 import torch
 from transformers import PreTrainedModel
 
+from groupwise.compat.hardware import device_name, dtype_name, quantization_name, say_attention
 from groupwise.compat.trl.arguments import Arguments
 from groupwise.config import ModelConfig
 from groupwise.config.values import literal
@@ -108,7 +108,10 @@ def hold_model(
         held = HeldModel(model, module, tokenizer or load_tokenizer(path))
     if has_adapter_layers(held.module):
         if peft_config is not None:
-            raise ConfigError("peft_config: the model has an adapter already; leave peft_config out, or merge it first")
+            raise ConfigError(
+                "peft_config: the model has an adapter already; leave peft_config out to go on with it (a second stage "
+                "gets `model` of the first one's trainer), or merge it first"
+            )
         return held
     if peft_config is None:
         return held
@@ -123,20 +126,12 @@ def loading_values(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     left = {name: value for name, value in options.items() if value is not None}
     values: dict[str, Any] = {"trust_remote_code": bool(left.pop("trust_remote_code", False))}
-    dtype = left.pop("torch_dtype", None) or left.pop("dtype", "auto")
-    values["dtype"] = str(dtype).removeprefix("torch.")
-    if values["dtype"] == "float16":
-        logger.warning("dtype = float16: training computes in bfloat16, the nearest that needs no loss scaling")
-        values["dtype"] = "bfloat16"
-    attention = left.pop("attn_implementation", None)
-    if attention not in (None, "sdpa"):
-        logger.warning(
-            "attn_implementation = %r: training and sampling use Groupwise's own packed attention, and the model has "
-            "sdpa outside of them",
-            attention,
-        )
-    values["device"] = _device(left.pop("device_map", "auto"))
-    values["quantization"] = _quantization(left.pop("quantization_config", None), left.pop("load_in_4bit", False))
+    older = left.pop("torch_dtype", None)
+    values["dtype"] = dtype_name(left.pop("dtype", None) if older is None else older)
+    say_attention(left.pop("attn_implementation", None))
+    values["device"] = device_name(left.pop("device_map", "auto"))
+    asked = left.pop("quantization_config", None)
+    values["quantization"] = quantization_name(asked, bool(left.pop("load_in_4bit", False)))
     unknown = sorted(left.keys() - {"use_cache", "low_cpu_mem_usage"})
     if unknown:
         raise ConfigError(
@@ -168,10 +163,14 @@ def _with_new_adapter(module: PreTrainedModel, config: Any, *, seed: int) -> pef
     return made
 
 
+def is_packed(module: PreTrainedModel) -> bool:
+    """Whether its frozen weights have 4 bits."""
+    return bool(getattr(module, "is_loaded_in_4bit", False))
+
+
 def _place(module: PreTrainedModel, args: Arguments) -> None:
     """Where the arguments say that it computes, and in what."""
-    packed = bool(getattr(module, "is_loaded_in_4bit", False))
-    if packed:
+    if is_packed(module):
         from groupwise.model.quantized import unpack_before_products
 
         unpack_before_products(module)
@@ -182,29 +181,3 @@ def _place(module: PreTrainedModel, args: Arguments) -> None:
     if module.dtype == torch.float16 or ((args.bf16 or args.fp16) and module.dtype == torch.float32):
         logger.warning("the model's weights become bfloat16, from %s; updates are added up in float32", module.dtype)
         cast(torch.nn.Module, module).to(torch.bfloat16)
-
-
-def _device(device_map: Any) -> str:
-    if isinstance(device_map, Mapping):
-        places = {str(place) for place in device_map.values()}
-        device_map = places.pop() if len(places) == 1 else "auto"
-    name = f"cuda:{device_map}" if str(device_map).isdecimal() else str(device_map)
-    if name in ("balanced", "balanced_low_0", "sequential"):
-        logger.warning("device_map = %r: the whole model is on one device", name)
-        name = "auto"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("device_map = %r: torch sees no GPU here, so the model is on the CPU", device_map)
-        name = "cpu"
-    return name
-
-
-def _quantization(config: Any, load_in_4bit: bool) -> str:
-    asked = dict(config) if isinstance(config, Mapping) else {} if config is None else config.to_dict()
-    if asked.get("load_in_8bit"):
-        raise ConfigError("load_in_8bit: frozen weights have 16, 32 or 4 bits; use load_in_4bit")
-    if not (load_in_4bit or asked.get("load_in_4bit")):
-        return "none"
-    if find_spec("bitsandbytes") is None:
-        logger.warning("load_in_4bit: bitsandbytes is not installed, so the weights keep their dtype")
-        return "none"
-    return "nf4"

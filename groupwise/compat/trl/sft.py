@@ -73,7 +73,7 @@ class SFTTrainer(Trainer):
         resume = self._start(self.args, resume_from_checkpoint)
         watcher = self._watch(self.args)
         with self._held.at_work() as loaded:
-            run_sft(
+            summary = run_sft(
                 self.config,
                 resume=resume,
                 overwrite=not resume,
@@ -81,7 +81,7 @@ class SFTTrainer(Trainer):
                 train_data=self._rows,
                 watcher=watcher,
             )
-        return watcher.ended()
+        return watcher.ended(summary)
 
     def _text_column(self, first: Mapping[str, Any], *, formatted: bool) -> str | None:
         """The column with whole texts; None where answers are learned."""

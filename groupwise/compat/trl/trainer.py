@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerState
+from transformers.trainer_callback import CallbackHandler, TrainerCallback, TrainerState
 
+from groupwise.checkpoint import find_latest
 from groupwise.compat.trl.arguments import Arguments
-from groupwise.compat.trl.callbacks import CallbackWatcher
-from groupwise.compat.trl.models import HeldModel, hold_model, loading_values
-from groupwise.compat.trl.translate import RUN_FOLDER, Batch, Values, build_config
+from groupwise.compat.trl.callbacks import CallbackWatcher, ConfigDecides, Course
+from groupwise.compat.trl.models import HeldModel, hold_model, is_packed, loading_values
+from groupwise.compat.trl.translate import Batch, Values, build_config
 from groupwise.config import Config
 from groupwise.data.files import SourceRow
 from groupwise.errors import ConfigError
@@ -66,8 +67,8 @@ class Trainer:
         )
         self.processing_class = self.tokenizer = self._held.tokenizer
         self.state = TrainerState()
-        flow = [DefaultFlowCallback, *(options.get("callbacks") or ())]
-        self.callback_handler = CallbackHandler(flow, self._held.model, self._held.tokenizer, None, None)
+        callbacks = [ConfigDecides, *_checked_callbacks(options.get("callbacks"))]
+        self.callback_handler = CallbackHandler(callbacks, self._held.model, self._held.tokenizer, None, None)
         self._watch(args).initialised()
 
     @property
@@ -76,7 +77,7 @@ class Trainer:
 
     def add_callback(self, callback: Any) -> None:
         """A `transformers.TrainerCallback`, or its class."""
-        self.callback_handler.add_callback(callback)
+        self.callback_handler.add_callback(*_checked_callbacks([callback]))
 
     def pop_callback(self, callback: Any) -> Any:
         """Take it out, given itself or its class; returns it."""
@@ -91,10 +92,18 @@ class Trainer:
         self.model.save_pretrained(folder)
         self._held.tokenizer.save_pretrained(folder)
 
+    @property
+    def _num_eval_rows(self) -> int:
+        return 0
+
     def _watch(self, args: Arguments) -> CallbackWatcher:
-        return CallbackWatcher(
-            args, self.callback_handler, state=self.state, batch=self._batch, num_rows=max(1, len(self._rows))
+        course = Course(
+            self._batch,
+            num_rows=max(1, len(self._rows)),
+            num_eval_rows=self._num_eval_rows,
+            metrics_file=Path(self.config.train.output) / "metrics.jsonl",
         )
+        return CallbackWatcher(args, self.callback_handler, state=self.state, course=course)
 
     def _start(self, args: Arguments, resume_from_checkpoint: Any) -> bool:
         """Begin a new state; whether the run is to be resumed."""
@@ -106,16 +115,36 @@ class Trainer:
             train_batch_size=self._batch.size,
         )
         run = Path(config.train.output)
-        if isinstance(resume_from_checkpoint, str | Path):
-            place = Path(resume_from_checkpoint).resolve()
-            if run.resolve() not in (place, place / RUN_FOLDER, *place.parents):
+        if resume_from_checkpoint is None or resume_from_checkpoint is False:
+            if run.is_dir() and any(run.iterdir()):
+                logger.warning("%s: the earlier run there is replaced", run)
+            return False
+        newest = find_latest(run / "checkpoints")
+        if newest is None:
+            raise ConfigError(
+                f"resume_from_checkpoint = {resume_from_checkpoint!r}: there is no checkpoint in {str(run)!r}; "
+                "leave it out to start"
+            )
+        if resume_from_checkpoint is not True:
+            known = {place.resolve() for place in (newest, newest.parent, run, run.parent)}
+            given = resume_from_checkpoint
+            if not isinstance(given, str | Path) or Path(given).resolve() not in known:
                 raise ConfigError(
-                    f"resume_from_checkpoint = {str(resume_from_checkpoint)!r}: expected True, which goes on from the "
-                    f"newest checkpoint in {str(run)!r}, or that folder"
+                    f"resume_from_checkpoint = {given!r}: expected True or {str(newest)!r}, the newest checkpoint "
+                    f"in {str(run)!r}"
                 )
-        elif not resume_from_checkpoint and run.is_dir() and any(run.iterdir()):
-            logger.warning("%s: the earlier run there is replaced", run)
-        return bool(resume_from_checkpoint)
+        return True
+
+
+def _checked_callbacks(callbacks: Any) -> list[Any]:
+    """Raises ConfigError where it is no list of transformers' callbacks or their classes."""
+    if not isinstance(callbacks, list | tuple | None):
+        raise ConfigError(f"callbacks: got a {type(callbacks).__name__}; expected a list of TrainerCallbacks")
+    for callback in callbacks or ():
+        kind = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise ConfigError(f"callbacks: got a {kind.__name__}; expected transformers.TrainerCallback, or its class")
+    return list(callbacks or ())
 
 
 def check_options(name: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -152,6 +181,7 @@ def _model_values(held: HeldModel, *, stop: Sequence[str]) -> Values:
     return {
         "model.path": held.name,
         "model.device": str(held.module.device),
+        "model.quantization": "nf4" if is_packed(held.module) else "none",
         # The model's own end token ends a completion anyway, and is no part of its text.
         "rollout.stop": tuple(text for text in stop if text != own),
         **({"model.gradient_checkpointing": True} if recomputes_layers(held.module) else {}),

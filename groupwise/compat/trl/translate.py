@@ -100,7 +100,7 @@ def grpo_values(args: GRPOConfig, batch: Batch, *, num_rows: int) -> Values:
         **algorithm_values(args),
         **_samples(args, batch),
         **sampling_values(args),
-        "data.max_prompt_tokens": args.max_prompt_length or ALL,
+        "data.max_prompt_tokens": ALL if args.max_prompt_length is None else args.max_prompt_length,
         "rollout.prompts_per_step": batch.size,
         "optim.steps_per_batch": batch.steps,
     }
@@ -112,12 +112,12 @@ def sft_values(args: SFTConfig, batch: Batch, *, num_rows: int) -> Values:
         raise ConfigError(
             "SFTConfig.eval_strategy: supervised training evaluates nothing; measure answers by GRPOTrainer.evaluate"
         )
-    longest = args.max_seq_length or args.max_length
+    longest = args.max_length if args.max_seq_length is None else args.max_seq_length
     return {
         **_shared(args, batch, num_rows=num_rows),
         "sft.rows_per_step": batch.size,
-        "sft.max_tokens": longest or ALL,
-        "data.max_prompt_tokens": longest or ALL,
+        "sft.max_tokens": ALL if longest is None else longest,
+        "data.max_prompt_tokens": ALL if longest is None else longest,
         "data.shuffle": args.shuffle_dataset is not False,
     }
 
@@ -190,13 +190,20 @@ def _shared(args: Arguments, batch: Batch, *, num_rows: int) -> Values:
         "tracking.run_name": args.run_name or Path(args.output_dir).resolve().name,
         "train.output": str(Path(args.output_dir) / RUN_FOLDER),
         "train.save_every": _every(args, "save", args.save_steps, batch=batch, num_rows=num_rows),
-        "train.keep_checkpoints": ALL if keep is None else max(1, keep),
+        "train.keep_checkpoints": ALL if keep is None or keep <= 0 else keep,
     }
 
 
 def _length(args: Arguments, batch: Batch) -> Values:
-    if args.max_steps == 0 or args.max_steps < -1:
-        raise ConfigError(f"{type(args).__name__}.max_steps = {args.max_steps}: expected a number above 0, or None")
+    place = type(args).__name__
+    if args.max_steps == 0 or args.max_steps < -1 or args.max_steps % 1:
+        raise ConfigError(f"{place}.max_steps = {args.max_steps}: expected a whole number above 0, or None")
+    every = args.logging_steps
+    if args.logging_strategy not in ("no", "steps", "epoch") or every <= 0 or (every > 1 and every % 1):
+        raise ConfigError(
+            f"{place}: logging_strategy = {args.logging_strategy!r}, logging_steps = {every}; expected no, epoch, or "
+            "steps with a whole number above 0, or a part of all steps"
+        )
     return {"train.steps": None if args.max_steps == -1 else batch.steps_for(args.max_steps)}
 
 
@@ -251,9 +258,11 @@ _OWN_TRACKERS = ("console", "jsonl", "tensorboard")
 def _trackers(args: Arguments) -> Values:
     asked = [args.report_to] if isinstance(args.report_to, str) else list(args.report_to)
     backends = ["jsonl"] if args.disable_tqdm else ["console", "jsonl"]
+    if "all" in asked:  # as in transformers: all that are installed
+        asked = ["tensorboard", *(name for name in BUILDERS if name not in _OWN_TRACKERS and find_spec(name))]
     for name in asked:
         there = name in _OWN_TRACKERS or (name in BUILDERS and find_spec(name) is not None)
-        if name not in ("none", "all") and not there:
+        if name != "none" and not there:
             why = "is not installed" if name in BUILDERS else f"is no tracker; there are {', '.join(BUILDERS)}"
             logger.warning(
                 "%s.report_to: %s %s; its numbers go to TensorBoard files and to metrics.jsonl",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +11,15 @@ import peft
 import torch
 from transformers import PreTrainedModel
 
-from groupwise.compat.unsloth.models import FastModel, FastPeftModel, FastSettings, check_rank, make_fast
+from groupwise.compat.hardware import device_name, dtype_name, quantization_name, say_attention
+from groupwise.compat.unsloth.models import (
+    FastModel,
+    FastPeftModel,
+    FastSettings,
+    check_rank,
+    make_fast,
+    make_fast_tokenizer,
+)
 from groupwise.compat.unsloth.settings import ADAPTER, LOADING, read_options
 from groupwise.config import ModelConfig
 from groupwise.config.lora import AdapterFile, read_adapter_file
@@ -22,9 +29,6 @@ from groupwise.model.loading import load_model, load_tokenizer
 from groupwise.model.recompute import recompute_layers
 
 logger = logging.getLogger(__name__)
-
-_INITS = (True, "gaussian")
-"""Those that leave the base's weights as they are."""
 
 
 class FastLanguageModel:
@@ -48,6 +52,8 @@ class FastLanguageModel:
         Raises:
             ConfigError: no such argument or model, or a value that cannot act.
         """
+        if not isinstance(model_name, str | Path):
+            raise ConfigError(f"from_pretrained: got a {type(model_name).__name__}; expected a folder or a Hub name")
         asked = read_options("from_pretrained", LOADING, options)
         folder = Path(model_name)
         name = str(folder.resolve()) if folder.is_dir() else str(model_name)
@@ -55,15 +61,15 @@ class FastLanguageModel:
         config = ModelConfig.model_validate(
             {
                 "path": name,
-                "dtype": _dtype(asked["dtype"]),
-                "device": _device(asked["device_map"]),
+                "dtype": dtype_name(asked["dtype"]),
+                "device": device_name(asked["device_map"]),
                 "quantization": quantization,
                 "trust_remote_code": asked["trust_remote_code"],
             }
         )
         _say_what_differs(asked, given=options, device=config.device)
         adapter = read_adapter_file(folder)
-        tokenizer = load_tokenizer(config)
+        tokenizer = make_fast_tokenizer(load_tokenizer(config))
         base = config if adapter is None else config.model_copy(update={"path": adapter.base})
         module = load_model(base, tokenizer=tokenizer).model
         module.set_attn_implementation("sdpa")
@@ -92,10 +98,7 @@ class FastLanguageModel:
             ConfigError: no such argument, a value that cannot act, or the model has another adapter.
         """
         asked = read_options("get_peft_model", ADAPTER, options)
-        if not isinstance(model, FastModel | FastPeftModel):
-            raise ConfigError(
-                f"get_peft_model: got a {type(model).__name__}; expected what FastLanguageModel.from_pretrained returns"
-            )
+        _check_fast("get_peft_model", model)
         settings = model.settings
         if settings.full_finetuning:
             logger.warning("get_peft_model changes nothing: the model was loaded with full_finetuning = True")
@@ -116,6 +119,7 @@ class FastLanguageModel:
     @staticmethod
     def for_inference(model: Any) -> Any:
         """The model ready to answer by `generate`; `fast_generate` needs no such call. Returns it."""
+        _check_fast("for_inference", model)
         model.eval()
         recompute_layers(model.base, False)
         return model
@@ -123,20 +127,23 @@ class FastLanguageModel:
     @staticmethod
     def for_training(model: Any) -> Any:
         """The model as it is trained, with gradient checkpointing where that was asked for. Returns it."""
+        _check_fast("for_training", model)
         if model.settings.checkpointing:
             recompute_layers(model.base)
         return model
 
 
-def _adapter_config(asked: Mapping[str, Any]) -> peft.LoraConfig:
-    if asked["init_lora_weights"] not in _INITS:
+def _check_fast(place: str, model: Any) -> None:
+    if not isinstance(model, FastModel | FastPeftModel):
         raise ConfigError(
-            f"get_peft_model: init_lora_weights = {asked['init_lora_weights']!r} is refused: it changes the base's "
-            "weights, which an export merges with; expected True or 'gaussian'"
+            f"{place}: got a {type(model).__name__}; expected what FastLanguageModel.from_pretrained returns"
         )
-    if not isinstance(asked["r"], int) or asked["r"] < 1:
-        raise ConfigError(f"get_peft_model: r = {asked['r']!r}: expected a whole number above 0")
+
+
+def _adapter_config(asked: Mapping[str, Any]) -> peft.LoraConfig:
     targets = asked["target_modules"]
+    if not targets or not isinstance(targets, str | list | tuple | set):
+        raise ConfigError(f"get_peft_model: target_modules = {targets!r}: expected names of layers, or all-linear")
     return peft.LoraConfig(
         r=asked["r"],
         lora_alpha=asked["lora_alpha"],
@@ -182,62 +189,18 @@ def _same_adapter(model: FastPeftModel, wanted: peft.LoraConfig) -> FastPeftMode
     return model
 
 
-def _dtype(asked: Any) -> str:
-    name = "auto" if asked is None else str(asked).removeprefix("torch.")
-    if name == "float16":
-        logger.warning("dtype = float16: training computes in bfloat16, the nearest that needs no loss scaling")
-        return "bfloat16"
-    return name
-
-
-def _device(device_map: Any) -> str:
-    if isinstance(device_map, Mapping):
-        places = {str(place) for place in device_map.values()}
-        device_map = places.pop() if len(places) == 1 else "auto"
-    name = f"cuda:{device_map}" if str(device_map).isdecimal() else str(device_map)
-    if name in ("sequential", "auto", "balanced", "balanced_low_0"):
-        return "auto"
-    _, _, number = name.partition(":")
-    if name.startswith("cuda") and int(number or 0) >= torch.cuda.device_count():
-        there = "no GPU here" if not torch.cuda.is_available() else f"{torch.cuda.device_count()} GPUs, from 0 on"
-        logger.warning("device_map = %r: torch sees %s, so the model is where `auto` puts it", device_map, there)
-        return "auto"
-    return name
-
-
 def _quantization(asked: Mapping[str, Any], *, given: Mapping[str, Any]) -> str:
-    config = asked["quantization_config"]
-    wanted = asked["load_in_4bit"]
-    if config is not None:
-        content = dict(config) if isinstance(config, Mapping) else config.to_dict()
-        if content.get("load_in_8bit"):
-            raise ConfigError(
-                "quantization_config: load_in_8bit: frozen weights have 16, 32 or 4 bits; use load_in_4bit"
-            )
-        wanted = bool(content.get("load_in_4bit"))
-    if not wanted:
-        return "none"
     if asked["full_finetuning"]:
-        if "load_in_4bit" in given:
+        if asked["quantization_config"] is not None or given.get("load_in_4bit"):
             logger.warning("load_in_4bit = True: with full_finetuning the weights are trained, and have 16 or 32 bits")
         return "none"
-    if find_spec("bitsandbytes") is None:
-        logger.warning(
-            "load_in_4bit = True: bitsandbytes is not installed, so the weights have 16 bits, or 32 on a CPU"
-        )
-        return "none"
-    return "nf4"
+    return quantization_name(asked["quantization_config"], asked["load_in_4bit"])
 
 
 def _say_what_differs(asked: Mapping[str, Any], *, given: Mapping[str, Any], device: str) -> None:
     if asked["fast_inference"]:
         logger.warning("fast_inference = True: samples come from Groupwise's own engine, on the model's own weights")
-    if asked["attn_implementation"] not in (None, "sdpa", "eager"):
-        logger.warning(
-            "attn_implementation = %r: training and sampling use Groupwise's own packed attention, and the model has "
-            "sdpa outside of them",
-            asked["attn_implementation"],
-        )
+    say_attention(asked["attn_implementation"])
     if "gpu_memory_utilization" in given and (device == "cpu" or not torch.cuda.is_available()):
         logger.warning(
             "gpu_memory_utilization = %s changes nothing here: there is no GPU", given["gpu_memory_utilization"]
@@ -246,8 +209,6 @@ def _say_what_differs(asked: Mapping[str, Any], *, given: Mapping[str, Any], dev
 
 def _check_length(module: PreTrainedModel, settings: FastSettings) -> None:
     length = settings.max_seq_length
-    if not isinstance(length, int) or length < 2:
-        raise ConfigError(f"from_pretrained: max_seq_length = {length!r}: expected a whole number of tokens, 2 or more")
     positions = module.config.get_text_config().to_dict().get("max_position_embeddings")
     if positions is not None and length > positions:
         logger.warning(

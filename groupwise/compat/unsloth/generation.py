@@ -134,8 +134,10 @@ def _read(prompt: Any, index: int) -> tuple[str | None, Sequence[int] | None]:
     """A prompt's text, or its tokens."""
     if isinstance(prompt, str):
         return prompt, None
-    if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt_token_ids"), Sequence):
-        return None, prompt["prompt_token_ids"]
+    if isinstance(prompt, Mapping) and isinstance(ids := prompt.get("prompt_token_ids"), list | tuple):
+        if not all(isinstance(token, int) for token in ids):
+            raise ConfigError(f"fast_generate: prompt {index} has the tokens {ids!r:.80}; expected whole numbers")
+        return None, ids
     if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt"), str):
         return prompt["prompt"], None
     raise ConfigError(

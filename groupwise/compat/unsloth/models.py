@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import peft
 import torch
-from transformers import PreTrainedModel
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from groupwise.compat.unsloth import saving
 from groupwise.compat.unsloth.generation import Limits, answer
@@ -135,7 +136,9 @@ class FastMethods:
         return saving.push_gguf(self._saved(tokenizer), repo_id, methods=quantization_method, options=options)
 
     def _saved(self, tokenizer: Any) -> saving.Saved:
-        return saving.Saved(cast(Any, self), tokenizer or self.settings.tokenizer)
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ConfigError(f"tokenizer: got a {type(tokenizer).__name__}; expected the model's tokenizer, or None")
+        return saving.Saved(cast(Any, self), self.settings.tokenizer if tokenizer is None else cast(Any, tokenizer))
 
 
 class FastModel(FastMethods):
@@ -195,7 +198,7 @@ class FastPeftModel(FastMethods, peft.PeftModelForCausalLM):
         Raises:
             ConfigError: there is none in that folder, or its rank is above `max_lora_rank`.
         """
-        folder = Path(save_directory)
+        folder = Path(str(save_directory))
         self._adapter_file(folder)
         return LoRARequest(folder.name, 1, str(folder.resolve()))
 
@@ -204,6 +207,14 @@ class FastPeftModel(FastMethods, peft.PeftModelForCausalLM):
         if file is None:
             raise ConfigError(f"load_lora: {str(folder)!r} holds no adapter; expected what model.save_lora wrote")
         check_rank(file.shape.rank, self.settings)
+        weights = folder / "adapter_model.safetensors"
+        try:
+            with safe_open(weights, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"load_lora: {weights} cannot be read: {error}; expected what model.save_lora wrote"
+            ) from error
         return file
 
 
@@ -213,6 +224,31 @@ def make_fast(module: PreTrainedModel, settings: FastSettings) -> PreTrainedMode
     module.__class__ = type(kind.__name__, (FastModel, kind), {"__module__": kind.__module__})
     cast(FastModel, module).fast = settings
     return module
+
+
+class FastTokenizer:
+    """Mixed into a tokenizer of transformers', whose class keeps its name."""
+
+    def apply_chat_template(self, conversation: Any, *inputs: Any, **options: Any) -> Any:
+        """transformers' own. Tokens are a list or a tensor unless `return_dict` asks for more, as they were before
+        transformers 5, for which Unsloth's programs are written: `len(…)` of a dict is not that of the conversation.
+        """
+        masked = options.get("return_assistant_tokens_mask")
+        return cast(Any, super()).apply_chat_template(conversation, *inputs, **{"return_dict": bool(masked), **options})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (type(self).__mro__[2],), vars(self)
+
+
+def make_fast_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with `FastTokenizer`'s method, in place."""
+    kind = type(tokenizer)
+    tokenizer.__class__ = type(kind.__name__, (FastTokenizer, kind), {"__module__": kind.__module__})
+    return tokenizer
+
+
+def _unpickled(kind: type[Any]) -> Tokenizer:
+    return make_fast_tokenizer(object.__new__(kind))
 
 
 def check_rank(rank: int, settings: FastSettings) -> None:

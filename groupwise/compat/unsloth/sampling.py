@@ -5,9 +5,11 @@ A boundary: vLLM need not be installed, and its own objects are known by their a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from groupwise import types
@@ -30,6 +32,36 @@ _REFUSED: Mapping[str, str] = {
     "thinking_token_budget": "use max_tokens",
     "repetition_detection": "use repetition_penalty",
     "extra_args": "they are for plug-ins of vLLM",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What an argument holds: one value of a type, or several."""
+
+    name: str
+    types: tuple[type, ...]
+    several: bool = False
+
+    def fits(self, value: Any, *, none: bool) -> bool:
+        if value is None:
+            return none or NoneType in self.types
+        if self.several and isinstance(value, Sequence) and not isinstance(value, str):
+            return all(self._is_one(each) for each in value)
+        return self._is_one(value) and (not self.several or isinstance(value, str))
+
+    def _is_one(self, value: Any) -> bool:
+        finite = not isinstance(value, float) or math.isfinite(value)
+        return isinstance(value, self.types) and not isinstance(value, bool) and finite
+
+
+_WHOLE, _NUMBER = _Kind("a whole number", (int,)), _Kind("a number", (int, float))
+_KINDS: Mapping[str, _Kind] = {
+    **dict.fromkeys(("n", "top_k", "seed", "min_tokens", "logprobs"), _WHOLE),
+    "max_tokens": _Kind("a whole number, or None", (int, NoneType)),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), _NUMBER),
+    "stop": _Kind("a text or several", (str,), several=True),
+    "stop_token_ids": _Kind("a list of token numbers", (int,), several=True),
 }
 
 
@@ -85,6 +117,8 @@ class SamplingParams:
             value = vars(self)[field.name]
             if field.name in _REFUSED and value != field.default and value not in ([], {}, ()):
                 raise _wrong(field.name, value, f"is refused: {_REFUSED[field.name]}")
+            if field.name in _KINDS and not _KINDS[field.name].fits(value, none=field.default is None):
+                raise _wrong(field.name, value, f": expected {_KINDS[field.name].name}")
         for name, fits, expected in (
             ("n", self.n >= 1, "1 or more"),
             ("temperature", self.temperature >= 0, "0 or more"),
@@ -93,6 +127,7 @@ class SamplingParams:
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "1 or more, or None"),
+            ("seed", self.seed is None or self.seed >= 0, "0 or more, or None"),
             ("min_tokens", 0 <= self.min_tokens <= (self.max_tokens or self.min_tokens), "0 to max_tokens"),
             ("logprobs", self.logprobs in (None, 0), "None or 0: only drawn tokens have log-probs"),
             ("stop", "" not in self.stop_texts, "texts that are not empty"),

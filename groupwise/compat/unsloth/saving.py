@@ -136,7 +136,7 @@ def push_gguf(saved: Saved, repo: str, *, methods: str | Sequence[str], options:
 
 
 def _method(name: str) -> _Method:
-    found = _METHODS.get(name.lower().replace(" ", "_"))
+    found = _METHODS.get(str(name).lower().replace(" ", "_"))
     if found is None:
         raise ConfigError(f"save_method = {name!r}: expected merged_16bit, merged_4bit or lora")
     return found
@@ -148,9 +148,10 @@ def _kinds(methods: str | Sequence[str]) -> list[str]:
         raise ConfigError("GGUF files need the package gguf; pip install 'groupwise[gguf]'")
     from groupwise.export.gguf_file import TYPE_NAMES
 
-    kinds = list(
-        dict.fromkeys(_ALIASES.get(name, name) for name in ([methods] if isinstance(methods, str) else methods))
-    )
+    asked = [methods] if isinstance(methods, str) or not isinstance(methods, Sequence) else methods
+    kinds = list(dict.fromkeys(_ALIASES.get(name, name) for name in (str(each).lower() for each in asked)))
+    if not kinds:
+        raise ConfigError("quantization_method = []: expected one or several, such as q8_0")
     for kind in kinds:
         if kind not in TYPE_NAMES:
             expected = ", ".join((*TYPE_NAMES, *_ALIASES))
@@ -164,6 +165,8 @@ def _kinds(methods: str | Sequence[str]) -> list[str]:
 
 
 def _write_folder(source: Source, folder: Path, name: str, method: _Method) -> None:
+    if method.form == "adapter" and not source.is_adapter:
+        raise ConfigError(f"save_method = {name!r}: the model has no adapter; call get_peft_model, or save it whole")
     try:
         record = export_hf(source, folder, form=method.form, dtype=method.dtype)
     except ConfigError as error:

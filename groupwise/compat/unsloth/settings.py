@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,6 +36,55 @@ class Option:
     kind: Literal["acts", "hint", "refused"]
     why: str = ""
     fine: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Number:
+    """What a number has to be."""
+
+    expected: str
+    low: float
+    high: float = math.inf
+    whole: bool = True
+
+    def fits(self, value: Any) -> bool:
+        kinds = (int,) if self.whole else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool) and self.low <= value <= self.high
+
+
+_POSITIVE = sys.float_info.min
+_NUMBERS: Mapping[str, _Number] = {
+    "max_seq_length": _Number("a whole number of tokens, 2 or more", 2),
+    "gpu_memory_utilization": _Number("a number above 0, to 1", _POSITIVE, 1, whole=False),
+    "random_state": _Number("a whole number, 0 or more", 0),
+    "max_lora_rank": _Number("a whole number above 0", 1),
+    "r": _Number("a whole number above 0", 1),
+    "lora_alpha": _Number("a number above 0", _POSITIVE, whole=False),
+    "lora_dropout": _Number("a number from 0 to 1", 0, 1, whole=False),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    expected: str
+    values: tuple[Any, ...]
+
+
+_CHOICES: Mapping[str, _Choice] = {
+    "use_gradient_checkpointing": _Choice("True, False or 'unsloth'", (True, False, "unsloth")),
+    "init_lora_weights": _Choice(
+        "True or 'gaussian': others change the base's weights, which an export merges with", (True, "gaussian")
+    ),
+}
+
+
+def _expected(name: str, option: Option, value: Any) -> str:
+    """What a value that acts has to be, and is not; otherwise nothing."""
+    if name in _NUMBERS:
+        return "" if _NUMBERS[name].fits(value) else _NUMBERS[name].expected
+    if name in _CHOICES:
+        return "" if value in _CHOICES[name].values else _CHOICES[name].expected
+    return "True or False" if isinstance(option.default, bool) and not isinstance(value, bool) else ""
 
 
 def _acts(**defaults: Any) -> dict[str, Option]:
@@ -142,6 +193,8 @@ def read_options(place: str, table: Mapping[str, Option], given: Mapping[str, An
             near = difflib.get_close_matches(name, table, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else "docs/migrate.md lists all"
             raise ConfigError(f"{place} has no argument {name!r}; {hint}")
+        if option.kind == "acts" and (expected := _expected(name, option, value)):
+            raise ConfigError(f"{place}: {name} = {value!r}: expected {expected}")
         if option.kind == "acts" or value == option.default or value in option.fine:
             continue
         if option.kind == "refused":

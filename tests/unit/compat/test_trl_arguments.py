@@ -186,7 +186,6 @@ def test_the_table_has_every_argument_of_trl() -> None:
     [
         ({"num_generation": 8}, "no argument 'num_generation'; did you mean num_generations"),
         ({"learning_rate": "fast"}, r"learning_rate = \"fast\": expected a number"),
-        ({"learning_rate": True}, "expected a number"),
         ({"bf16": None, "sync_ref_model": 1}, "sync_ref_model = 1: expected True or False"),
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type = 'polynomial' is not there; expected one of linear"),
         ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "expected min_lr_rate or min_lr"),
@@ -200,6 +199,10 @@ def test_the_table_has_every_argument_of_trl() -> None:
         ({"entropy_target": 0.3}, "no effect without use_adaptive_entropy"),
         ({"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "batch"}, "normalize_then_sum with"),
         ({"max_steps": 0}, "max_steps = 0"),
+        ({"max_steps": 2.5}, "max_steps = 2.5: expected a whole number above 0, or None"),
+        ({"max_prompt_length": 0}, r"data.max_prompt_tokens \(GRPOConfig.max_prompt_length\): got 0"),
+        ({"logging_strategy": "often"}, "logging_strategy = 'often', logging_steps = 10; expected no, epoch, or steps"),
+        ({"logging_steps": 1.5}, "logging_steps = 1.5; expected"),
         ({"num_completions_to_print": 3}, "no effect without log_completions"),
         ({"num_generations": 0}, "num_generations = 0: expected a whole number above 0"),
         ({"save_steps": 0}, "save_strategy"),
@@ -302,6 +305,7 @@ def test_warm_up_and_savings_by_parts_of_the_run() -> None:
     assert config_of(max_steps=50, save_steps=0.1).train.save_every == 5
     assert config_of(save_strategy="epoch").train.save_every == ROWS
     assert config_of(max_steps=None).train.steps is None
+    assert config_of(save_total_limit=0).train.keep_checkpoints == config_of().train.keep_checkpoints
 
 
 class SamplingParams:

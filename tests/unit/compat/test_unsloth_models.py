@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel
 
 from groupwise.compat.trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -225,13 +228,20 @@ def test_a_second_call_with_the_same_adapter_changes_nothing(
     ("options", "says"),
     [
         ({"r": 0}, "r = 0: expected a whole number above 0"),
+        ({"r": True}, "r = True: expected a whole number above 0"),
+        ({"lora_alpha": 0}, "lora_alpha = 0: expected a number above 0"),
+        ({"lora_dropout": 2}, "lora_dropout = 2: expected a number from 0 to 1"),
+        ({"target_modules": None}, "expected names of layers, or all-linear"),
+        ({"use_gradient_checkpointing": "yes"}, "expected True, False or 'unsloth'"),
+        ({"use_rslora": "yes"}, "use_rslora = 'yes': expected True or False"),
+        ({"random_state": None}, "random_state = None: expected a whole number"),
         ({"target_modules": ["q_proj", "nowhere"]}, "nowhere"),
         ({"target_modules": ["nowhere"]}, "nowhere"),
         ({"target_modules": ["q_proj", "lm_head"]}, "embedding or the head"),
         ({"bias": "all"}, "an adapter has no biases"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"loftq_config": {"bits": 4}}, "loftq_config"),
-        ({"init_lora_weights": "pissa"}, "changes the base's weights"),
+        ({"init_lora_weights": "pissa"}, "others change the base's weights"),
         ({"lora_alhpa": 3}, "did you mean lora_alpha?"),
     ],
 )
@@ -260,8 +270,57 @@ def test_adapters_that_are_not_there_are_refused(fast_load: Load, peft_model: Fa
         peft_model.load_lora(tmp_path)
     with pytest.raises(ConfigError, match="the model has no adapter"):
         tokens(fast_load(), lora_request=object())
-    with pytest.raises(ConfigError, match="expected what FastLanguageModel"):
-        FastLanguageModel.get_peft_model(torch.nn.Linear(2, 2))
+    for call in (FastLanguageModel.get_peft_model, FastLanguageModel.for_inference, FastLanguageModel.for_training):
+        with pytest.raises(ConfigError, match="expected what FastLanguageModel"):
+            call(torch.nn.Linear(2, 2))
+    peft_model.save_lora(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(
+        ConfigError, match=r"load_lora: .*adapter_model.safetensors cannot be read: .*expected what model.save_lora"
+    ):
+        peft_model.load_lora(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"adapter_model\.safetensors"):
+        peft_model.load_lora(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"model_name": None}, "got a NoneType; expected a folder or a Hub name"),
+        ({"dtype": "float7"}, "dtype = 'float7': expected torch.bfloat16, torch.float32 or auto"),
+        ({"dtype": torch.int8}, "dtype = torch.int8: expected"),
+        ({"device_map": "cuda:x"}, "model.device = 'cuda:x' is no device"),
+        ({"gpu_memory_utilization": 2}, "expected a number above 0, to 1"),
+        ({"load_in_4bit": "yes"}, "load_in_4bit = 'yes': expected True or False"),
+        ({"max_seq_length": 1.5}, "expected a whole number of tokens, 2 or more"),
+        ({"max_lora_rank": 0}, "max_lora_rank = 0: expected a whole number above 0"),
+        ({"quantization_config": 3}, "got a int; expected a BitsAndBytesConfig"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused(fast_load: Load, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        fast_load(**options)
+    assert says in str(caught.value)
+
+
+def test_its_tokenizer_gives_tokens_as_unsloths_programs_expect(tiny_folder: Path) -> None:
+    """`len(tokenizer.apply_chat_template(messages))` has to be that of the conversation, which filters rely on."""
+    _, tokenizer = FastLanguageModel.from_pretrained(str(tiny_folder), load_in_4bit=False)
+    plain = AutoTokenizer.from_pretrained(tiny_folder)
+    messages = [{"role": "user", "content": "red green"}]
+    tokens_of = plain.apply_chat_template(messages)["input_ids"]
+    assert tokenizer.apply_chat_template(messages) == tokens_of
+    assert tokenizer.apply_chat_template([messages] * 2) == [tokens_of] * 2
+    assert tokenizer.apply_chat_template(messages, return_tensors="pt").tolist() == [tokens_of]
+    assert tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"] == tokens_of
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == plain.decode(tokens_of)
+    rows = Dataset.from_list([{"prompt": messages}] * 3)
+    mapped = rows.map(lambda batch: {"tokens": tokenizer.apply_chat_template(batch["prompt"])}, batched=True)
+    assert mapped["tokens"][:] == [tokens_of] * 3
+    for again in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
+        assert again.apply_chat_template(messages) == tokens_of
+    assert type(tokenizer).__name__ == type(plain).__name__
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -291,7 +350,7 @@ def test_hardware_that_is_not_there_gives_a_sentence(
 
 
 def test_four_bits_need_bitsandbytes(fast_load: Load, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
-    monkeypatch.setattr("groupwise.compat.unsloth.fast.find_spec", lambda name: None)
+    monkeypatch.setattr("groupwise.compat.hardware.find_spec", lambda name: None)
     model = fast_load(load_in_4bit=True)
     assert "bitsandbytes is not installed, so the weights have 16 bits, or 32 on a CPU" in caplog.text
     assert model.dtype == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)

@@ -118,6 +118,11 @@ def test_a_save_that_fails_leaves_the_earlier_one(peft_model: FastPeftModel, tmp
     ("call", "says"),
     [
         (lambda m, p: m.save_pretrained_merged(p, save_method="fp8"), "expected merged_16bit, merged_4bit or lora"),
+        (lambda m, p: m.save_pretrained_merged(p, save_method=3), "save_method = 3: expected merged_16bit"),
+        (lambda m, p: m.save_pretrained_merged(p, "my tokenizer"), "tokenizer: got a str; expected the model's"),
+        (lambda m, p: m.base.save_pretrained_merged(p, save_method="lora"), "save_method = 'lora': the model has no"),
+        (lambda m, p: m.save_pretrained_gguf(p, quantization_method=[]), "quantization_method = []: expected one"),
+        (lambda m, p: m.save_pretrained_gguf(p, quantization_method=None), "'none': expected one or several"),
         (lambda m, p: m.save_pretrained_merged(p, push_to_hub=True), "call push_to_hub_merged"),
         (lambda m, p: m.save_pretrained_merged(p, safe_serialization=False), "weights are safetensors"),
         (lambda m, p: m.save_pretrained_merged(p, save_metod="lora"), "no argument 'save_metod'"),
