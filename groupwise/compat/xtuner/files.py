@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from groupwise.types import Unwatched
+from groupwise.types import Unwatched, Wish
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +21,12 @@ class TrajectoryLinks(Unwatched):
         self._run = run
         self._possible = True
 
-    def logged(self, step: int, metrics: Mapping[str, float]) -> bool:
+    def logged(self, step: int, metrics: Mapping[str, float]) -> Wish:
         for own, theirs in NAMES.items():
             file = Path("trajectories", own.format(step))
             if self._possible and (self._run / file).is_file():
                 self._link(self._run / theirs.format(step), file)
-        return False
+        return Wish()
 
     def _link(self, link: Path, file: Path) -> None:
         if link.is_symlink():  # a step that is done again after a resume
