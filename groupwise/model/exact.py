@@ -160,21 +160,16 @@ def causal_blocks(key: Tensor, value: Tensor, repeat: int, window: int | None) -
     assert length % BLOCK == 0, f"{length} keys are not a multiple of {BLOCK}"
     token = torch.arange(length, device=key.device)
     blocks: list[KeyBlock] = []
+    mask: Mask | None = None
     for start in range(0, length, BLOCK):
-        stop = start + BLOCK if window is None else length
-        row_token = token[start:stop].repeat_interleave(repeat)[:, None]
-        key_token = token[start : start + BLOCK]
-        hidden = row_token < key_token
-        if window is not None:
-            hidden |= row_token - key_token >= window
-        blocks.append(
-            KeyBlock(
-                key[:, start : start + BLOCK],
-                value[:, start : start + BLOCK],
-                start * repeat,
-                Mask.of(hidden[None], key.dtype),
-            )
-        )
+        stop = start + BLOCK
+        if mask is None or window is not None:  # without a window all blocks look alike from their first row on
+            row_token = token[start : stop if window is None else length].repeat_interleave(repeat)[:, None]
+            hidden = row_token < token[start:stop]
+            if window is not None:
+                hidden |= row_token - token[start:stop] >= window
+            mask = Mask.of(hidden[None], key.dtype)
+        blocks.append(KeyBlock(key[:, start:stop], value[:, start:stop], start * repeat, mask))
     return blocks
 
 

@@ -103,7 +103,9 @@ def choose(
         assert seen is not None, "a repetition penalty needs the tokens seen"
         wanted = _penalise(wanted, seen, params.penalty)
     if wanted is logits and not params.any_filter:
-        weights = weighed.weights if forbidden is None else _without(forbidden, policy, weighed)
+        if forbidden is not None:
+            _take_away(forbidden, policy, weighed)
+        weights = weighed.weights
     else:
         scaled = policy if wanted is logits else scale_by_temperature(wanted, temperature)
         weights = weigh(_filter(scaled if forbidden is None else forbidden.hidden_in(scaled), params)).weights
@@ -114,15 +116,14 @@ def choose(
     return Choice(tokens, target_logprobs(policy, tokens, weighed))
 
 
-def _without(forbidden: Forbidden, logits: Tensor, weighed: Weighed) -> Tensor:
-    """Weights `[B, V]` of the tokens that are left, the bits of `weigh` over logits with `-inf` at the others: a row
-    that loses its most likely token is weighed again."""
+def _take_away(forbidden: Forbidden, logits: Tensor, weighed: Weighed) -> None:
+    """Leave in `weighed.weights` those of the tokens that are left, the bits of `weigh` over logits with `-inf` at the
+    others: a row that loses its most likely token is weighed again. Top and mass stay the policy's."""
     rows, tokens = forbidden.rows, forbidden.tokens
     lost_top = rows[logits[rows, tokens] >= weighed.top[rows]]
-    weights = weighed.weights.index_put((rows, tokens), weighed.weights.new_zeros(()))
+    weighed.weights[rows, tokens] = 0
     if lost_top.numel():
-        weights[lost_top] = weigh(forbidden.hidden_in(logits)[lost_top]).weights
-    return weights
+        weighed.weights[lost_top] = weigh(forbidden.hidden_in(logits)[lost_top]).weights
 
 
 def _penalise(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -162,7 +163,8 @@ def invert_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
         weights: `[B, V]`, probabilities up to a factor.
     """
     rows, vocabulary = weights.shape
-    spans = pad(weights, (0, -vocabulary % _SPAN)).view(rows, -1, _SPAN)
+    missing = -vocabulary % _SPAN
+    spans = (pad(weights, (0, missing)) if missing else weights).view(rows, -1, _SPAN)
     upto = spans.sum(-1).double().cumsum(-1)
     point = uniform * upto[:, -1]
     span = (upto <= point[:, None]).sum(-1).clamp(max=spans.shape[1] - 1)
