@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from groupwise.engines.native.sampling import Forbidden, RowParams, choose
 from groupwise.engines.native.scheduler import Outbox, Sample, Scheduler
 from groupwise.engines.native.steps import DecodeSteps
 from groupwise.engines.native.stopping import find_finish
+from groupwise.engines.native.threads import SMALL_BYTES, StepThreads
 from groupwise.errors import EngineError
 from groupwise.model.forward import packed_scores
 from groupwise.model.linear import ordered_weights
@@ -48,6 +50,9 @@ class NativeEngine:
             max_bytes=_cache_bytes(config, shape.device, reserved_bytes),
         )
         self._steps = DecodeSteps(loaded, self._scheduler)
+        self._threads = StepThreads(torch.get_num_threads())
+        small = sum(weight.nbytes for weight in loaded.model.parameters()) <= SMALL_BYTES
+        self._tries_threads = small and shape.device.type == "cpu"
 
     @property
     def caps(self) -> EngineCaps:
@@ -92,6 +97,8 @@ class NativeEngine:
 
     async def _work(self) -> None:
         """Step until nothing is left; other tasks (rewards) run between steps."""
+        if self._threads.most != torch.get_num_threads():
+            self._threads = StepThreads(torch.get_num_threads())
         with ordered_weights(self._model):
             while self._scheduler.busy:
                 try:
@@ -110,7 +117,8 @@ class NativeEngine:
         if admitted:
             self._prefill(admitted)
         if self._scheduler.running:
-            self._decode(self._scheduler.running)
+            with self._threads.step() if self._tries_threads else nullcontext():
+                self._decode(self._scheduler.running)
 
     def _prefill(self, admitted: list[Sample]) -> None:
         """Compute the new prompts, and draw the first token of every admitted sample."""

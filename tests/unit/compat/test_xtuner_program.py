@@ -13,6 +13,7 @@ from groupwise.compat.xtuner.environment import environment, script_variables
 from groupwise.compat.xtuner.files import TrajectoryLinks
 from groupwise.config.loading import load_config
 from groupwise.errors import ConfigError
+from groupwise.types import Wish
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "xtuner_config.py"
 ROW = (
@@ -119,11 +120,11 @@ def test_trajectories_have_both_names(place: Path) -> None:
         (folder / name).write_text(name)
     links = TrajectoryLinks(place / "run")
     for step in (1, 12, 10, 12, 99):  # a step that a resumed run does again has its link already
-        assert not links.logged(step, {})
+        assert links.logged(step, {}) == Wish()
     found = {path.name: path.read_text() for path in (place / "run").iterdir() if path.is_symlink()}
     assert found == {
         "rollout_idx_1_trajectory.jsonl": "step_000001.jsonl",
         "rollout_idx_12_trajectory.jsonl": "step_000012.jsonl",
         "eval_10_trajectory.jsonl": "eval_000010.jsonl",
     }
-    assert not TrajectoryLinks(place / "nowhere").logged(1, {})
+    assert TrajectoryLinks(place / "nowhere").logged(1, {}) == Wish()

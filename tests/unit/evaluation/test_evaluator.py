@@ -218,12 +218,20 @@ def test_metrics_and_records() -> None:
         "eval/pass@2",
         "eval/pass@4",
         "eval/reward",
+        "eval/reward_std",
+        "eval/frac_reward_zero_std",
         "eval/rewards/gsm8k/mean",
+        "eval/rewards/gsm8k/std",
         "eval/rewards/format/mean",
+        "eval/rewards/format/std",
         "eval/mean_length",
+        "eval/min_length",
+        "eval/max_length",
         "eval/clipped_ratio",
         "eval/failed",
     ]
+    assert values["eval/rewards/gsm8k/std"] == pytest.approx(3**-0.5)  # 1, 0, 1, 0
+    assert values["eval/frac_reward_zero_std"] == 0.0
     assert values["eval/pass@4"] == 1.0
     records = list(report.records())
     assert [r["correct"] for r in records] == [True, False, True, False]

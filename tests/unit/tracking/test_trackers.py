@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,7 @@ def test_tensorboard_scalars_are_read_back_and_resume_hides_old_steps(tmp_path: 
     for step in (1, 2, 3):
         first.log(step, {"reward": float(step), "kl": math.nan})
     first.close()
+    time.sleep(1.1)  # files are read in the order of their names, which hold the second
     again = TensorBoardTracker(title="p/one", resumed_step=1)
     again.start({}, tmp_path)
     again.log(2, {"reward": 20.0})
