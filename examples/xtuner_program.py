@@ -1,4 +1,4 @@
-"""GRPO on GSM8K as a program for XTuner's RLTrainer, whose imports are changed to one line; Ray is not needed.
+"""GRPO on GSM8K as a program for XTuner's RLTrainer, whose imports are changed to one line; Ray starts nothing.
 
 python examples/xtuner_program.py --model MODEL --train gsm8k/train.jsonl --eval gsm8k/test.jsonl
 """
@@ -28,6 +28,7 @@ from groupwise.compat.xtuner import (
     RolloutConfig,
     SampleParams,
     WorkerConfig,
+    ray,
 )
 
 
@@ -108,4 +109,5 @@ def trainer(args: argparse.Namespace) -> RLTrainer:
 
 
 if __name__ == "__main__":
+    ray.init(num_cpus=128, ignore_reinit_error=True)
     trainer(arguments()).fit()

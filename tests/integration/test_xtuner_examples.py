@@ -145,5 +145,6 @@ def test_the_program(gsm8k: Gsm8k, tmp_path: Path, read_jsonl: ReadRows) -> None
         link = run / f"rollout_idx_{step}_trajectory.jsonl"
         assert read_jsonl(link) == read_jsonl(run / "trajectories" / f"step_{step:06d}.jsonl")
     assert len(read_jsonl(run / "eval_10_trajectory.jsonl")) == 8
+    assert "ray.init(num_cpus=128, ignore_reinit_error=True): no cluster is started" in said
     assert "Qwen3Dense8BConfig" in said
     assert "hidden_size = 4096, and the folder has 64" in said

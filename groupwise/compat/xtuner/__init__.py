@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 
+from groupwise.compat.xtuner.cluster import ray
 from groupwise.compat.xtuner.names import (
     AcceleratorResourcesConfig,
     AdamWConfig,
@@ -91,6 +92,7 @@ __all__ = [
     "TraceConfig",
     "WorkerConfig",
     "get_model_config_from_hf",
+    "ray",
 ]
 
 REFUSED = {

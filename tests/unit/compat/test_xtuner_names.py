@@ -379,3 +379,16 @@ def test_harmless_fields_get_one_line(caplog: pytest.LogCaptureFixture) -> None:
         for line in lines
     )
     assert "secret" not in caplog.text
+
+
+def test_ray_starts_nothing_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    from groupwise.compat.xtuner import ray
+
+    assert not ray.is_initialized()
+    ray.init(num_cpus=128, ignore_reinit_error=True)
+    assert ray.is_initialized()
+    assert caplog.messages == [
+        "ray.init(num_cpus=128, ignore_reinit_error=True): no cluster is started; this process samples and trains"
+    ]
+    ray.shutdown()
+    assert not ray.is_initialized()
