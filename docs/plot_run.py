@@ -67,7 +67,7 @@ def draw(run: Path, out: Path) -> None:
     axes.set_ylim(bottom=min(0.0, *reward.values))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="best", frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=160, metadata={"Date": None} if out.suffix == ".svg" else None)
     plt.close(figure)
