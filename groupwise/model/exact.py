@@ -21,6 +21,7 @@ Streaming softmax: Milakov & Gimelshein 2018, "Online normalizer calculation for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,8 +98,9 @@ class Asking:
 
 
 def fold_scale(query: Tensor, scale: float) -> Asking:
-    """The factor goes into the queries where that costs no precision."""
-    if scale == 1.0 or query.dtype not in (torch.float32, torch.float64):
+    """The factor goes into the queries where that costs no precision; a power of two costs none in any type."""
+    costly = query.dtype not in (torch.float32, torch.float64) and math.frexp(scale)[0] != 0.5
+    if scale == 1.0 or costly:
         return Asking(query, scale)
     return Asking(query * scale, 1.0)
 
