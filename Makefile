@@ -68,7 +68,7 @@ $(VENV_EXTRAS)/.installed: $(VENV_EXTRAS)/.python pyproject.toml constraints-ext
 	@echo "== installing torch into $(VENV_EXTRAS)"
 	@$(PIP_EXTRAS) torch
 	@echo "== installing groupwise with all trackers"
-	@$(PIP_EXTRAS) -e '.[trackers,gguf]' pytest pytest-timeout hypothesis
+	@$(PIP_EXTRAS) -e '.[trackers,gguf]' swanboard pytest pytest-timeout hypothesis
 	@touch $@
 
 test-extras: $(VENV_EXTRAS)/.installed

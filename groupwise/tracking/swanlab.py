@@ -16,7 +16,7 @@ from groupwise.tracking.facts import RunFacts, keep_id, new_id
 logger = logging.getLogger("groupwise.tracking")
 
 NAME = "swanlab"
-VIEWER = "swanboard"  # what `swanlab[dashboard]` installs; without it local mode writes what nothing can show
+VIEWER = "swanboard"  # SwanLab's viewer; without it local mode writes what nothing can show
 
 
 class SwanLabTracker:
