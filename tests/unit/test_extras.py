@@ -51,4 +51,3 @@ def test_both_environments_have_the_same_versions_but_for_what_trackers_hold_bac
     different = {name for name in dev.keys() & extras.keys() if dev[name] != extras[name]}
     assert different == {"pillow", "protobuf", "pyarrow"}
     assert {"torch", "transformers", "wandb", "swanlab", "trackio", "mlflow", "gguf"} <= extras.keys()
-    assert "swanboard" not in extras
