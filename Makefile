@@ -12,9 +12,6 @@ BIN_EXTRAS := $(VENV_EXTRAS)/bin
 PIP_EXTRAS := $(BIN_EXTRAS)/python -m pip install --quiet --disable-pip-version-check -c constraints-extras.txt $(PIP_ARGS)
 FAST := not slow and not gpu
 
-# Models of the tests are so small that a second thread costs more than it gives, on a busy machine many times more.
-test test-slow test-all test-extras: export OMP_NUM_THREADS ?= 1
-
 .PHONY: help demo test test-slow test-all test-extras check check-deps format docs clean
 .DELETE_ON_ERROR:
 

@@ -12,6 +12,9 @@ from hypothesis import settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch is: models of tests gain nothing from a second thread, which makes them many times slower on a busy
+# machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shared machine makes single examples slow; the suite's own timeout is the bound.
 settings.register_profile("groupwise", deadline=None, derandomize=True)

@@ -44,16 +44,20 @@ def device_name(device_map: Any) -> str:
         if name not in ("auto", "sequential"):
             logger.warning("device_map = %r: the whole model is on one device", name)
         return "auto"
-    kind, _, number = name.partition(":")
-    if kind == "cuda" and number.isdecimal() and int(number) < torch.cuda.device_count():
+    return _gpu_name(name) if name.partition(":")[0] == "cuda" else name
+
+
+def _gpu_name(name: str) -> str:
+    """`cuda` or `cuda:N` if it is there, else `auto`; what is no such name is left to the check of `model.device`."""
+    number = name.partition(":")[2]
+    if number and not number.isdecimal():
         return name
-    if kind == "cuda" and (not number or number.isdecimal()):
-        if not number and torch.cuda.is_available():
-            return name
-        there = f"{torch.cuda.device_count()} GPUs, from 0 on" if torch.cuda.is_available() else "no GPU here"
-        logger.warning("device_map = %r: torch sees %s, so the model is where `auto` puts it", device_map, there)
-        return "auto"
-    return name
+    count = torch.cuda.device_count()
+    if count > int(number or 0):
+        return name
+    there = f"{count} GPUs, from 0 on" if count else "no GPU here"
+    logger.warning("device_map = %r: torch sees %s, so the model is where `auto` puts it", name, there)
+    return "auto"
 
 
 def quantization_name(quantization_config: Any, load_in_4bit: bool) -> str:

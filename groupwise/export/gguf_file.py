@@ -205,9 +205,8 @@ def _write(writer: gguf.GGUFWriter, weights: Mapping[str, torch.Tensor], kind: G
         writer.write_padding(file, file.tell())
         for name, tensor in weights.items():
             values = _packed(name, tensor, stored[name])
-            file.write(
-                values.data
-            )  # the writer's own way, numpy's tofile, says nothing if a full disk cuts the end off
+            # The writer's own way, numpy's tofile, says nothing if a full disk cuts the end off.
+            file.write(values.data)
             writer.write_padding(file, values.nbytes)
     finally:
         writer.close()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from groupwise.config import Config
 from groupwise.quickstart.tiny_model import build_tiny_model
@@ -47,15 +46,6 @@ def nothing(completions, **columns):
 def half(completion_ids, **columns):
     return [float(ids[0]) if i % 2 else math.inf for i, ids in enumerate(completion_ids)]
 '''
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from threads, which make them slow on a machine that has other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from groupwise.cli import main
 from groupwise.cli.models import is_run, model_path
@@ -21,15 +19,6 @@ from groupwise.config.loading import config_json, load_config
 from groupwise.errors import ConfigError
 
 REWARD = "from groupwise.rewards import completion_texts\ndef {name}(completions, **columns):\n    {body}\n"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """More threads only wait for each other on a model this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
