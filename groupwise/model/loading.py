@@ -21,6 +21,7 @@ from groupwise.model.attention import ATTENTION_NAME
 from groupwise.model.evenly import make_activations_even
 from groupwise.model.head import LanguageHead
 from groupwise.model.host_memory import keep_freed_memory
+from groupwise.model.lean_layers import make_layers_lean
 from groupwise.model.linear import use_dnn_linear
 from groupwise.model.norms import make_norms_lean
 from groupwise.model.quantized import nf4_settings, unpack_before_products
@@ -176,6 +177,7 @@ def wrap_model(model: PreTrainedModel, tokenizer: Tokenizer) -> LoadedModel:
         model.set_attn_implementation(ATTENTION_NAME)
     make_activations_even(model)
     make_norms_lean(model)
+    make_layers_lean(model)
     if model.device.type == "cpu":
         use_dnn_linear(model)
         keep_freed_memory()
