@@ -89,27 +89,18 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-@dataclass(frozen=True, slots=True)
-class Asking:
-    """Queries, and the factor that is still due on their scores."""
-
-    query: Tensor
-    scale: float
-
-
-def fold_scale(query: Tensor, scale: float) -> Asking:
-    """The factor goes into the queries where that costs no precision; a power of two costs none in any type."""
-    costly = query.dtype not in (torch.float32, torch.float64) and math.frexp(scale)[0] != 0.5
-    if scale == 1.0 or costly:
-        return Asking(query, scale)
-    return Asking(query * scale, 1.0)
+def split_scale(dtype: torch.dtype, scale: float) -> tuple[float, float]:
+    """The factor on the scores as one on the queries, where that costs no precision, and one that is left for the
+    scores; a power of two costs none in any type."""
+    costly = dtype not in (torch.float32, torch.float64) and math.frexp(scale)[0] != 0.5
+    return (1.0, scale) if costly else (scale, 1.0)
 
 
-def _scores(asking: Asking, block: KeyBlock) -> Tensor:
+def _scores(query: Tensor, block: KeyBlock, scale: float) -> Tensor:
     """`[B, R - first_row, W]`, far down where hidden."""
-    scores = wide(torch.bmm(asking.query[:, block.first_row :], block.key.transpose(1, 2)))
-    if asking.scale != 1.0:
-        scores.mul_(asking.scale)
+    scores = wide(torch.bmm(query[:, block.first_row :], block.key.transpose(1, 2)))
+    if scale != 1.0:
+        scores.mul_(scale)
     if block.mask is not None:
         block.mask.rows_of(scores).add_(block.mask.bias)
     return scores
@@ -131,8 +122,9 @@ def partial_attention(query: Tensor, blocks: Sequence[KeyBlock], scale: float) -
     """Attention of `query [B, R, d]` over one key segment, R a multiple of `TILE`."""
     assert query.shape[1] % TILE == 0, f"{query.shape[1]} query rows are not a multiple of {TILE}"
     assert blocks[0].first_row == 0, "every row sees the first block of a segment"
-    asking = fold_scale(query, scale)
-    scores = [_scores(asking, block) for block in blocks]
+    into, left = split_scale(query.dtype, scale)
+    asking = query if into == 1.0 else query * into
+    scores = [_scores(asking, block, left) for block in blocks]
     top = scores[0].amax(-1)
     for block, score in zip(blocks[1:], scores[1:], strict=True):
         rows = top[:, block.first_row :]

@@ -23,7 +23,7 @@ from transformers.activations import SiLUActivation
 from groupwise.model.attention import AttentionCall, Layout
 from groupwise.model.evenly import EvenActivation, evenly
 from groupwise.model.linear import DnnLinear, Ordered, ordered_product
-from groupwise.model.norms import LeanNorm, normalised
+from groupwise.model.norms import normalised
 
 # Where each architecture keeps an attention module's sliding window.
 _WINDOWS: dict[str, Callable[[Any], int | None]] = {

@@ -141,8 +141,18 @@ def _gather(x: Tensor, index: Tensor, repeat: int) -> Tensor:
 def _scatter(x: Tensor, bucket: Bucket, repeat: int, into: Tensor) -> None:
     """The inverse: `[Hkv * n, T * repeat, …]` to the bucket's places in `[N, Hkv * repeat, …]`."""
     n, length = bucket.index.shape
-    heads = x.view(-1, n * length, repeat, *x.shape[2:])
-    into.unflatten(1, (-1, repeat)).transpose(0, 1)[:, bucket.flat] = heads[:, bucket.real]
+    heads = x.view(-1, n * length, repeat, *x.shape[2:]).transpose(0, 1)
+    _put(heads.reshape(n * length, *into.shape[1:]), bucket, into)
+
+
+def _pick(x: Tensor, bucket: Bucket) -> Tensor:
+    """The bucket's rows of `[N, …]`, `[n, T, …]`; whole rows are copied quicker than by indexing."""
+    return x.index_select(0, bucket.index.flatten()).unflatten(0, bucket.index.shape)
+
+
+def _put(rows: Tensor, bucket: Bucket, into: Tensor) -> None:
+    """`rows [n * T, …]`, those that exist, to their places in `[N, …]`."""
+    into.index_copy_(0, bucket.flat, rows.index_select(0, bucket.real).to(into.dtype))
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -216,19 +226,19 @@ class _ExactAttention(torch.autograd.Function):
         for bucket in plan.buckets:
             parts = attention_backward(
                 Rows(
-                    query=query[bucket.index],
-                    grad=grad[bucket.index].masked_fill_(bucket.lost[..., None, None], 0),
-                    out=result[bucket.index],
-                    log_mass=log_mass[bucket.index].masked_fill_(bucket.lost[..., None], NO_WEIGHT),
+                    query=_pick(query, bucket),
+                    grad=_pick(grad, bucket).masked_fill_(bucket.lost[..., None, None], 0),
+                    out=_pick(result, bucket),
+                    log_mass=_pick(log_mass, bucket).masked_fill_(bucket.lost[..., None], NO_WEIGHT),
                     distance=torch.arange(bucket.index.shape[1]),
                 ),
-                key[bucket.index],
-                value[bucket.index],
+                _pick(key, bucket),
+                _pick(value, bucket),
                 call,
                 causal=True,
             )
             for whole, part in ((dq, parts.query), (dk, parts.key), (dv, parts.value)):
-                whole[bucket.flat] = part.flatten(0, 1)[bucket.real].to(whole.dtype)
+                _put(part.flatten(0, 1), bucket, whole)
         for prefix in plan.prefixes:
             seen, by = slice(prefix.prompt.start, prefix.prompt.stop), slice(prefix.start, prefix.stop)
             rows = Rows(query[None, by], grad[None, by], result[None, by], log_mass[None, by], plan.position_ids[by])

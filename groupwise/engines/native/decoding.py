@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from groupwise.engines.native.cache import KeyCache, Span
 from groupwise.model.attention import AttentionCall
-from groupwise.model.exact import TILE, KeyBlock, Mask, Partial, fold_scale, merge, partial_attention
+from groupwise.model.exact import TILE, KeyBlock, Mask, Partial, merge, partial_attention, split_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,7 @@ class DecodeLayout:
         self._own = samples.spans(shape.lanes, shape.sample_tokens)
         self._shared = prompts.spans(shape.prompts, shape.prompt_tokens)
         self._masks: dict[int | None, _Masks] = {}
+        self._queries: _Queries | None = None
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         shape, heads = self._shape, self._heads
@@ -87,15 +88,22 @@ class DecodeLayout:
             masks = _Masks(shape, self._inputs, repeat, call.window, self._own, self._shared)
             self._masks[call.window] = masks
 
-        asking = fold_scale(query[:lanes], call.scale)
-        by_lane = asking.query.view(lanes, heads, repeat, size)
-        own = partial_attention(_tiled(by_lane), _blocks(self._own, call.layer, masks.own), asking.scale)
-        by_prompt = self._to_members(by_lane).transpose(1, 2).reshape(shape.prompts, heads, -1, size)
-        shared = partial_attention(_tiled(by_prompt), _blocks(self._shared, call.layer, masks.shared), asking.scale)
+        if self._queries is None:
+            self._queries = _Queries(shape, heads, query)
+        into, left = split_scale(query.dtype, call.scale)
+        by_lane = query[:lanes].view(lanes, heads, repeat, size)
+        torch.mul(by_lane, into, out=self._queries.by_lane)
+        own = partial_attention(self._queries.own, _blocks(self._own, call.layer, masks.own), left)
+        torch.mul(self._to_members(by_lane), into, out=self._queries.by_member)
+        shared = partial_attention(self._queries.shared, _blocks(self._shared, call.layer, masks.shared), left)
 
-        seen = Partial(*(self._to_lanes(_rows_of(x, shape.prompts, by_prompt.shape[2])) for x in _fields(shared)))
-        both = merge(seen, Partial(*(self._like_seen(_rows_of(x, lanes, repeat)) for x in _fields(own))))
-        out = both.out.div_(both.mass[..., None]).to(query.dtype).reshape(lanes, heads * repeat, size)
+        both = merge(
+            Partial(*(self._to_lanes(x, repeat) for x in (shared.out, shared.top, shared.mass))),
+            Partial(*(self._own_rows(x, repeat) for x in (own.out, own.top, own.mass))),
+        )
+        out = both.out.new_empty(lanes, heads * repeat, size)
+        torch.div(both.out, both.mass[..., None], out=out.view(both.out.shape))
+        out = out.to(query.dtype)
         return pad(out, (0, 0, 0, 0, 0, shape.rows - lanes)) if shape.rows > lanes else out
 
     def _to_members(self, x: Tensor) -> Tensor:
@@ -104,20 +112,43 @@ class DecodeLayout:
             gathered = x.new_zeros(self._members + 1, *x.shape[1:])  # the last row takes the padding
             gathered[self._inputs.member] = x
             x = gathered[: self._members]
-        return x.unflatten(0, (self._shape.prompts, -1))
+        return x.view(self._shape.prompts, self._shape.width, *x.shape[1:])
 
-    def _to_lanes(self, x: Tensor) -> Tensor:
-        """`[prompts, heads, W * repeat, …]` to rows by lane: `[prompts, W, heads, repeat, …]` where all are in order,
-        else `[B, heads, repeat, …]`, in which padded lanes get some member's."""
-        x = x.unflatten(2, (self._shape.width, -1)).transpose(1, 2)
-        return x if self._shape.in_order else x.flatten(0, 1)[self._inputs.member.clamp(max=self._members - 1)]
+    def _to_lanes(self, x: Tensor, repeat: int) -> Tensor:
+        """`[prompts * heads, R, …]` to rows by lane: `[prompts, W, heads, repeat, …]` where all are in order, else
+        `[B, heads, repeat, …]`, in which padded lanes get some member's."""
+        shape, places = self._shape, (self._heads, self._shape.width, repeat, *x.shape[2:])
+        x = x[:, : shape.width * repeat].view(shape.prompts, *places).transpose(1, 2)
+        return x if shape.in_order else x.flatten(0, 1)[self._inputs.member.clamp(max=self._members - 1)]
 
-    def _like_seen(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (self._shape.prompts, -1)) if self._shape.in_order else x
+    def _own_rows(self, x: Tensor, repeat: int) -> Tensor:
+        """`[B * heads, R, …]` as what `_to_lanes` gives."""
+        shape, places = self._shape, (self._heads, x.shape[1], *x.shape[2:])
+        by_lane = (shape.prompts, shape.width, *places) if shape.in_order else (shape.lanes, *places)
+        return x.view(by_lane).narrow(len(by_lane) - x.dim() + 1, 0, repeat)
 
     @property
     def _members(self) -> int:
         return self._shape.prompts * self._shape.width
+
+
+class _Queries:
+    """Memory for a layer's query rows, in which all layers of a step write over each other: zeros stand where rows are
+    missing to full tiles.
+
+    Attributes:
+        own: `[B * heads, R, d]`, as they meet their completions' keys; by_lane: the real ones, `[B, heads, repeat, d]`.
+        shared: `[prompts * heads, R', d]`, as they meet their prompts'; by_member: `[prompts, W, heads, repeat, d]`.
+    """
+
+    def __init__(self, shape: StepShape, heads: int, query: Tensor) -> None:
+        repeat, size = query.shape[1] // heads, query.shape[2]
+        asking, rows = shape.width * repeat, repeat + -repeat % TILE
+        self.own = query.new_zeros(shape.lanes * heads, rows, size)
+        self.by_lane = self.own.view(shape.lanes, heads, rows, size)[:, :, :repeat]
+        self.shared = query.new_zeros(shape.prompts * heads, asking + -asking % TILE, size)
+        places = (shape.prompts, heads, shape.width, repeat, size)
+        self.by_member = self.shared[:, :asking].view(places).transpose(1, 2)
 
 
 class _Masks:
@@ -171,19 +202,3 @@ def _row_positions(shape: StepShape, inputs: StepInputs, repeat: int) -> Tensor:
 
 def _blocks(spans: Sequence[Span], layer: int, masks: Sequence[Mask | None]) -> list[KeyBlock]:
     return [KeyBlock(span.keys[layer], span.values[layer], 0, mask) for span, mask in zip(spans, masks, strict=True)]
-
-
-def _tiled(query: Tensor) -> Tensor:
-    """`[n, heads, R, d]` as `[n * heads, R, d]`, R padded to `TILE`."""
-    query = query.flatten(0, 1)
-    missing = -query.shape[1] % TILE
-    return pad(query, (0, 0, 0, missing)) if missing else query
-
-
-def _rows_of(x: Tensor, count: int, rows: int) -> Tensor:
-    """`[count * heads, R, …]` as `[count, heads, rows, …]`, a view without the padding rows."""
-    return x.unflatten(0, (count, -1))[:, :, :rows]
-
-
-def _fields(part: Partial) -> list[Tensor]:
-    return [part.out, part.top, part.mass]
