@@ -22,7 +22,6 @@ from groupwise.model.exact import BLOCK
 from groupwise.model.invariant.launching import aligned, power_of_two
 
 BLOCK_ROWS = 32
-MAX_HEAD_SIZE = 256
 TILE_COLUMNS = 6  # of a table, see `Tiles`
 
 
@@ -60,8 +59,9 @@ def _add_segment(
             seen = seen & (token[None, :] <= distance[:, None])
         if WINDOW > 0:
             seen = seen & (distance[:, None] - token[None, :] < WINDOW)
-        new_top = tl.maximum(top, tl.max(tl.where(seen, scores, -1e30), axis=1))
-        weights = tl.where(seen, tl.exp(scores - new_top[:, None]), 0.0)
+        scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))  # finite, as the first top is
+        weights = tl.exp(scores - new_top[:, None])
         keep = tl.exp(top - new_top)
         mass = mass * keep + tl.sum(weights, axis=1)
         value = tl.load(value_ptr + at, mask=there, other=0.0)
@@ -201,7 +201,10 @@ def attend(query: Tensor, tiles: Tiles, *, heads: int, scale: float, window: int
     count, query_heads, size = query.shape
     out = torch.zeros_like(query)
     log_mass = torch.zeros(count, query_heads, dtype=torch.float32, device=query.device)
-    if tiles.table.shape[0]:
+    assert query_heads // heads <= BLOCK_ROWS, "a token's rows fill more than a tile"
+    if not tiles.table.shape[0]:
+        return Attended(out, log_mass)
+    with torch.cuda.device_of(query):
         attention_kernel[(tiles.table.shape[0], heads)](
             query,
             tiles.prefix.key,

@@ -46,13 +46,17 @@ def product_kernel(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + m.to(tl.int64)[:, None] * K + k[None, :]
-    weight_at = weight_ptr + n.to(tl.int64)[None, :] * K + k[:, None]
+    # Rows and columns beyond the end read the last one, and are not stored.
+    x_at = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * K + k[None, :]
+    weight_at = weight_ptr + tl.minimum(n, N - 1).to(tl.int64)[None, :] * K + k[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
-        there = k < K - start
-        x = tl.load(x_at + start, mask=(m[:, None] < M) & there[None, :], other=0.0)
-        weight = tl.load(weight_at + start, mask=(n[None, :] < N) & there[:, None], other=0.0)
+        if K % BLOCK_K == 0:
+            x = tl.load(x_at + start)
+            weight = tl.load(weight_at + start)
+        else:
+            x = tl.load(x_at + start, mask=(k < K - start)[None, :], other=0.0)
+            weight = tl.load(weight_at + start, mask=(k < K - start)[:, None], other=0.0)
         total = tl.dot(x, weight, total, input_precision="ieee")
     if HAS_BIAS:
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -91,15 +95,17 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = x.new_empty(rows.shape[0], n)
     tiling = Tiling.of(n, k, x.dtype)
     tiles = triton.cdiv(rows.shape[0], tiling.block_m) * triton.cdiv(n, tiling.block_n)
-    if tiles:
-        product_kernel[(tiles,)](
-            rows,
-            aligned(weight),
-            weight if bias is None else aligned(bias),
-            out,
-            rows.shape[0],
-            **tiling.constants(n, k, has_bias=bias is not None),
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
-        )
+    weight = aligned(weight)
+    with torch.cuda.device_of(x):
+        if tiles:
+            product_kernel[(tiles,)](
+                rows,
+                weight,
+                weight if bias is None else aligned(bias),
+                out,
+                rows.shape[0],
+                **tiling.constants(n, k, has_bias=bias is not None),
+                num_warps=tiling.warps,
+                num_stages=tiling.stages,
+            )
     return out.view(*x.shape[:-1], n)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -69,9 +70,10 @@ def norm_rows(x: Tensor, weight: Tensor, epsilon: float, *, unit_offset: bool) -
     rows = aligned(x.reshape(-1, size))
     out = rows.new_empty(rows.shape)
     constants = norm_constants(size, epsilon, unit_offset=unit_offset)
-    if rows.shape[0]:
-        grid = (triton.cdiv(rows.shape[0], constants["ROWS"]),)
-        norm_kernel[grid](rows, aligned(weight), out, rows.shape[0], **constants, num_warps=4)
+    grid = (triton.cdiv(rows.shape[0], constants["ROWS"]),)
+    with torch.cuda.device_of(x):
+        if rows.shape[0]:
+            norm_kernel[grid](rows, aligned(weight), out, rows.shape[0], **constants, num_warps=4)
     return out.view(x.shape)
 
 
@@ -79,7 +81,8 @@ def sum_rows(x: Tensor) -> Tensor:
     """`x.sum(-1)` of `[M, V]` float32."""
     rows = aligned(x)
     out = rows.new_empty(rows.shape[0])
-    if rows.shape[0]:
-        block = min(SUM_BLOCK, power_of_two(rows.shape[1]))
-        sum_kernel[(rows.shape[0],)](rows, out, SIZE=rows.shape[1], BLOCK=block, num_warps=8 if block > 512 else 1)
+    block = min(SUM_BLOCK, power_of_two(rows.shape[1]))
+    with torch.cuda.device_of(x):
+        if rows.shape[0]:
+            sum_kernel[(rows.shape[0],)](rows, out, SIZE=rows.shape[1], BLOCK=block, num_warps=8 if block > 512 else 1)
     return out

@@ -78,11 +78,12 @@ def _check_heads(model: PreTrainedModel) -> None:
 
 
 def _check_modules(model: PreTrainedModel) -> None:
-    """Refuse what has weights of its own and is not known to compute each row alone."""
+    """Refuse what has weights of its own, or is a norm without any, and is not known to compute each row alone."""
     strange = {
         type(module).__name__
         for module in model.modules()
-        if not isinstance(module, _KNOWN) and next(module.parameters(recurse=False), None) is not None
+        if not isinstance(module, _KNOWN)
+        and ("Norm" in type(module).__name__ or next(module.parameters(recurse=False), None) is not None)
     }
     if strange:
         raise ConfigError(
