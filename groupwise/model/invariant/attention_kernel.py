@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from groupwise.model.exact import BLOCK
-from groupwise.model.invariant.launching import aligned, power_of_two
+from groupwise.model.invariant.launching import aligned, launch, power_of_two
 
 BLOCK_ROWS = 32
 TILE_COLUMNS = 6  # of a table, see `Tiles`
@@ -72,28 +72,12 @@ def _add_segment(
 
 @triton.jit(do_not_specialize=["prefix_by_token", "prefix_by_head", "own_by_token", "own_by_head"])
 def attention_kernel(
-    query_ptr,
-    prefix_key_ptr,
-    prefix_value_ptr,
-    own_key_ptr,
-    own_value_ptr,
-    tiles_ptr,
-    out_ptr,
-    log_mass_ptr,
-    prefix_by_token,
-    prefix_by_head,
-    own_by_token,
-    own_by_head,
-    scale: tl.constexpr,
-    HEADS: tl.constexpr,
-    REPEAT: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
+    query_ptr, prefix_key_ptr, prefix_value_ptr, own_key_ptr, own_value_ptr, tiles_ptr, out_ptr, log_mass_ptr,
+    prefix_by_token, prefix_by_head, own_by_token, own_by_head,
+    scale: tl.constexpr, HEADS: tl.constexpr, REPEAT: tl.constexpr, WINDOW: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     """Program (tile, key head). Queries and results `[N, HEADS * REPEAT, SIZE]`; strides and bases count heads of SIZE
     numbers, which tells the compiler that they are multiples of it."""
     tile_ptr = tiles_ptr + tl.program_id(0) * COLUMNS
@@ -202,23 +186,22 @@ def attend(query: Tensor, tiles: Tiles, *, heads: int, scale: float, window: int
     out = torch.zeros_like(query)
     log_mass = torch.zeros(count, query_heads, dtype=torch.float32, device=query.device)
     assert query_heads // heads <= BLOCK_ROWS, "a token's rows fill more than a tile"
-    if not tiles.table.shape[0]:
-        return Attended(out, log_mass)
-    with torch.cuda.device_of(query):
-        attention_kernel[(tiles.table.shape[0], heads)](
-            query,
-            tiles.prefix.key,
-            tiles.prefix.value,
-            tiles.own.key,
-            tiles.own.value,
-            tiles.table,
-            out,
-            log_mass,
-            tiles.prefix.by_token,
-            tiles.prefix.by_head,
-            tiles.own.by_token,
-            tiles.own.by_head,
-            **constants_of(heads, query_heads // heads, size, scale=scale, window=window),
-            **options_of(query.dtype, size),
-        )
+    launch(
+        attention_kernel,
+        (tiles.table.shape[0], heads),
+        query,
+        tiles.prefix.key,
+        tiles.prefix.value,
+        tiles.own.key,
+        tiles.own.value,
+        tiles.table,
+        out,
+        log_mass,
+        prefix_by_token=tiles.prefix.by_token,
+        prefix_by_head=tiles.prefix.by_head,
+        own_by_token=tiles.own.by_token,
+        own_by_head=tiles.own.by_head,
+        **constants_of(heads, query_heads // heads, size, scale=scale, window=window),
+        **options_of(query.dtype, size),
+    )
     return Attended(out, log_mass)

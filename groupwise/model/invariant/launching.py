@@ -7,9 +7,19 @@ are aligned here, and what depends on the number of rows is in the kernels' `do_
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 _ALIGNMENT = 16
+
+
+def launch(kernel: Any, programs: tuple[int, ...], *tensors: Tensor, **arguments: Any) -> None:
+    """Run `programs` of a Triton kernel, if any, on the device of its tensors, which are its first arguments."""
+    if all(programs):
+        with torch.cuda.device_of(tensors[0]):
+            kernel[programs](*tensors, **arguments)
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from groupwise.model.invariant.launching import aligned, power_of_two
+from groupwise.model.invariant.launching import aligned, launch, power_of_two
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -96,16 +96,16 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     tiling = Tiling.of(n, k, x.dtype)
     tiles = triton.cdiv(rows.shape[0], tiling.block_m) * triton.cdiv(n, tiling.block_n)
     weight = aligned(weight)
-    with torch.cuda.device_of(x):
-        if tiles:
-            product_kernel[(tiles,)](
-                rows,
-                weight,
-                weight if bias is None else aligned(bias),
-                out,
-                rows.shape[0],
-                **tiling.constants(n, k, has_bias=bias is not None),
-                num_warps=tiling.warps,
-                num_stages=tiling.stages,
-            )
+    launch(
+        product_kernel,
+        (tiles,),
+        rows,
+        weight,
+        weight if bias is None else aligned(bias),
+        out,
+        M=rows.shape[0],
+        **tiling.constants(n, k, has_bias=bias is not None),
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )
     return out.view(*x.shape[:-1], n)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from groupwise.model.invariant.launching import aligned, power_of_two
+from groupwise.model.invariant.launching import aligned, launch, power_of_two
 
 SUM_BLOCK = 4096
 
@@ -70,10 +69,8 @@ def norm_rows(x: Tensor, weight: Tensor, epsilon: float, *, unit_offset: bool) -
     rows = aligned(x.reshape(-1, size))
     out = rows.new_empty(rows.shape)
     constants = norm_constants(size, epsilon, unit_offset=unit_offset)
-    grid = (triton.cdiv(rows.shape[0], constants["ROWS"]),)
-    with torch.cuda.device_of(x):
-        if rows.shape[0]:
-            norm_kernel[grid](rows, aligned(weight), out, rows.shape[0], **constants, num_warps=4)
+    programs = (triton.cdiv(rows.shape[0], constants["ROWS"]),)
+    launch(norm_kernel, programs, rows, aligned(weight), out, M=rows.shape[0], **constants, num_warps=4)
     return out.view(x.shape)
 
 
@@ -82,7 +79,6 @@ def sum_rows(x: Tensor) -> Tensor:
     rows = aligned(x)
     out = rows.new_empty(rows.shape[0])
     block = min(SUM_BLOCK, power_of_two(rows.shape[1]))
-    with torch.cuda.device_of(x):
-        if rows.shape[0]:
-            sum_kernel[(rows.shape[0],)](rows, out, SIZE=rows.shape[1], BLOCK=block, num_warps=8 if block > 512 else 1)
+    warps = 8 if block > 512 else 1
+    launch(sum_kernel, (rows.shape[0],), rows, out, SIZE=rows.shape[1], BLOCK=block, num_warps=warps)
     return out

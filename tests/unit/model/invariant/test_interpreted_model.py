@@ -139,7 +139,7 @@ def test_other_parts_are_refused_by_name(make_model: MakeModel, tiny_tokenizer: 
     model.get_decoder().norm = NormWithoutWeights()
     with pytest.raises(ConfigError, match="qwen3 computes with NormWithoutWeights"):
         wrap_model(model, tiny_tokenizer, batch_invariant=True)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="the model is torch.float16; set model.dtype"):
+    with pytest.raises(ConfigError, match=r"the model is torch\.float16; set model\.dtype"):
         wrap_model(make_model("qwen3", dtype=torch.float16), tiny_tokenizer, batch_invariant=True)  # type: ignore[arg-type]
     many = LlamaForCausalLM(
         LlamaConfig(hidden_size=528, num_attention_heads=33, num_key_value_heads=1, num_hidden_layers=1, vocab_size=9)

@@ -51,7 +51,9 @@ def test_gradient_of_one_segment(causal: bool, window: int | None, most_scores: 
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     count, keys = (6, 6) if causal else (4, 6)
-    query, key, value = (x.requires_grad_() for x in (random(2, count, 6, 5), random(2, keys, 2, 5), random(2, keys, 2, 5)))
+    query, key, value = (
+        x.requires_grad_() for x in (random(2, count, 6, 5), random(2, keys, 2, 5), random(2, keys, 2, 5))
+    )
     distance = torch.arange(count) if causal else torch.arange(count) + keys - 2  # as far as a window lets rows see
     scores = torch.einsum("nqhd,nkhd->nhqk", query, key.repeat_interleave(3, 2)) * 0.4
     ahead = distance[:, None] - torch.arange(keys)
