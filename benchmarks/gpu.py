@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from gpu_models import SHAPES, ModelShape, build_model
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig, OptimConfig, RolloutConfig, TrainConfig
@@ -31,7 +31,7 @@ from groupwise.engines.native import NativeEngine
 from groupwise.model.forward import packed_hidden_states
 from groupwise.model.head import LanguageHead, entropy_of
 from groupwise.model.invariant.use import require_gpu
-from groupwise.model.loading import LoadedModel, resolve_device, resolve_dtype, wrap_model
+from groupwise.model.loading import LoadedModel, resolve_device, resolve_dtype
 from groupwise.model.packing import Packed, pack, pack_prompts
 from groupwise.policy import Policy
 from groupwise.rollout.microbatches import split_rows
@@ -39,55 +39,6 @@ from groupwise.types import Completion, Denominators, MicroBatch, Prompt, Sample
 
 GROUP_SIZE = 8
 ENTROPY = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """The shape of a Qwen3 with tied embeddings."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    vocab: int
-
-    @property
-    def layer_weights(self) -> int:
-        """Weights of the matrices in all layers: what every token is multiplied with, the head apart."""
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.mlp)
-
-    @property
-    def weights(self) -> int:
-        """Weights that every sampled token is multiplied with."""
-        return self.layer_weights + self.head_weights
-
-    @property
-    def head_weights(self) -> int:
-        return self.vocab * self.hidden
-
-    def kv_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of one token's keys and values."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
-
-
-SHAPES = {
-    "tiny": ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, mlp=128, vocab=512),
-    "0.6b": ModelShape(hidden=1024, layers=28, heads=16, kv_heads=8, head_dim=128, mlp=3072, vocab=151_936),
-    "1.7b": ModelShape(hidden=2048, layers=28, heads=16, kv_heads=8, head_dim=128, mlp=6144, vocab=151_936),
-}
-
-
-class NoTokenizer:
-    """Stands where a tokenizer does: nothing here has a text, and no token ends a completion."""
-
-    eos_token_id = None
-    chat_template = None
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        return f"{len(token_ids)} tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,20 +127,6 @@ def measure_ceiling(bench: Bench, size: int) -> Ceiling:
         tflops=flops / 1e12, copy_tb_per_s=bandwidth / 1e12,
     )  # fmt: skip
     return Ceiling(flops, bandwidth)
-
-
-def build_model(
-    shape: ModelShape, device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False
-) -> LoadedModel:
-    config = Qwen3Config(
-        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.mlp, head_dim=shape.head_dim,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        model: PreTrainedModel = Qwen3ForCausalLM._from_config(config, dtype=dtype)
-    return wrap_model(model, cast(Any, NoTokenizer()), batch_invariant=batch_invariant)
 
 
 @torch.no_grad()

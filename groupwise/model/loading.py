@@ -131,6 +131,23 @@ def load_model(config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> Lo
     return wrap_model(model, tokenizer or load_tokenizer(config), batch_invariant=config.batch_invariant)
 
 
+def given_or_loaded(given: LoadedModel | None, config: ModelConfig) -> LoadedModel:
+    """The model that a program gave, or that `config` names.
+
+    Raises:
+        ConfigError: as `load_model`, or the given model was made ready without `model.batch_invariant`, which is asked
+            for.
+    """
+    if given is None:
+        return load_model(config)
+    if config.batch_invariant and not given.batch_invariant:
+        raise ConfigError(
+            "model.batch_invariant = true, but the model was given as an object that was made ready without it; give "
+            "model.path instead, or an object of wrap_model(…, batch_invariant=True)"
+        )
+    return given
+
+
 def with_adapter(loaded: LoadedModel, lora: LoraConfig, *, seed: int = 0) -> LoadedModel:
     """The model with the adapter that `lora` asks for; as it is when `lora.rank` is 0.
 

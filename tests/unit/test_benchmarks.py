@@ -216,7 +216,6 @@ def test_algorithms_go_on_where_they_stopped(load, tmp_path: Path, capsys: pytes
 
 
 def test_head_memory_compares_one_and_the_same_loss(load) -> None:
-    load("gpu")
     memory = load("head_memory")
     work = memory.Work(tokens=100, vocabulary=700, hidden=16, dtype="float32", device="cpu", chunk_tokens=32, threads=0)
     whole = dataclasses.replace(work, chunk_tokens=0)

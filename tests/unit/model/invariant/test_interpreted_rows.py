@@ -37,6 +37,9 @@ def test_product(n: int, k: int, has_bias: bool, dtype: torch.dtype) -> None:
         assert torch.equal(product(x[rows], weight, bias), whole[rows])
     assert torch.equal(product(x.view(2, 65, k), weight, bias), whole.view(2, 65, n))
     assert product(x[:0], weight, bias).shape == (0, n)
+    spoiled = x.clone()
+    spoiled[7] = torch.inf
+    assert torch.equal(product(spoiled, weight, bias)[:7], whole[:7])
 
 
 @pytest.mark.parametrize("size", [16, 64, 92, 3000])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from groupwise.config import ModelConfig
 from groupwise.errors import ConfigError
 from groupwise.model.attention import AttentionCall
 from groupwise.model.attention_backward import Rows
@@ -15,7 +19,7 @@ from groupwise.model.invariant.attention_gradient import segment_gradient
 from groupwise.model.invariant.launching import aligned, power_of_two
 from groupwise.model.invariant.packed import tiles_of
 from groupwise.model.invariant.use import is_batch_invariant, require_gpu
-from groupwise.model.loading import wrap_model
+from groupwise.model.loading import given_or_loaded, load_model, wrap_model
 from groupwise.model.packing import Segment
 
 
@@ -72,10 +76,16 @@ def test_gradient_of_one_segment(causal: bool, window: int | None, most_scores: 
 
 
 def test_a_cpu_is_refused_and_models_are_plain_unless_asked(
-    make_model, tiny_tokenizer: PreTrainedTokenizerFast
+    make_model: Callable[..., PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="on the cpu, where sampler and trainer agree to the bit without it"):
         require_gpu(torch.device("cpu"))
     loaded = wrap_model(make_model("qwen3"), tiny_tokenizer)  # type: ignore[arg-type]
     assert not loaded.batch_invariant
     assert not is_batch_invariant(loaded.model)
+    asked = ModelConfig.model_validate({"batch_invariant": True, "path": "here", "device": "cpu"})
+    assert given_or_loaded(loaded, asked.model_copy(update={"batch_invariant": False})) is loaded
+    with pytest.raises(ConfigError, match="given as an object that was made ready without it"):
+        given_or_loaded(loaded, asked)
+    with pytest.raises(ConfigError, match="leave it out"):
+        load_model(asked.model_copy(update={"path": str(tmp_path)}))
