@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,26 +21,52 @@ _ORDERED_BYTES = 1 << 28  # weights of a model that may be in memory twice
 _ORDERED_FOR = 64  # rows that the order is made for; it serves any number
 
 
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """A layer whose `weight` is in oneDNN's order, and can be read by its products alone."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @staticmethod
+    def of(weight: Tensor, bias: Tensor | None) -> Ordered:
+        """From `weight [out, in]`."""
+        return Ordered(torch.ops.mkldnn._reorder_linear_weight(weight, _ORDERED_FOR), bias)
+
+
+def ordered_product(x: Tensor, layer: Ordered) -> Tensor:
+    return _product(x, layer.weight, layer.bias)
+
+
 class DnnLinear(nn.Linear):
     """What `use_dnn_linear` makes of an `nn.Linear`; in other types than float32 it is still that.
 
     Attributes:
-        ordered: the weight in oneDNN's order, inside `ordered_weights`.
+        ordered: the layer in oneDNN's order, inside `ordered_weights`.
     """
 
-    ordered: Tensor | None = None
+    ordered: Ordered | None = None
 
     @property
     def computes_by_dnn(self) -> bool:
         return self.weight.dtype == torch.float32 and self.weight.device.type == "cpu"
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
         if input.dtype != torch.float32 or not self.computes_by_dnn:
             return super().forward(input)
-        if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
-            return _DnnProduct.apply(input, weight, bias)
-        return _product(input, weight if self.ordered is None else self.ordered, bias)
+        if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
+            return _DnnProduct.apply(input, self.weight, self.bias)
+        if self.ordered is not None:
+            return ordered_product(input, self.ordered)
+        return _product(input, self.weight, self.bias)
+
+    def order(self) -> None:
+        """Hold the weight in oneDNN's order until `forget_order`."""
+        if self.computes_by_dnn:
+            self.ordered = Ordered.of(self.weight, self.bias)
+
+    def forget_order(self) -> None:
+        self.ordered = None
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -72,17 +99,27 @@ def use_dnn_linear(model: nn.Module) -> None:
             module.__class__ = DnnLinear
 
 
+@runtime_checkable
+class Orders(Protocol):
+    """A module that holds weights a second time while they do not change, in an order in which they are quicker."""
+
+    def order(self) -> None: ...
+
+    def forget_order(self) -> None: ...
+
+
 @contextmanager
 def ordered_weights(model: nn.Module) -> Iterator[None]:
     """Forwards without gradients inside are quicker, if the model is small. Its weights must not change meanwhile."""
-    layers = [module for module in model.modules() if isinstance(module, DnnLinear) and module.computes_by_dnn]
+    modules = [module for module in model.modules() if isinstance(module, Orders)]
+    layers = [module for module in modules if isinstance(module, DnnLinear) and module.computes_by_dnn]
     if sum(layer.weight.nbytes for layer in layers) > _ORDERED_BYTES:
-        layers = []
+        modules = []
     try:
         with torch.no_grad():
-            for layer in layers:
-                layer.ordered = torch.ops.mkldnn._reorder_linear_weight(layer.weight, _ORDERED_FOR)
+            for module in reversed(modules):  # inner modules first: an outer one may take their place
+                module.order()
         yield
     finally:
-        for layer in layers:
-            layer.ordered = None
+        for module in modules:
+            module.forget_order()

@@ -22,6 +22,7 @@ from groupwise.model.evenly import make_activations_even
 from groupwise.model.head import LanguageHead
 from groupwise.model.host_memory import keep_freed_memory
 from groupwise.model.invariant.use import is_batch_invariant, make_batch_invariant, require_gpu
+from groupwise.model.lean_layers import make_layers_lean
 from groupwise.model.linear import use_dnn_linear
 from groupwise.model.norms import make_norms_lean
 from groupwise.model.quantized import nf4_settings, unpack_before_products
@@ -207,6 +208,7 @@ def wrap_model(model: PreTrainedModel, tokenizer: Tokenizer, *, batch_invariant:
         model.set_attn_implementation(ATTENTION_NAME)
     make_activations_even(model)
     make_norms_lean(model)
+    make_layers_lean(model)
     if batch_invariant or is_batch_invariant(model):
         make_batch_invariant(model)
     elif model.device.type == "cpu":

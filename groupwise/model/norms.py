@@ -30,25 +30,32 @@ class LeanNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (hidden_states.requires_grad or self.weight.requires_grad):
             return _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
-        return _normalised(hidden_states, self.weight, self.variance_epsilon)[0]
+        return normalised(hidden_states, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-def _normalised(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The norm, and one over the root of the mean square `[…, 1]`."""
+def normalised(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """The norm of `x [… , d]` over its last dimension, no gradient recorded; `weight` is `[d]`, or one for each head:
+    `[H, d]`."""
     full = x.to(torch.float32)
-    scale = torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight * (full * scale).to(x.dtype), scale
+    unit = (full * _scale(full, epsilon)).to(x.dtype)
+    return unit.mul_(weight) if unit.dtype == weight.dtype else weight * unit
+
+
+def _scale(full: Tensor, epsilon: float) -> Tensor:
+    """One over the root of the mean square, `[…, 1]`."""
+    return (full * full).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        result, scale = _normalised(x, weight, epsilon)
+        full = x.to(torch.float32)
+        scale = _scale(full, epsilon)
         ctx.save_for_backward(x, weight, scale)
-        return result
+        return weight * (full * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -1,0 +1,235 @@
+"""Decoder layers of the Llama family in fewer operations: the same bits, less time and memory.
+
+transformers' layers walk through many small operations, each with a node of its own in the gradient's graph. Here a
+rotation (Su et al. 2021, "RoFormer", equation 34) and a gated activation (Shazeer 2020, "GLU variants", equation 6)
+are one node each, and while samples are drawn (`ordered_weights`) a layer's queries, keys and values are one product,
+one norm and one rotation. The module tree, its names and its weights stay as they are; a forward without one of our
+layouts is transformers' own.
+
+Shapes: N tokens, H heads of size d, I the width between gate and down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from transformers.activations import SiLUActivation
+
+from groupwise.model.attention import AttentionCall, Layout
+from groupwise.model.evenly import EvenActivation, evenly
+from groupwise.model.linear import DnnLinear, Ordered, ordered_product
+from groupwise.model.norms import LeanNorm, normalised
+
+# Where each architecture keeps an attention module's sliding window.
+_WINDOWS: dict[str, Callable[[Any], int | None]] = {
+    "LlamaDecoderLayer": lambda attention: None,
+    "MistralDecoderLayer": lambda attention: attention.config.sliding_window,
+    "Qwen2DecoderLayer": lambda attention: attention.sliding_window,
+    "Qwen3DecoderLayer": lambda attention: attention.sliding_window,
+}
+LLAMA_LAYERS = frozenset(_WINDOWS)
+
+
+class Rotation(tuple[Tensor, Tensor]):
+    """Cosines and sines `[1, N, d]`, a pair as transformers unpacks it, and what `rotate` needs of them.
+
+    Attributes:
+        cos, turned: `[1, N, 1, d]`, the cosines, and the sines with those of the first half negated.
+    """
+
+    cos: Tensor
+    turned: Tensor
+
+    @staticmethod
+    def of(cos: Tensor, sin: Tensor) -> Rotation:
+        rotation = Rotation((cos, sin))
+        half = sin.shape[-1] // 2
+        rotation.cos = cos.unsqueeze(2)
+        rotation.turned = torch.cat((-sin[..., :half], sin[..., half:]), -1).unsqueeze(2)
+        return rotation
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """`x [1, N, H, d]`, each pair of elements half a head apart turned by its token's angles."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rotate.apply(x, rotation.cos, rotation.turned)
+    return _rotated(x, rotation.cos, rotation.turned)
+
+
+def _rotated(x: Tensor, cos: Tensor, turned: Tensor) -> Tensor:
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(turned))
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, turned: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, turned)
+        return _rotated(x, cos, turned)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, turned = ctx.saved_tensors
+        grad = grads[0]
+        # The inverse rotation: both halves have the same angles, so rolling `turned` negates it.
+        return (grad * cos).sub_(grad.roll(grad.shape[-1] // 2, -1).mul_(turned)), None, None
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, `[…, I]`."""
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _Gated.apply(gate, up)
+    return evenly(silu, gate).mul_(up)
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps its two inputs, and computes the activation again for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return evenly(silu, gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        of_up = silu(gate).mul_(grads[0])
+        of_gate = grads[0] * up
+        torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
+        return of_gate, of_up
+
+
+class LeanMlp(nn.Module):
+    """Laid over a gated MLP whose activation is SiLU; see `make_layers_lean`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = cast(Any, self)
+        return parts.down_proj(gated(parts.gate_proj(x), parts.up_proj(x)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """Queries, keys and values as one product.
+
+    Attributes:
+        norm: `[Hq + Hkv, d]`, the weights of the norms of queries and keys, head by head; None without norms.
+    """
+
+    product: Ordered
+    norm: Tensor | None
+
+
+class LeanAttention(nn.Module):
+    """Laid over the attention module of an architecture in `LLAMA_LAYERS`."""
+
+    joined: _Joined | None = None
+    window_of: Callable[[Any], int | None]
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        layout: Layout | None = kwargs.get("layout")
+        if layout is None:
+            kwargs.setdefault("attention_mask", None)
+            return super().forward(hidden_states, position_embeddings, **kwargs)  # pyright: ignore
+        parts = cast(Any, self)
+        query, key, value = self._project(hidden_states, position_embeddings)
+        call = AttentionCall(parts.layer_idx, parts.scaling, type(self).window_of(self))
+        out = layout.attend(call, query[0], key[0], value[0])
+        return parts.o_proj(out.flatten(1)[None]), None
+
+    def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[1, N, Hq, d]`, keys and values `[1, N, Hkv, d]`."""
+        parts = cast(Any, self)
+        joined, size = self.joined, parts.head_dim
+        if joined is not None and not torch.is_grad_enabled():
+            heads = ordered_product(x, joined.product).unflatten(-1, (-1, size))
+            few = (heads.shape[2] - parts.o_proj.in_features // size) // 2
+            asked, value = heads[:, :, :-few], heads[:, :, -few:]
+            if joined.norm is not None:
+                asked = normalised(asked, joined.norm, parts.q_norm.variance_epsilon)
+            asked = rotate(asked, rotation)
+            return asked[:, :, :-few], asked[:, :, -few:], value
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, size)) for projection in (parts.q_proj, parts.k_proj, parts.v_proj)
+        )
+        if self._has_norms:
+            query, key = parts.q_norm(query), parts.k_norm(key)
+        return rotate(query, rotation), rotate(key, rotation), value
+
+    @property
+    def _has_norms(self) -> bool:
+        return "q_norm" in self._modules
+
+    def order(self) -> None:
+        """Join the weights until `forget_order`, where the projections are plain float32 layers."""
+        parts = cast(Any, self)
+        layers = [parts.q_proj, parts.k_proj, parts.v_proj]
+        if not all(isinstance(layer, DnnLinear) and layer.computes_by_dnn for layer in layers):
+            return
+        size, norm = parts.head_dim, None
+        if self._has_norms:
+            heads = [layer.out_features // size for layer in layers[:2]]
+            weights = (parts.q_norm.weight, parts.k_norm.weight)
+            norm = torch.cat([w.expand(count, size) for w, count in zip(weights, heads, strict=True)])
+        bias = None if parts.q_proj.bias is None else torch.cat([layer.bias for layer in layers])
+        self.joined = _Joined(Ordered.of(torch.cat([layer.weight for layer in layers]), bias), norm)
+        for layer in layers:
+            layer.forget_order()
+
+    def forget_order(self) -> None:
+        self.joined = None
+
+
+class LeanLayer(nn.Module):
+    """Laid over a decoder layer of an architecture in `LLAMA_LAYERS`."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        if kwargs.get("layout") is None:
+            return super().forward(hidden_states, **kwargs)  # pyright: ignore
+        parts = cast(Any, self)
+        attended, _ = parts.self_attn(parts.input_layernorm(hidden_states), **kwargs)
+        hidden = _added(attended, hidden_states)
+        return _added(parts.mlp(parts.post_attention_layernorm(hidden)), hidden)
+
+
+def _added(fresh: Tensor, residual: Tensor) -> Tensor:
+    """Their sum; where no gradient remembers it, in the place of `fresh`."""
+    return residual + fresh if torch.is_grad_enabled() else fresh.add_(residual)
+
+
+class LeanRotary(nn.Module):
+    """Laid over the module that makes cosines and sines."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Rotation:
+        return Rotation.of(*super().forward(x, position_ids))  # pyright: ignore
+
+
+def make_layers_lean(model: nn.Module) -> None:
+    """Lay lean forwards over all decoder layers of a model, if they are all of one kind that is known."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    layers = list(decoder.layers)
+    kinds = {type(layer).__name__ for layer in layers}
+    if len(kinds) != 1 or not kinds <= LLAMA_LAYERS:
+        return
+    window_of = _WINDOWS[kinds.pop()]
+    _lay(LeanRotary, decoder.rotary_emb)
+    for layer in layers:
+        _lay(LeanLayer, layer)
+        _lay(LeanAttention, layer.self_attn)
+        type(layer.self_attn).window_of = window_of
+        if _is_silu(layer.mlp.act_fn):
+            _lay(LeanMlp, layer.mlp)
+
+
+def _is_silu(activation: nn.Module) -> bool:
+    inner = activation.activation if isinstance(activation, EvenActivation) else activation
+    return isinstance(inner, nn.SiLU | SiLUActivation)
+
+
+def _lay(lean: type[nn.Module], module: nn.Module) -> None:
+    """Give `module` the methods of `lean`, and its own behind them."""
+    own = type(module)
+    module.__class__ = type(f"Lean{own.__name__}", (lean, own), {})
