@@ -20,7 +20,7 @@ help:
 	@echo "make test      fast tests"
 	@echo "make test-slow the slow tests that need no GPU"
 	@echo "make test-all  all tests that need no GPU"
-	@echo "make test-extras  the tests with the real trackers and llama.cpp, in $(VENV_EXTRAS) (2 GB; compiles for minutes)"
+	@echo "make test-extras  the tests with the real trackers, llama.cpp and Triton, in $(VENV_EXTRAS) (2 GB; compiles for minutes)"
 	@echo "make check     lint, format, types, import layers"
 	@echo "make format    mend lint and format"
 	@echo "make docs      write the generated pages"
@@ -64,8 +64,8 @@ test-slow: $(VENV)/.installed-dev
 $(VENV_EXTRAS)/.installed: $(VENV_EXTRAS)/.python pyproject.toml constraints-extras.txt
 	@echo "== installing torch into $(VENV_EXTRAS)"
 	@$(PIP_EXTRAS) torch
-	@echo "== installing groupwise with all trackers"
-	@$(PIP_EXTRAS) -e '.[trackers,gguf]' swanboard pytest pytest-timeout hypothesis
+	@echo "== installing groupwise with all trackers, and triton"
+	@$(PIP_EXTRAS) -e '.[trackers,gguf]' swanboard 'triton>=3.6' pytest pytest-timeout hypothesis
 	@touch $@
 
 test-extras: $(VENV_EXTRAS)/.installed

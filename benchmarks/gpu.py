@@ -1,6 +1,7 @@
 """What one device can do, and how much of it Groupwise uses: ceilings, decoding, training, sampler-trainer mismatch.
 
     python benchmarks/gpu.py --json gpu.jsonl                                       # Qwen3-0.6B's shape, on the GPU
+    python benchmarks/gpu.py --batch-invariant                                      # and what that option costs
     python benchmarks/gpu.py --model-shape tiny --samples 8 --tokens 16 --device cpu
 
 Weights are random and made in memory, so nothing is downloaded. The final norm is scaled until a token's distribution
@@ -16,20 +17,21 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from gpu_models import SHAPES, ModelShape, build_model
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig, OptimConfig, RolloutConfig, TrainConfig
 from groupwise.engines.native import NativeEngine
 from groupwise.model.forward import packed_hidden_states
 from groupwise.model.head import LanguageHead, entropy_of
-from groupwise.model.loading import LoadedModel, resolve_device, resolve_dtype, wrap_model
+from groupwise.model.invariant.use import require_gpu
+from groupwise.model.loading import LoadedModel, resolve_device, resolve_dtype
 from groupwise.model.packing import Packed, pack, pack_prompts
 from groupwise.policy import Policy
 from groupwise.rollout.microbatches import split_rows
@@ -37,55 +39,6 @@ from groupwise.types import Completion, Denominators, MicroBatch, Prompt, Sample
 
 GROUP_SIZE = 8
 ENTROPY = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """The shape of a Qwen3 with tied embeddings."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    vocab: int
-
-    @property
-    def layer_weights(self) -> int:
-        """Weights of the matrices in all layers: what every token is multiplied with, the head apart."""
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.mlp)
-
-    @property
-    def weights(self) -> int:
-        """Weights that every sampled token is multiplied with."""
-        return self.layer_weights + self.head_weights
-
-    @property
-    def head_weights(self) -> int:
-        return self.vocab * self.hidden
-
-    def kv_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of one token's keys and values."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize
-
-
-SHAPES = {
-    "tiny": ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, mlp=128, vocab=512),
-    "0.6b": ModelShape(hidden=1024, layers=28, heads=16, kv_heads=8, head_dim=128, mlp=3072, vocab=151_936),
-    "1.7b": ModelShape(hidden=2048, layers=28, heads=16, kv_heads=8, head_dim=128, mlp=6144, vocab=151_936),
-}
-
-
-class NoTokenizer:
-    """Stands where a tokenizer does: nothing here has a text, and no token ends a completion."""
-
-    eos_token_id = None
-    chat_template = None
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        return f"{len(token_ids)} tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,18 +129,6 @@ def measure_ceiling(bench: Bench, size: int) -> Ceiling:
     return Ceiling(flops, bandwidth)
 
 
-def build_model(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    config = Qwen3Config(
-        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.mlp, head_dim=shape.head_dim,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        model: PreTrainedModel = Qwen3ForCausalLM._from_config(config, dtype=dtype)
-    return wrap_model(model, cast(Any, NoTokenizer()))
-
-
 @torch.no_grad()
 def set_entropy(loaded: LoadedModel, prompts: Sequence[Prompt], wanted: float) -> float:
     """Scale the final norm until the mean entropy over the prompts' tokens is `wanted` nats; returns what it is."""
@@ -228,6 +169,10 @@ class Sampled:
     @property
     def tokens(self) -> int:
         return sum(len(c.token_ids) for group in self.groups for c in group)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
 
     def rows(self) -> list[TrainingRow]:
         """With advantages of both signs, as a real batch has."""
@@ -286,7 +231,7 @@ def measure_decode(bench: Bench, ceiling: Ceiling, samples: int) -> Sampled:
     per_step = found.seconds / steps
     bench.record(
         "decode", samples=count, prompt_tokens=bench.prompt_tokens, tokens=found.tokens, capped=found.capped,
-        tokens_per_s=found.tokens / found.seconds, ms_per_step=per_step * 1e3, floor_ms_per_step=floor * 1e3,
+        tokens_per_s=found.tokens_per_s, ms_per_step=per_step * 1e3, floor_ms_per_step=floor * 1e3,
         percent_of_floor=100 * floor / per_step, peak_gib=bench.peak_gib(),
     )  # fmt: skip
     return found
@@ -324,8 +269,8 @@ def measure_mismatch(bench: Bench, found: Sampled, micro: Sequence[MicroBatch], 
     )  # fmt: skip
 
 
-def measure_training(bench: Bench, ceiling: Ceiling, found: Sampled) -> None:
-    """Forward, backward and update of GRPO without a reference; before them, the mismatch.
+def measure_training(bench: Bench, ceiling: Ceiling, found: Sampled) -> float:
+    """Forward, backward and update of GRPO without a reference; before them, the mismatch. Returns tokens per second.
 
     `tokens` counts every sequence whole; `packed_tokens` counts what is computed, each group's prompt once.
     """
@@ -357,6 +302,33 @@ def measure_training(bench: Bench, ceiling: Ceiling, found: Sampled) -> None:
         tokens=tokens, tokens_per_s=tokens / seconds, packed_tokens=computed, packed_tokens_per_s=computed / seconds,
         tflops=flops / seconds / 1e12, mfu_percent=100 * flops / seconds / ceiling.flops, peak_gib=bench.peak_gib(),
     )  # fmt: skip
+    return tokens / seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens per second: decoded by number of samples, and trained on."""
+
+    decode: dict[int, float]
+    training: float
+
+
+def measure_model(bench: Bench, ceiling: Ceiling, samples: Sequence[int]) -> Speed:
+    """All sections of one model."""
+    entropy = set_entropy(bench.loaded, make_prompts(bench.shape, 4, bench.prompt_tokens), ENTROPY)
+    invariant = bench.loaded.batch_invariant
+    name = next(name for name, shape in SHAPES.items() if shape == bench.shape)
+    bench.record("model", model_shape=name, batch_invariant=invariant, entropy_nats=entropy, **asdict(bench.shape))
+    found = {count: measure_decode(bench, ceiling, count) for count in samples}
+    trained = measure_training(bench, ceiling, found[samples[-1]])
+    return Speed({count: sampled.tokens_per_s for count, sampled in found.items()}, trained)
+
+
+def record_price(bench: Bench, plain: Speed, invariant: Speed) -> None:
+    """Tokens per second without `model.batch_invariant` by those with it: 2 is half as fast."""
+    for count, speed in plain.decode.items():
+        bench.record("price", part="decode", samples=count, times_slower=speed / invariant.decode[count])
+    bench.record("price", part="training", times_slower=plain.training / invariant.training)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -371,6 +343,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=512, help="tokens of every completion")
     parser.add_argument("--micro-batch-tokens", type=int, default=16_384)
     parser.add_argument("--matmul-size", type=int, help="default: 8192 on a GPU, 512 on a CPU")
+    parser.add_argument(
+        "--batch-invariant", action="store_true", help="measure a second time with model.batch_invariant, on a GPU"
+    )
     parser.add_argument("--cap", type=float, default=120.0, help="seconds of each section")
     parser.add_argument("--json", type=Path, help="append each result to this file, one JSON object a line")
     return parser
@@ -379,10 +354,13 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     device = resolve_device(args.device)
+    if args.batch_invariant:
+        require_gpu(device)
+    dtype = resolve_dtype(args.dtype, device)
     shape = SHAPES[args.model_shape]
     bench = Bench(
         shape=shape,
-        loaded=build_model(shape, device, resolve_dtype(args.dtype, device)),
+        loaded=build_model(shape, device, dtype),
         prompt_tokens=args.prompt_tokens,
         tokens=args.tokens,
         micro_batch_tokens=args.micro_batch_tokens,
@@ -390,10 +368,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         out=args.json,
     )
     ceiling = measure_ceiling(bench, args.matmul_size or (8192 if device.type == "cuda" else 512))
-    entropy = set_entropy(bench.loaded, make_prompts(shape, 4, args.prompt_tokens), ENTROPY)
-    bench.record("model", model_shape=args.model_shape, entropy_nats=entropy, **asdict(shape))
-    found = [measure_decode(bench, ceiling, samples) for samples in args.samples]
-    measure_training(bench, ceiling, found[-1])
+    plain = measure_model(bench, ceiling, args.samples)
+    if args.batch_invariant:
+        bench = replace(bench, loaded=build_model(shape, device, dtype, batch_invariant=True))
+        record_price(bench, plain, measure_model(bench, ceiling, args.samples))
 
 
 if __name__ == "__main__":

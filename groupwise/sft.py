@@ -25,7 +25,7 @@ from groupwise.interrupt import StopRequest, catch_interrupts
 from groupwise.metrics import Last
 from groupwise.model.loading import (
     LoadedModel,
-    load_model,
+    given_or_loaded,
     load_tokenizer,
     resolve_device,
     with_adapter,
@@ -83,7 +83,7 @@ def run_sft(
     )
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(data.rows) / config.sft.rows_per_step))
     check_place(_output(config), resume=resume, overwrite=overwrite)
-    loaded = with_adapter(loaded or load_model(config.model), config.lora, seed=config.train.seed)
+    loaded = with_adapter(given_or_loaded(loaded, config.model), config.lora, seed=config.train.seed)
     run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
     run.record(config)
     with run.logging(), catch_interrupts() as stop:

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 
-from groupwise.config import Config, LoraConfig, OptimConfig
+from groupwise.config import Config, LoraConfig, ModelConfig, OptimConfig
 from groupwise.config.lora import ADAPTER_FILE, read_adapter_file
 from groupwise.errors import ConfigError
 
@@ -169,6 +169,8 @@ def _method_problems(config: Config) -> list[str]:
             f"model.quantization = {config.model.quantization!r}: weights of 4 bits cannot be trained, and lora.rank = "
             "0 trains all weights; set lora.rank, e.g. to 16, which trains adapters on them"
         )
+    if config.model.batch_invariant:
+        found += _batch_invariance_problems(config.model)
     if config.model.quantization != "none":
         found += _without_bitsandbytes(f"model.quantization = {config.model.quantization!r}")
     if optim.name == "adamw_8bit":
@@ -193,6 +195,32 @@ def _without_bitsandbytes(setting: str) -> list[str]:
     if find_spec("bitsandbytes") is not None:
         return []
     return [f"{setting} needs bitsandbytes, which is not installed: `pip install 'groupwise[lowbit]'`"]
+
+
+def require_batch_invariance(model: ModelConfig) -> None:
+    """Refuse `model.batch_invariant` where it could not act.
+
+    Raises:
+        ConfigError: on a CPU, without triton, or with packed weights.
+    """
+    _refuse(_batch_invariance_problems(model))
+
+
+def _batch_invariance_problems(model: ModelConfig) -> list[str]:
+    setting, found = "model.batch_invariant = true", list[str]()
+    if model.device == "cpu":
+        found.append(
+            f"{setting}: its kernels are a GPU's, and model.device = 'cpu', where sampler and trainer agree to the bit "
+            "without it; leave it out"
+        )
+    elif find_spec("triton") is None:
+        found.append(f"{setting} needs triton, which is not installed: `pip install triton`")
+    if model.quantization != "none":
+        found.append(
+            f"{setting} does not go with model.quantization = {model.quantization!r}: there is no kernel for packed "
+            "weights; leave out one or the other"
+        )
+    return found
 
 
 def _adapter_disagreement(config: Config) -> str | None:

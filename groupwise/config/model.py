@@ -18,6 +18,11 @@ class ModelConfig(Section):
     quantization: Literal["none", "nf4"] = Field(
         "none", description="of the frozen weights under LoRA; nf4 takes 4 bits each (QLoRA) and needs bitsandbytes"
     )
+    batch_invariant: bool = Field(
+        False,
+        description="on a GPU, compute each token with the same bits in any company, so that sampler and trainer agree "
+        "exactly: slower, needs triton; on a CPU they do without",
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute each layer in the backward pass: less memory, about a third more time"
     )

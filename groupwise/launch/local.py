@@ -25,7 +25,7 @@ from groupwise.evaluation.evaluator import Evaluator, eval_sampling
 from groupwise.evaluation.report import EvalReport
 from groupwise.files import append_rows, write_json_atomic
 from groupwise.interrupt import catch_interrupts
-from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, resolve_device, with_adapter
+from groupwise.model.loading import LoadedModel, given_or_loaded, load_tokenizer, resolve_device, with_adapter
 from groupwise.policy import Objective, Policy
 from groupwise.policy.bundle import BundleWriter
 from groupwise.policy.upkeep import AdaptiveEntropy, ReferenceSync, Upkeep
@@ -109,7 +109,7 @@ def run_training(
     data = _load_data(config, given, scorer)
     steps = _num_steps(config, len(data.train.prompts))
     check_place(_output(config), resume=resume, overwrite=overwrite)
-    loaded = with_adapter(given.loaded or load_model(config.model), config.lora, seed=config.train.seed)
+    loaded = with_adapter(given_or_loaded(given.loaded, config.model), config.lora, seed=config.train.seed)
     run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
     run.record(config)
     with run.logging(), catch_interrupts() as stop:

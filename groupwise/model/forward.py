@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 
 from groupwise.model.attention import Layout
 from groupwise.model.head import TokenScores, token_scores
+from groupwise.model.invariant.packed import InvariantPackedLayout
+from groupwise.model.invariant.use import is_batch_invariant
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packed_attention import PackedLayout
 from groupwise.model.packing import Packed
@@ -28,8 +30,8 @@ def packed_hidden_states(
 ) -> Tensor:
     """`[N, H]` last hidden states of a packed sequence on the model's device."""
     heads = model.config.get_text_config().num_attention_heads
-    layout = PackedLayout(packed, heads, on_keys=on_keys)
-    return hidden_states(model, packed.token_ids, packed.position_ids, layout)
+    layout = InvariantPackedLayout if is_batch_invariant(model) else PackedLayout
+    return hidden_states(model, packed.token_ids, packed.position_ids, layout(packed, heads, on_keys=on_keys))
 
 
 def packed_scores(

@@ -6,6 +6,7 @@ In training each chunk is recomputed in the backward pass, so memory grows with 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,12 @@ from transformers import PreTrainedModel
 
 from groupwise.model.evenly import row_sums
 from groupwise.model.exact import wide
+from groupwise.model.invariant.linear import InvariantLinear
+from groupwise.model.invariant.sums import fixed_row_sums
 from groupwise.model.packing import ROW_MULTIPLE, pad_rows
+
+RowSums = Callable[[Tensor], Tensor]
+"""`[M, V]` to `[M]`."""
 
 _KEPT_BYTES = 1 << 28  # weights of one pass that training keeps rather than computes again
 
@@ -30,12 +36,17 @@ class TokenScores:
 
 
 class LanguageHead:
-    """Hidden states `[M, H]` to logits `[M, V]` float32, with the scaling or soft cap that the architecture has."""
+    """Hidden states `[M, H]` to logits `[M, V]` float32, with the scaling or soft cap that the architecture has.
+
+    Attributes:
+        row_sums: how sums over the vocabulary are taken: in a batch-invariant model, in a fixed order.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         layer = model.get_output_embeddings()
         assert isinstance(layer, nn.Module), "a causal language model has an output layer"
         self._layer = layer
+        self.row_sums: RowSums = fixed_row_sums if isinstance(layer, InvariantLinear) else row_sums
         config = model.config.get_text_config()
         self.vocabulary: int = config.vocab_size
         settings = config.to_dict()
@@ -67,15 +78,20 @@ class Weighed:
         return self.top + self.mass.log()
 
 
-def weigh(logits: Tensor, *, in_place: bool = False) -> Weighed:
+def weigh(logits: Tensor, *, in_place: bool = False, sums: RowSums = row_sums) -> Weighed:
     """Exponentials of `logits [M, V]`, safe from overflow; `in_place` writes them over the logits."""
     top = logits.detach().amax(-1)
     weights = (logits.sub_(top[:, None]) if in_place else logits - top[:, None]).exp_()
-    return Weighed(weights, top, row_sums(weights))
+    return Weighed(weights, top, sums(weights))
 
 
 def target_logprobs(
-    logits: Tensor, targets: Tensor, weighed: Weighed | None = None, *, in_place: bool = False
+    logits: Tensor,
+    targets: Tensor,
+    weighed: Weighed | None = None,
+    *,
+    in_place: bool = False,
+    sums: RowSums = row_sums,
 ) -> Tensor:
     """`[M]` log-probs of `targets [M]` under the rows of `logits [M, V]`.
 
@@ -83,33 +99,36 @@ def target_logprobs(
         weighed: that of the logits, when it is known.
         in_place: the logits are used for nothing else, and may be written over.
     """
-    return _TargetLogprobs.apply(logits, targets, weighed, in_place)
+    return _TargetLogprobs.apply(logits, targets, weighed, in_place, sums)
 
 
 class _TargetLogprobs(torch.autograd.Function):
     """One pass over `[M, V]` in the backward: a logit's gradient is (1 where it is the target) - its probability."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, weighed: Weighed | None, in_place: bool) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, weighed: Weighed | None, in_place: bool, sums: RowSums
+    ) -> Tensor:
         chosen = logits.gather(-1, targets[:, None]).squeeze(-1)
-        weighed = weighed or weigh(logits, in_place=in_place)
+        weighed = weighed or weigh(logits, in_place=in_place, sums=sums)
         ctx.save_for_backward(weighed.weights, weighed.mass, targets)
         # The top goes first: its digits would drown those of the mass.
         return chosen - weighed.top - weighed.mass.log()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         weights, mass, targets = ctx.saved_tensors
         # Written over: a second backward pass is refused by autograd's own check.
         grad = weights.mul_((-grads[0] / mass)[:, None])
-        return grad.scatter_add_(-1, targets[:, None], grads[0][:, None]), None, None, None
+        return grad.scatter_add_(-1, targets[:, None], grads[0][:, None]), None, None, None, None
 
 
 def scale_by_temperature(logits: Tensor, temperature: Tensor | float) -> Tensor:
     """Logits of the distribution that is sampled; temperature 0 (greedy) counts as 1."""
     if isinstance(temperature, Tensor):
         return logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
-    return logits if temperature in (0.0, 1.0) else logits / temperature
+    # By a tensor, as above: a GPU multiplies by the reciprocal of a plain number, which gives other bits.
+    return logits if temperature in (0.0, 1.0) else logits / logits.new_full((), temperature)
 
 
 def token_scores(
@@ -131,10 +150,10 @@ def token_scores(
 
     def one(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         logits = scale_by_temperature(head.logits(rows), temperature)
-        logprobs = target_logprobs(logits, wanted, in_place=not with_entropy)
+        logprobs = target_logprobs(logits, wanted, in_place=not with_entropy, sums=head.row_sums)
         if not with_entropy:
             return logprobs, logprobs.detach()
-        return logprobs, entropy_of(logits)
+        return logprobs, entropy_of(logits, sums=head.row_sums)
 
     keep = 4 * hidden.shape[0] * head.vocabulary <= _KEPT_BYTES and not with_entropy
     logprobs: list[Tensor] = []
@@ -150,7 +169,7 @@ def token_scores(
     return TokenScores(torch.cat(logprobs), torch.cat(entropies) if with_entropy else None)
 
 
-def entropy_of(logits: Tensor) -> Tensor:
+def entropy_of(logits: Tensor, *, sums: RowSums = row_sums) -> Tensor:
     """`[M]` entropy in nats of the rows of `logits [M, V]`: H = log Z - E[logit]."""
-    weighed = weigh(logits)
-    return weighed.log_normaliser - row_sums(weighed.weights * logits) / weighed.mass
+    weighed = weigh(logits, sums=sums)
+    return weighed.log_normaliser - sums(weighed.weights * logits) / weighed.mass

@@ -3,8 +3,8 @@
 transformers' layers walk through many small operations, each with a node of its own in the gradient's graph. Here a
 rotation (Su et al. 2021, "RoFormer", equation 34) and a gated activation (Shazeer 2020, "GLU variants", equation 6)
 are one node each, and while samples are drawn (`ordered_weights`) a layer's queries, keys and values are one product,
-one norm and one rotation. The module tree, its names and its weights stay as they are; a forward without one of our
-layouts is transformers' own.
+one norm and one rotation. The module tree, its names and its weights stay as they are; without one of our layouts the
+attention and the layers are transformers' own.
 
 Shapes: N tokens, H heads of size d, I the width between gate and down.
 """
@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
+from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from groupwise.model.attention import AttentionCall, Layout
@@ -207,14 +208,13 @@ class LeanRotary(nn.Module):
         return Rotation.of(*super().forward(x, position_ids))  # pyright: ignore
 
 
-def make_layers_lean(model: nn.Module) -> None:
-    """Lay lean forwards over all decoder layers of a model, if they are all of one kind that is known."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    layers = list(decoder.layers)
-    kinds = {type(layer).__name__ for layer in layers}
-    if len(kinds) != 1 or not kinds <= LLAMA_LAYERS:
+def make_layers_lean(model: PreTrainedModel) -> None:
+    """Lay lean forwards over the decoder layers of a model, if they are of one kind that is known."""
+    decoder: Any = model.get_decoder()
+    layers: list[Any] = [module for module in decoder.modules() if type(module).__name__ in LLAMA_LAYERS]
+    if len({type(layer) for layer in layers}) != 1:
         return
-    window_of = _WINDOWS[kinds.pop()]
+    window_of = _WINDOWS[type(layers[0]).__name__]
     _lay(LeanRotary, decoder.rotary_emb)
     for layer in layers:
         _lay(LeanLayer, layer)

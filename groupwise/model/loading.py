@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from groupwise.config import LoraConfig, ModelConfig
-from groupwise.config.checks import require_bitsandbytes
+from groupwise.config.checks import require_batch_invariance, require_bitsandbytes
 from groupwise.config.lora import AdapterFile, read_adapter_file
 from groupwise.errors import ConfigError
 from groupwise.model.adapters import adapter_of, add_adapter, continue_adapter, load_adapter
@@ -21,6 +21,7 @@ from groupwise.model.attention import ATTENTION_NAME
 from groupwise.model.evenly import make_activations_even
 from groupwise.model.head import LanguageHead
 from groupwise.model.host_memory import keep_freed_memory
+from groupwise.model.invariant.use import is_batch_invariant, make_batch_invariant, require_gpu
 from groupwise.model.lean_layers import make_layers_lean
 from groupwise.model.linear import use_dnn_linear
 from groupwise.model.norms import make_norms_lean
@@ -51,6 +52,11 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether its kernels are those of `model.batch_invariant`."""
+        return is_batch_invariant(self.model)
 
     @property
     def adapter(self) -> peft.LoraConfig | None:
@@ -113,13 +119,34 @@ def load_model(config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> Lo
     _check_path(config.path)
     if config.quantization != "none":
         require_bitsandbytes(f"model.quantization = {config.quantization!r}")
+    if config.batch_invariant:
+        require_batch_invariance(config)
+        require_gpu(resolve_device(config.device))
     adapter = read_adapter_file(Path(config.path))
     if adapter is None:
-        return wrap_model(_load_weights(config), tokenizer or load_tokenizer(config))
+        model = _load_weights(config)
+        return wrap_model(model, tokenizer or load_tokenizer(config), batch_invariant=config.batch_invariant)
     _check_base(adapter)
     model = _load_weights(config.model_copy(update={"path": adapter.base}))
     load_adapter(model, adapter)
-    return wrap_model(model, tokenizer or load_tokenizer(config))
+    return wrap_model(model, tokenizer or load_tokenizer(config), batch_invariant=config.batch_invariant)
+
+
+def given_or_loaded(given: LoadedModel | None, config: ModelConfig) -> LoadedModel:
+    """The model that a program gave, or that `config` names.
+
+    Raises:
+        ConfigError: as `load_model`, or the given model was made ready without `model.batch_invariant`, which is asked
+            for.
+    """
+    if given is None:
+        return load_model(config)
+    if config.batch_invariant and not given.batch_invariant:
+        raise ConfigError(
+            "model.batch_invariant = true, but the model was given as an object that was made ready without it; give "
+            "model.path instead, or an object of wrap_model(…, batch_invariant=True)"
+        )
+    return given
 
 
 def with_adapter(loaded: LoadedModel, lora: LoraConfig, *, seed: int = 0) -> LoadedModel:
@@ -170,15 +197,21 @@ def _load_weights(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
-def wrap_model(model: PreTrainedModel, tokenizer: Tokenizer) -> LoadedModel:
-    """A module that is in memory already, made ready: packed attention, no dropout."""
+def wrap_model(model: PreTrainedModel, tokenizer: Tokenizer, *, batch_invariant: bool = False) -> LoadedModel:
+    """A module that is in memory already, made ready: packed attention, no dropout.
+
+    Args:
+        batch_invariant: compute every row with the same bits in any company on a GPU, too; it stays with the module.
+    """
     _check_attention(model)
     if model.config._attn_implementation != ATTENTION_NAME:
         model.set_attn_implementation(ATTENTION_NAME)
     make_activations_even(model)
     make_norms_lean(model)
     make_layers_lean(model)
-    if model.device.type == "cpu":
+    if batch_invariant or is_batch_invariant(model):
+        make_batch_invariant(model)
+    elif model.device.type == "cpu":
         use_dnn_linear(model)
         keep_freed_memory()
     model.eval()

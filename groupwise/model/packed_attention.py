@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from groupwise.model.attention import AttentionCall
-from groupwise.model.attention_backward import NO_WEIGHT, Rows, attention_backward
+from groupwise.model.attention_backward import NO_WEIGHT, Grads, Rows, attention_backward
 from groupwise.model.exact import (
     BLOCK,
     TILE,
@@ -64,6 +64,31 @@ class Plan:
     buckets: tuple[Bucket, ...]
     prefixes: tuple[Prefix, ...]
     position_ids: Tensor
+
+    def to(self, device: torch.device) -> Plan:
+        buckets = tuple(
+            Bucket(*(x.to(device) for x in (bucket.index, bucket.flat, bucket.real, bucket.lost)))
+            for bucket in self.buckets
+        )
+        return Plan(buckets, self.prefixes, self.position_ids.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a backward pass reads: `query, out [N, Hq, d]`, `key, value [N, Hkv, d]`, and each row's log-sum-exp over
+    all keys that it sees, `log_mass [N, Hq]`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    log_mass: Tensor
+
+
+class SegmentGradient(Protocol):
+    """See `groupwise.model.attention_backward.attention_backward`."""
+
+    def __call__(self, rows: Rows, key: Tensor, value: Tensor, call: AttentionCall, *, causal: bool) -> Grads: ...
 
 
 def make_plan(packed: Packed, num_heads: int) -> Plan:
@@ -219,31 +244,36 @@ class _ExactAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        query, key, value, result, log_mass = ctx.saved_tensors
-        plan, call = ctx.plan, ctx.call
-        grad = grads[0]
-        dq, dk, dv = (torch.zeros_like(x, dtype=log_mass.dtype) for x in (query, key, value))
-        for bucket in plan.buckets:
-            parts = attention_backward(
-                Rows(
-                    query=_pick(query, bucket),
-                    grad=_pick(grad, bucket).masked_fill_(bucket.lost[..., None, None], 0),
-                    out=_pick(result, bucket),
-                    log_mass=_pick(log_mass, bucket).masked_fill_(bucket.lost[..., None], NO_WEIGHT),
-                    distance=torch.arange(bucket.index.shape[1]),
-                ),
-                _pick(key, bucket),
-                _pick(value, bucket),
-                call,
-                causal=True,
-            )
-            for whole, part in ((dq, parts.query), (dk, parts.key), (dv, parts.value)):
-                _put(part.flatten(0, 1), bucket, whole)
-        for prefix in plan.prefixes:
-            seen, by = slice(prefix.prompt.start, prefix.prompt.stop), slice(prefix.start, prefix.stop)
-            rows = Rows(query[None, by], grad[None, by], result[None, by], log_mass[None, by], plan.position_ids[by])
-            parts = attention_backward(rows, key[None, seen], value[None, seen], call, causal=False)
-            dq[by] += parts.query[0]
-            dk[seen] += parts.key[0]
-            dv[seen] += parts.value[0]
-        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None
+        kept = Kept(*ctx.saved_tensors)
+        found = gradients_by_plan(kept, grads[0], ctx.plan, ctx.call, attention_backward)
+        return found.query, found.key, found.value, None, None
+
+
+def gradients_by_plan(kept: Kept, grad: Tensor, plan: Plan, call: AttentionCall, one_segment: SegmentGradient) -> Grads:
+    """Gradients `[N, Hq, d]` and `[N, Hkv, d]`, from `grad [N, Hq, d]` of the result: the sum over all key segments."""
+    query, key, value, result, log_mass = kept.query, kept.key, kept.value, kept.out, kept.log_mass
+    dq, dk, dv = (torch.zeros_like(x, dtype=log_mass.dtype) for x in (query, key, value))
+    for bucket in plan.buckets:
+        parts = one_segment(
+            Rows(
+                query=_pick(query, bucket),
+                grad=_pick(grad, bucket).masked_fill_(bucket.lost[..., None, None], 0),
+                out=_pick(result, bucket),
+                log_mass=_pick(log_mass, bucket).masked_fill_(bucket.lost[..., None], NO_WEIGHT),
+                distance=torch.arange(bucket.index.shape[1], device=query.device),
+            ),
+            _pick(key, bucket),
+            _pick(value, bucket),
+            call,
+            causal=True,
+        )
+        for whole, part in ((dq, parts.query), (dk, parts.key), (dv, parts.value)):
+            _put(part.flatten(0, 1), bucket, whole)
+    for prefix in plan.prefixes:
+        seen, by = slice(prefix.prompt.start, prefix.prompt.stop), slice(prefix.start, prefix.stop)
+        rows = Rows(query[None, by], grad[None, by], result[None, by], log_mass[None, by], plan.position_ids[by])
+        parts = one_segment(rows, key[None, seen], value[None, seen], call, causal=False)
+        dq[by] += parts.query[0]
+        dk[seen] += parts.key[0]
+        dv[seen] += parts.value[0]
+    return Grads(dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype))

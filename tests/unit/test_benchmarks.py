@@ -70,6 +70,25 @@ def test_gpu_benchmark_on_a_cpu(load, tmp_path: Path) -> None:
     assert training["mfu_percent"] == pytest.approx(share, rel=1e-3)
 
 
+def test_gpu_benchmark_refuses_batch_invariance_on_a_cpu(load) -> None:
+    from groupwise.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="leave it out"):
+        load("gpu").main(["--model-shape", "tiny", "--device", "cpu", "--batch-invariant"])
+
+
+def test_price_of_batch_invariance_is_a_ratio_of_speeds(load, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = load("gpu")
+    bench = gpu.Bench(gpu.SHAPES["tiny"], None, prompt_tokens=1, tokens=1, micro_batch_tokens=1, cap=1.0, out=None)
+    gpu.record_price(bench, gpu.Speed({8: 300.0, 16: 500.0}, 900.0), gpu.Speed({8: 100.0, 16: 250.0}, 600.0))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["part"], row.get("samples"), row["times_slower"]) for row in rows] == [
+        ("decode", 8, 3.0),
+        ("decode", 16, 2.0),
+        ("training", None, 1.5),
+    ]
+
+
 def test_gpu_sampling_ends_at_its_cap(load) -> None:
     import asyncio
 
@@ -197,7 +216,6 @@ def test_algorithms_go_on_where_they_stopped(load, tmp_path: Path, capsys: pytes
 
 
 def test_head_memory_compares_one_and_the_same_loss(load) -> None:
-    load("gpu")
     memory = load("head_memory")
     work = memory.Work(tokens=100, vocabulary=700, hidden=16, dtype="float32", device="cpu", chunk_tokens=32, threads=0)
     whole = dataclasses.replace(work, chunk_tokens=0)

@@ -25,13 +25,18 @@ _GENERATIONS = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """Layers, key heads, head size and dtype of a model's keys and values."""
+    """Layers, key heads, head size and dtype of a model's keys and values.
+
+    Attributes:
+        fixed: the model's kernels read an arena, on every device.
+    """
 
     layers: int
     heads: int
     size: int
     dtype: torch.dtype
     device: torch.device
+    fixed: bool = False
 
     @property
     def bytes_per_token(self) -> int:
@@ -254,4 +259,4 @@ class _ArenaWrite:
 
 def make_cache(shape: CacheShape) -> KeyCache:
     """An empty cache of the form that suits the device."""
-    return ArenaCache(shape) if shape.device.type == "cuda" else BlockCache(shape)
+    return ArenaCache(shape) if shape.fixed or shape.device.type == "cuda" else BlockCache(shape)

@@ -141,7 +141,14 @@ class NativeEngine:
         uniform = torch.tensor([sample.uniform[len(sample.tokens)] for sample in samples], device=device)
         params = RowParams.of(sampling, device)
         seen = None if params.penalty is None else self._seen(samples, logits)
-        choice = choose(logits, uniform, params, seen=seen, forbidden=self._forbidden(samples, logits))
+        choice = choose(
+            logits,
+            uniform,
+            params,
+            seen=seen,
+            forbidden=self._forbidden(samples, logits),
+            sums=self._loaded.head.row_sums,
+        )
         for sample, token, logprob in zip(samples, choice.tokens.tolist(), choice.logprobs.tolist(), strict=True):
             sample.tokens.append(token)
             sample.logprobs.append(logprob)
@@ -221,7 +228,9 @@ def _cache_shape(loaded: LoadedModel) -> CacheShape:
     settings = config.to_dict()
     heads = settings.get("num_key_value_heads") or config.num_attention_heads
     size = settings.get("head_dim") or config.hidden_size // config.num_attention_heads
-    return CacheShape(config.num_hidden_layers, heads, size, loaded.model.dtype, loaded.device)
+    return CacheShape(
+        config.num_hidden_layers, heads, size, loaded.model.dtype, loaded.device, fixed=loaded.batch_invariant
+    )
 
 
 def _cache_bytes(config: RolloutConfig, device: torch.device, reserved_bytes: int) -> int:

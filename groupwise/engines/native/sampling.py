@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from groupwise.model.head import Weighed, scale_by_temperature, target_logprobs, weigh
+from groupwise.model.evenly import row_sums
+from groupwise.model.head import RowSums, Weighed, scale_by_temperature, target_logprobs, weigh
 from groupwise.types import SamplingParams
 
 _SPAN = 128  # tokens whose mass is summed before the search
@@ -86,6 +87,7 @@ def choose(
     *,
     seen: Tensor | None = None,
     forbidden: Forbidden | None = None,
+    sums: RowSums = row_sums,
 ) -> Choice:
     """Draw one token per row.
 
@@ -94,10 +96,11 @@ def choose(
         uniform: `[B]` float64 in [0, 1).
         seen: `[B, V]` bool, tokens that the repetition penalty concerns; needed when `params.penalty` is set.
         forbidden: tokens that cannot be drawn.
+        sums: the head's `row_sums`.
     """
     temperature = params.temperature if params.any_scaled else 1.0
     policy = scale_by_temperature(logits, temperature)
-    weighed = weigh(policy)
+    weighed = weigh(policy, sums=sums)
     wanted = logits
     if params.penalty is not None:
         assert seen is not None, "a repetition penalty needs the tokens seen"
@@ -109,7 +112,7 @@ def choose(
     else:
         scaled = policy if wanted is logits else scale_by_temperature(wanted, temperature)
         weights = weigh(_filter(scaled if forbidden is None else forbidden.hidden_in(scaled), params)).weights
-    tokens = invert_cdf(weights, uniform)
+    tokens = invert_cdf(weights, uniform, sums=sums)
     if params.any_greedy:
         best = wanted if forbidden is None else forbidden.hidden_in(wanted)
         tokens = torch.where(params.temperature > 0, tokens, best.argmax(-1))
@@ -156,7 +159,7 @@ def _filter(logits: Tensor, params: RowParams) -> Tensor:
     return logits.masked_fill(logits < least[:, None], -torch.inf)
 
 
-def invert_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
+def invert_cdf(weights: Tensor, uniform: Tensor, *, sums: RowSums = row_sums) -> Tensor:
     """`[B]` tokens: the first whose cumulative probability exceeds `uniform [B]`, by spans and then within one span.
 
     Args:
@@ -165,7 +168,7 @@ def invert_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     rows, vocabulary = weights.shape
     missing = -vocabulary % _SPAN
     spans = (pad(weights, (0, missing)) if missing else weights).view(rows, -1, _SPAN)
-    upto = spans.sum(-1).double().cumsum(-1)
+    upto = sums(spans.flatten(0, 1)).view(rows, -1).double().cumsum(-1)
     point = uniform * upto[:, -1]
     span = (upto <= point[:, None]).sum(-1).clamp(max=spans.shape[1] - 1)
     before = torch.where(span > 0, upto.gather(-1, (span - 1).clamp(min=0)[:, None]).squeeze(-1), 0.0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from groupwise.engines.native.cache import ARENA_SPAN, ArenaCache, KeyCache
 from groupwise.engines.native.decoding import DecodeLayout, StepInputs, StepShape
+from groupwise.engines.native.invariant import InvariantDecodeLayout
 from groupwise.engines.native.scheduler import PromptLane, Sample, Scheduler
 from groupwise.model.forward import hidden_states, packed_hidden_states
 from groupwise.model.loading import LoadedModel
@@ -132,7 +133,8 @@ def run_step(
     loaded: LoadedModel, scheduler: Scheduler, *, shape: StepShape, inputs: StepInputs, positions: Sequence[int]
 ) -> Tensor:
     """The step itself, `[B, H]`; on a GPU it asks the device for nothing, so it can be captured."""
-    layout = DecodeLayout(
+    make_layout = InvariantDecodeLayout if loaded.batch_invariant else DecodeLayout
+    layout = make_layout(
         scheduler.prompt_cache, scheduler.sample_cache, shape=shape, inputs=inputs, positions=positions
     )
     return hidden_states(loaded.model, inputs.tokens, inputs.position_ids, layout)

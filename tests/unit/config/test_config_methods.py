@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from groupwise.config import Config, LoraConfig
-from groupwise.config.checks import check_model_path, check_supervised, check_trainable, require_bitsandbytes
+from groupwise.config.checks import (
+    check_model_path,
+    check_supervised,
+    check_trainable,
+    require_batch_invariance,
+    require_bitsandbytes,
+)
 from groupwise.config.loading import load_config
 from groupwise.config.lora import read_adapter_file
 from groupwise.errors import ConfigError
@@ -89,6 +95,26 @@ def test_without_bitsandbytes_the_command_that_installs_it_is_named(values: dict
 def test_values_out_of_range_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         config(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"model__device": "cpu"}, r"model\.device = 'cpu', where sampler and trainer agree to the bit without it"),
+        ({"model__quantization": "nf4", "lora__rank": 8}, r"does not go with model\.quantization = 'nf4'"),
+        pytest.param(
+            {"model__device": "cuda"},
+            "needs triton, which is not installed: `pip install triton`",
+            marks=pytest.mark.skipif(find_spec("triton") is not None, reason="triton is installed"),
+        ),
+    ],
+)
+def test_batch_invariance_is_refused_where_it_cannot_act(values: dict[str, object], part: str) -> None:
+    for check in (check_trainable, check_supervised):
+        with pytest.raises(ConfigError, match=rf"model\.batch_invariant = true:? .*{part}"):
+            check(config(model__batch_invariant=True, **values), provided=GIVEN)
+    with pytest.raises(ConfigError, match=part):
+        require_batch_invariance(config(model__batch_invariant=True, **values).model)
 
 
 def test_alpha_is_twice_the_rank_unless_given() -> None:

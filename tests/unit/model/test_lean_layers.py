@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+from transformers import PreTrainedModel
+
+from groupwise.model import lean_layers
+from groupwise.model.attention import ATTENTION_NAME
+from groupwise.model.evenly import make_activations_even
+from groupwise.model.forward import packed_hidden_states
+from groupwise.model.lean_layers import LLAMA_LAYERS, LeanAttention, LeanLayer, Rotation, gated, rotate
+from groupwise.model.linear import ordered_weights, use_dnn_linear
+from groupwise.model.norms import make_norms_lean
+from groupwise.model.packing import Packed, pack
+from groupwise.types import TrainingRow
+
+
+def angles(tokens: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    half = torch.randn(1, tokens, size // 2, generator=torch.Generator().manual_seed(5)) * 3
+    both = torch.cat((half, half), -1)
+    return both.cos().to(dtype), both.sin().to(dtype)
+
+
+def rotated_plainly(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoFormer's equation 34, with pairs half a head apart."""
+    first, second = x.chunk(2, -1)
+    return x * cos.unsqueeze(2) + torch.cat((-second, first), -1) * sin.unsqueeze(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rotation_has_the_bits_of_its_equation(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 7, 3, 16).to(dtype)
+    cos, sin = angles(7, 16, dtype)
+    assert torch.equal(rotate(x, Rotation.of(cos, sin)), rotated_plainly(x, cos, sin))
+    assert torch.equal(rotate(x.requires_grad_(), Rotation.of(cos, sin)), rotated_plainly(x, cos, sin))
+
+
+def test_gradients_of_rotation_and_gate_are_finite_differences() -> None:
+    rotation = Rotation.of(*angles(3, 8, torch.float64))
+    x = torch.randn(1, 3, 2, 8, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: rotate(x, rotation), (x,))
+    gate, up = (torch.randn(1, 3, 20, dtype=torch.float64).requires_grad_() for _ in range(2))
+    assert torch.autograd.gradcheck(gated, (gate, up))
+    assert torch.equal(gated(gate, up), silu(gate) * up)
+
+
+def packed() -> Packed:
+    def row(group: int, tokens: tuple[int, ...]) -> TrainingRow:
+        neutral = (0.0,) * len(tokens)
+        return TrainingRow(group, (3, 5, 7 + group), tokens, (1,) * len(tokens), neutral, neutral)
+
+    return pack([row(0, tuple(range(4, 40))), row(0, (9, 8)), row(1, tuple(range(30, 110)))])
+
+
+def prepared(model: PreTrainedModel, *, lean: bool) -> PreTrainedModel:
+    model = copy.deepcopy(model)
+    model.set_attn_implementation(ATTENTION_NAME)
+    make_activations_even(model)
+    make_norms_lean(model)
+    if lean:
+        lean_layers.make_layers_lean(model)
+        lean_layers.make_layers_lean(model)
+    use_dnn_linear(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama"])
+def test_lean_layers_have_the_bits_of_transformers(
+    name: str, dtype: torch.dtype, make_model: Callable[..., PreTrainedModel]
+) -> None:
+    model = make_model(name).to(dtype)
+    plain, lean = (prepared(model, lean=lean) for lean in (False, True))
+    assert list(lean.state_dict()) == list(plain.state_dict())
+    assert any(isinstance(module, LeanLayer) for module in lean.modules())
+    rows = packed()
+    with torch.no_grad():
+        wanted = packed_hidden_states(plain, rows)
+        assert torch.equal(packed_hidden_states(lean, rows), wanted)
+        with ordered_weights(lean):
+            joined = [module.joined for module in lean.modules() if isinstance(module, LeanAttention)]
+            assert all((part is not None) == (dtype == torch.float32) for part in joined)
+            assert torch.equal(packed_hidden_states(lean, rows), wanted)
+        assert all(module.joined is None for module in lean.modules() if isinstance(module, LeanAttention))
+    found: list[dict[str, Tensor]] = []
+    for each in (plain, lean):
+        hidden = packed_hidden_states(each, rows)
+        assert torch.equal(hidden, wanted)
+        hidden.float().square().sum().backward()
+        found.append({key: value.grad for key, value in each.named_parameters() if value.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for key, grad in found[0].items():
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        scale = float(grad.abs().max()) + 1e-12
+        torch.testing.assert_close(found[1][key].float() / scale, grad.float() / scale, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama"])
+def test_a_model_still_serves_transformers(name: str, make_model: Callable[..., PreTrainedModel]) -> None:
+    model = make_model(name)
+    ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(1))
+    wanted = model(ids).logits
+    lean_layers.make_layers_lean(model)
+    torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-5, atol=1e-5)
+    generated: Any = model.generate(ids, max_new_tokens=4, do_sample=False)  # type: ignore[operator]
+    assert generated.shape[1] <= 13
+
+
+def test_other_architectures_stay_as_they_are(make_model: Callable[..., PreTrainedModel]) -> None:
+    model = make_model("gemma3")
+    before = {name: type(module) for name, module in model.named_modules()}
+    lean_layers.make_layers_lean(model)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert not any(type(module).__name__ in LLAMA_LAYERS for module in model.modules())
