@@ -83,7 +83,8 @@ def test_nothing_but_the_command_needs_the_doors() -> None:
         "sys.modules['groupwise.compat'] = None\n"
         "import groupwise\n"
         "for module in pkgutil.walk_packages(groupwise.__path__, 'groupwise.'):\n"
-        "    if not module.name.startswith('groupwise.compat') and not module.name.endswith('__main__'):\n"
+        # Kernels need triton, which a GPU's torch brings along.
+        "    if not module.name.startswith('groupwise.compat') and not module.name.endswith(('__main__', '_kernel')):\n"
         "        importlib.import_module(module.name)\n"
         "from groupwise.cli import main\n"
         "sys.exit(main(['algorithms']))\n"
