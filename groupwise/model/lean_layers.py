@@ -11,7 +11,7 @@ Shapes: N tokens, H heads of size d, I the width between gate and down.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from groupwise.model.attention import AttentionCall, Layout
-from groupwise.model.evenly import EvenActivation, evenly
+from groupwise.model.evenly import EvenActivation
 from groupwise.model.linear import DnnLinear, Ordered, ordered_product
 from groupwise.model.norms import normalised
 
@@ -34,6 +34,8 @@ _WINDOWS: dict[str, Callable[[Any], int | None]] = {
     "Qwen3DecoderLayer": lambda attention: attention.sliding_window,
 }
 LLAMA_LAYERS = frozenset(_WINDOWS)
+
+Activation = Callable[[Tensor], Tensor]
 
 
 class Rotation(tuple[Tensor, Tensor]):
@@ -80,28 +82,32 @@ class _Rotate(torch.autograd.Function):
         return (grad * cos).sub_(grad.roll(grad.shape[-1] // 2, -1).mul_(turned)), None, None
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, `[…, I]`."""
+def gated(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, `[…, I]`.
+
+    Args:
+        activation: computes SiLU into memory of its own, in whatever way.
+    """
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return _Gated.apply(gate, up)
-    return evenly(silu, gate).mul_(up)
+        return _Gated.apply(activation, gate, up)
+    return activation(gate).mul_(up)
 
 
 class _Gated(torch.autograd.Function):
     """Keeps its two inputs, and computes the activation again for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return evenly(silu, gate).mul_(up)
+        return activation(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         of_up = silu(gate).mul_(grads[0])
         of_gate = grads[0] * up
         torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
-        return of_gate, of_up
+        return None, of_gate, of_up
 
 
 class LeanMlp(nn.Module):
@@ -109,7 +115,7 @@ class LeanMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = cast(Any, self)
-        return parts.down_proj(gated(parts.gate_proj(x), parts.up_proj(x)))
+        return parts.down_proj(gated(parts.act_fn, parts.gate_proj(x), parts.up_proj(x)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +170,12 @@ class LeanAttention(nn.Module):
     def _has_norms(self) -> bool:
         return "q_norm" in self._modules
 
-    def order(self) -> None:
+    def order(self) -> Sequence[nn.Module]:
         """Join the weights until `forget_order`, where the projections are plain float32 layers."""
         parts = cast(Any, self)
         layers = [parts.q_proj, parts.k_proj, parts.v_proj]
         if not all(isinstance(layer, DnnLinear) and layer.computes_by_dnn for layer in layers):
-            return
+            return ()
         size, norm = parts.head_dim, None
         if self._has_norms:
             heads = [layer.out_features // size for layer in layers[:2]]
@@ -177,8 +183,7 @@ class LeanAttention(nn.Module):
             norm = torch.cat([w.expand(count, size) for w, count in zip(weights, heads, strict=True)])
         bias = None if parts.q_proj.bias is None else torch.cat([layer.bias for layer in layers])
         self.joined = _Joined(Ordered.of(torch.cat([layer.weight for layer in layers]), bias), norm)
-        for layer in layers:
-            layer.forget_order()
+        return layers
 
     def forget_order(self) -> None:
         self.joined = None

@@ -9,7 +9,7 @@ and the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -60,10 +60,11 @@ class DnnLinear(nn.Linear):
             return ordered_product(input, self.ordered)
         return _product(input, self.weight, self.bias)
 
-    def order(self) -> None:
+    def order(self) -> Sequence[nn.Module]:
         """Hold the weight in oneDNN's order until `forget_order`."""
         if self.computes_by_dnn:
             self.ordered = Ordered.of(self.weight, self.bias)
+        return ()
 
     def forget_order(self) -> None:
         self.ordered = None
@@ -80,14 +81,26 @@ class _DnnProduct(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        grad = grads[0].contiguous()
-        rows = grad.flatten(0, -2)
-        of_x = _product(grad, weight.t(), None) if wants_x else None
-        of_weight = _weight_gradient(rows, x.flatten(0, -2)) if wants_weight else None
-        return of_x, of_weight, rows.sum(0) if wants_bias else None
+    def backward(ctx: Any, *grads: Tensor) -> ProductGradients:
+        return product_gradients(ctx, grads[0].contiguous(), lambda grad, weight: _product(grad, weight.t(), None))
+
+
+ProductGradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def product_gradients(ctx: Any, grad: Tensor, of_input: Callable[[Tensor, Tensor], Tensor]) -> ProductGradients:
+    """Gradients of a linear layer's input, weight and bias, of which `ctx` saved the first two.
+
+    Args:
+        grad: `[…, out]`, of the layer's result.
+        of_input: from `grad` and the weight `[out, in]` to `[…, in]`.
+    """
+    x, weight = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+    rows = grad.flatten(0, -2)
+    of_x = of_input(grad, weight) if wants_x else None
+    of_weight = _weight_gradient(rows, x.flatten(0, -2)) if wants_weight else None
+    return of_x, of_weight, rows.sum(0) if wants_bias else None
 
 
 def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -109,7 +122,9 @@ def use_dnn_linear(model: nn.Module) -> None:
 class Orders(Protocol):
     """A module that holds weights a second time while they do not change, in an order in which they are quicker."""
 
-    def order(self) -> None: ...
+    def order(self) -> Sequence[nn.Module]:
+        """Returns the modules inside whose place it takes."""
+        ...
 
     def forget_order(self) -> None: ...
 
@@ -123,8 +138,10 @@ def ordered_weights(model: nn.Module) -> Iterator[None]:
         modules = []
     try:
         with torch.no_grad():
-            for module in reversed(modules):  # inner modules first: an outer one may take their place
-                module.order()
+            replaced: set[nn.Module] = set()
+            for module in modules:  # outer modules come first
+                if module not in replaced:
+                    replaced.update(module.order())
         yield
     finally:
         for module in modules:

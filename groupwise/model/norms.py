@@ -37,7 +37,7 @@ class LeanNorm(nn.Module):
 
 
 def normalised(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The norm of `x [… , d]` over its last dimension, no gradient recorded; `weight` is `[d]`, or one for each head:
+    """The norm of `x […, d]` over its last dimension, no gradient recorded; `weight` is `[d]`, or one for each head:
     `[H, d]`."""
     full = x.to(torch.float32)
     unit = (full * _scale(full, epsilon)).to(x.dtype)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from groupwise.model.linear import ProductGradients, product_gradients
+
 
 class InvariantLinear(nn.Linear):
     """What `groupwise.model.invariant.use` makes of an `nn.Linear`; names and weights stay."""
@@ -32,11 +34,5 @@ class _Product(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        grad = grads[0]
-        rows = grad.flatten(0, -2)
-        of_x = grad @ weight if wants_x else None
-        of_weight = rows.t() @ x.flatten(0, -2) if wants_weight else None
-        return of_x, of_weight, rows.sum(0) if wants_bias else None
+    def backward(ctx: Any, *grads: Tensor) -> ProductGradients:
+        return product_gradients(ctx, grads[0], torch.matmul)

@@ -47,8 +47,8 @@ def test_gradients_of_rotation_and_gate_are_finite_differences() -> None:
     x = torch.randn(1, 3, 2, 8, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: rotate(x, rotation), (x,))
     gate, up = (torch.randn(1, 3, 20, dtype=torch.float64).requires_grad_() for _ in range(2))
-    assert torch.autograd.gradcheck(gated, (gate, up))
-    torch.testing.assert_close(gated(gate, up), silu(gate) * up)
+    assert torch.autograd.gradcheck(gated, (silu, gate, up))
+    torch.testing.assert_close(gated(silu, gate, up), silu(gate) * up)
 
 
 def packed() -> Packed:
@@ -57,6 +57,10 @@ def packed() -> Packed:
         return TrainingRow(group, (3, 5, 7 + group), tokens, (1,) * len(tokens), neutral, neutral)
 
     return pack([row(0, tuple(range(4, 40))), row(0, (9, 8)), row(1, tuple(range(30, 110)))])
+
+
+def projections(attention: Any) -> list[Any]:
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
 def prepared(model: PreTrainedModel, *, lean: bool) -> PreTrainedModel:
@@ -85,6 +89,9 @@ def test_lean_layers_have_the_bits_of_transformers(
         wanted = packed_hidden_states(plain, rows)
         assert torch.equal(packed_hidden_states(lean, rows), wanted)
         with ordered_weights(lean):
+            assert not any(
+                p.ordered for m in lean.modules() if isinstance(m, LeanAttention) and m.joined for p in projections(m)
+            )
             joined = [module.joined for module in lean.modules() if isinstance(module, LeanAttention)]
             assert all((part is not None) == (dtype == torch.float32) for part in joined)
             assert torch.equal(packed_hidden_states(lean, rows), wanted)
