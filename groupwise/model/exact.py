@@ -3,7 +3,8 @@
 A row of queries meets its keys in blocks of `BLOCK`, counted from the start of each key segment. Scores, their
 exponentials and the sums over one block always have the same shape, and blocks are added in order; a block in which a
 row sees nothing adds exact zeros. So the result of a row depends neither on the number of other rows nor on how far
-keys are padded. A query that sees two segments (its prompt, then its own completion) merges the two partial results.
+keys are padded. A query that sees two segments (its prompt, then its own completion) takes its exponentials from the
+maximum of both, and adds the sums.
 
 A block's last keys may be left out where no row sees them, down to a width in `WIDTHS`: measured, scores, sums and
 products then keep their bits. Decoding, which waits for memory, reads no more of a half-filled block than that.
@@ -16,7 +17,7 @@ otherwise than the rest, so its bits depend on the place.)
 
 Shapes: B independent heads, R query rows, d head size, L = BLOCK keys. All sums are float32 (float64 in a float64
 model).
-Streaming softmax: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"; the merge is its equation 4.
+The softmax is the safe one of Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 2.
 """
 
 from __future__ import annotations
@@ -33,15 +34,6 @@ WIDTHS = (16, 32, BLOCK)
 TILE = 4
 _FAR = -1e30
 _FLOOR = -87.0  # of exponents; exp is still a normal float32
-
-
-@dataclass(frozen=True, slots=True)
-class Partial:
-    """Attention over one key segment, undivided: `out [B, R, d]`, row maximum `top [B, R]`, row sum `mass [B, R]`."""
-
-    out: Tensor
-    top: Tensor
-    mass: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +78,7 @@ def width_of(keys: int) -> int:
 
 def wide(x: Tensor) -> Tensor:
     """`x` in the type that sums are kept in: float32, or float64 when the model computes in it."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def split_scale(dtype: torch.dtype, scale: float) -> tuple[float, float]:
@@ -118,34 +110,49 @@ def _weigh(scores: Tensor, top: Tensor, block: KeyBlock) -> Tensor:
     return scores
 
 
-def partial_attention(query: Tensor, blocks: Sequence[KeyBlock], scale: float) -> Partial:
-    """Attention of `query [B, R, d]` over one key segment, R a multiple of `TILE`."""
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Query rows that have met one key segment: `scores [B, R - first_row, W]` by block, each row's maximum `top
+    [B, R]`, which may be written over."""
+
+    blocks: Sequence[KeyBlock]
+    scores: list[Tensor]
+    top: Tensor
+    dtype: torch.dtype
+
+    def sums(self, top: Tensor | None = None) -> Sums:
+        """Weighed by exp(score - `top`), the rows' own maximum or a larger one, `[B, R]`. The scores are used up."""
+        top = self.top if top is None else top
+        for block, scores in zip(self.blocks, self.scores, strict=True):
+            _weigh(scores, top[:, block.first_row :], block)
+        mass = self.scores[0].sum(-1)
+        out = wide(torch.bmm(self.scores[0].to(self.dtype), self.blocks[0].value))
+        for block, weights in zip(self.blocks[1:], self.scores[1:], strict=True):
+            mass[:, block.first_row :] += weights.sum(-1)
+            out[:, block.first_row :] += torch.bmm(weights.to(self.dtype), block.value)
+        return Sums(out, mass)
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Attention, undivided: values added by weight, `out [B, R, d]`, and the weights' sum, `mass [B, R]`."""
+
+    out: Tensor
+    mass: Tensor
+
+
+def score(query: Tensor, blocks: Sequence[KeyBlock], scale: float) -> Scores:
+    """`query [B, R, d]` meets one key segment, R a multiple of `TILE`."""
     assert query.shape[1] % TILE == 0, f"{query.shape[1]} query rows are not a multiple of {TILE}"
     assert blocks[0].first_row == 0, "every row sees the first block of a segment"
     into, left = split_scale(query.dtype, scale)
     asking = query if into == 1.0 else query * into
     scores = [_scores(asking, block, left) for block in blocks]
     top = scores[0].amax(-1)
-    for block, score in zip(blocks[1:], scores[1:], strict=True):
+    for block, some in zip(blocks[1:], scores[1:], strict=True):
         rows = top[:, block.first_row :]
-        torch.maximum(rows, score.amax(-1), out=rows)
-    for block, score in zip(blocks, scores, strict=True):
-        _weigh(score, top[:, block.first_row :], block)
-    mass = scores[0].sum(-1)
-    out = wide(torch.bmm(scores[0].to(query.dtype), blocks[0].value))
-    for block, weights in zip(blocks[1:], scores[1:], strict=True):
-        mass[:, block.first_row :] += weights.sum(-1)
-        out[:, block.first_row :] += torch.bmm(weights.to(query.dtype), block.value)
-    return Partial(out, top, mass)
-
-
-def merge(first: Partial, second: Partial) -> Partial:
-    """The partial result over two key segments, the earlier one first."""
-    top = torch.maximum(first.top, second.top)
-    keep_first = (first.top - top).exp_()
-    keep_second = (second.top - top).exp_()
-    out = (first.out * keep_first[..., None]).add_(second.out * keep_second[..., None])
-    return Partial(out, top, (first.mass * keep_first).add_(second.mass * keep_second))
+        torch.maximum(rows, some.amax(-1), out=rows)
+    return Scores(blocks, scores, top, query.dtype)
 
 
 def causal_blocks(key: Tensor, value: Tensor, repeat: int, window: int | None) -> list[KeyBlock]:

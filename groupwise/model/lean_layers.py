@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from groupwise.model.attention import AttentionCall, Layout
 from groupwise.model.evenly import EvenActivation
@@ -213,13 +214,29 @@ class LeanRotary(nn.Module):
         return Rotation.of(*super().forward(x, position_ids))  # pyright: ignore
 
 
+class LeanDecoder(nn.Module):
+    """Laid over the module that holds embedding, layers and last norm."""
+
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        layout: Layout | None = kwargs.get("layout")
+        if layout is None or input_ids is None:
+            return super().forward(input_ids=input_ids, **kwargs)  # pyright: ignore
+        parts = cast(Any, self)
+        hidden = parts.embed_tokens(input_ids)
+        rotation = parts.rotary_emb(hidden, kwargs["position_ids"])
+        for layer in parts.layers:
+            hidden = layer(hidden, position_embeddings=rotation, layout=layout)
+        return BaseModelOutputWithPast(last_hidden_state=parts.norm(hidden))
+
+
 def make_layers_lean(model: PreTrainedModel) -> None:
-    """Lay lean forwards over the decoder layers of a model, if they are of one kind that is known."""
+    """Lay lean forwards over the decoder of a model, if its layers are of one kind that is known."""
     decoder: Any = model.get_decoder()
     layers: list[Any] = [module for module in decoder.modules() if type(module).__name__ in LLAMA_LAYERS]
     if len({type(layer) for layer in layers}) != 1:
         return
     window_of = _WINDOWS[type(layers[0]).__name__]
+    _lay(LeanDecoder, decoder)
     _lay(LeanRotary, decoder.rotary_emb)
     for layer in layers:
         _lay(LeanLayer, layer)

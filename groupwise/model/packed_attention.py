@@ -21,11 +21,9 @@ from groupwise.model.exact import (
     BLOCK,
     TILE,
     KeyBlock,
-    Partial,
     causal_blocks,
-    merge,
-    partial_attention,
     prefix_blocks,
+    score,
 )
 from groupwise.model.packing import Packed, Segment
 
@@ -224,19 +222,23 @@ class _ExactAttention(torch.autograd.Function):
         repeat = query.shape[1] // key.shape[1]
         sums = torch.promote_types(query.dtype, torch.float32)
         out = query.new_zeros(query.shape, dtype=sums)
-        top = query.new_zeros(query.shape[:2], dtype=sums)
-        mass = torch.ones_like(top)
+        mass = torch.ones_like(out[..., 0])
+        top = torch.full_like(mass, -torch.inf)
+        prefixed = [_Prefixed(prefix, key, value, repeat) for prefix in plan.prefixes]
+        met = [score(each.gather(query), each.blocks(plan.position_ids, call.window), call.scale) for each in prefixed]
+        for each, scores in zip(prefixed, met, strict=True):
+            top[each.rows] = each.scatter(scores.top)
         for bucket in plan.buckets:
             blocks = causal_blocks(_gather(key, bucket.index, 1), _gather(value, bucket.index, 1), repeat, call.window)
-            own = partial_attention(_gather(query, bucket.index, repeat), blocks, call.scale)
-            for whole, part in ((out, own.out), (top, own.top), (mass, own.mass)):
+            own = score(_gather(query, bucket.index, repeat), blocks, call.scale)
+            torch.maximum(own.top, _gather(top[..., None], bucket.index, repeat)[..., 0], out=own.top)
+            found = own.sums()
+            for whole, part in ((out, found.out), (top, own.top), (mass, found.mass)):
                 _scatter(part, bucket, repeat, whole)
-        for prefix in plan.prefixes:
-            shared = _Prefixed(prefix, key, value, repeat)
-            part = partial_attention(shared.gather(query), shared.blocks(plan.position_ids, call.window), call.scale)
-            seen = Partial(shared.scatter(part.out), shared.scatter(part.top), shared.scatter(part.mass))
-            both = merge(seen, Partial(out[shared.rows], top[shared.rows], mass[shared.rows]))
-            out[shared.rows], top[shared.rows], mass[shared.rows] = both.out, both.top, both.mass
+        for each, scores in zip(prefixed, met, strict=True):
+            found = scores.sums(each.gather(top))
+            out[each.rows] += each.scatter(found.out)
+            mass[each.rows] += each.scatter(found.mass)
         result = out.div_(mass[..., None]).to(query.dtype)
         ctx.save_for_backward(query, key, value, result, top.add_(mass.log_()))
         ctx.plan, ctx.call = plan, call

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from groupwise.engines.native.cache import KeyCache, Span
 from groupwise.model.attention import AttentionCall
-from groupwise.model.exact import TILE, KeyBlock, Mask, Partial, merge, partial_attention, split_scale
+from groupwise.model.exact import TILE, KeyBlock, Mask, score, split_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,33 +93,42 @@ class DecodeLayout:
         into, left = split_scale(query.dtype, call.scale)
         by_lane = query[:lanes].view(lanes, heads, repeat, size)
         torch.mul(by_lane, into, out=self._queries.by_lane)
-        own = partial_attention(self._queries.own, _blocks(self._own, call.layer, masks.own), left)
+        own = score(self._queries.own, _blocks(self._own, call.layer, masks.own), left)
         torch.mul(self._to_members(by_lane), into, out=self._queries.by_member)
-        shared = partial_attention(self._queries.shared, _blocks(self._shared, call.layer, masks.shared), left)
+        shared = score(self._queries.shared, _blocks(self._shared, call.layer, masks.shared), left)
 
-        both = merge(
-            Partial(*(self._to_lanes(x, repeat) for x in (shared.out, shared.top, shared.mass))),
-            Partial(*(self._own_rows(x, repeat) for x in (own.out, own.top, own.mass))),
-        )
-        out = both.out.new_empty(lanes, heads * repeat, size)
-        torch.div(both.out, both.mass[..., None], out=out.view(both.out.shape))
+        # One maximum for both segments, written where each keeps its own.
+        top, tops = self._own_rows(own.top, repeat), self._member_rows(shared.top, repeat)
+        torch.maximum(top, self._to_lanes(tops), out=top)
+        tops.copy_(self._to_members(top.view(lanes, heads, repeat)))
+        from_own, from_shared = own.sums(), shared.sums()
+        out = query.new_empty(lanes, heads * repeat, size, dtype=from_own.out.dtype)
+        found = out.view((*top.shape, size))
+        seen = self._to_lanes(self._member_rows(from_shared.out, repeat))
+        torch.add(seen, self._own_rows(from_own.out, repeat), out=found)
+        mass = self._to_lanes(self._member_rows(from_shared.mass, repeat)) + self._own_rows(from_own.mass, repeat)
+        found.div_(mass[..., None])
         out = out.to(query.dtype)
         return pad(out, (0, 0, 0, 0, 0, shape.rows - lanes)) if shape.rows > lanes else out
 
     def _to_members(self, x: Tensor) -> Tensor:
-        """`[B, heads, repeat, d]` by lane to `[prompts, W, heads, repeat, d]` by prompt."""
+        """`[B, heads, repeat, …]` by lane to `[prompts, W, heads, repeat, …]` by prompt."""
         if not self._shape.in_order:
             gathered = x.new_zeros(self._members + 1, *x.shape[1:])  # the last row takes the padding
             gathered[self._inputs.member] = x
             x = gathered[: self._members]
         return x.view(self._shape.prompts, self._shape.width, *x.shape[1:])
 
-    def _to_lanes(self, x: Tensor, repeat: int) -> Tensor:
-        """`[prompts * heads, R, …]` to rows by lane: `[prompts, W, heads, repeat, …]` where all are in order, else
-        `[B, heads, repeat, …]`, in which padded lanes get some member's."""
-        shape, places = self._shape, (self._heads, self._shape.width, repeat, *x.shape[2:])
-        x = x[:, : shape.width * repeat].view(shape.prompts, *places).transpose(1, 2)
-        return x if shape.in_order else x.flatten(0, 1)[self._inputs.member.clamp(max=self._members - 1)]
+    def _member_rows(self, x: Tensor, repeat: int) -> Tensor:
+        """`[prompts * heads, R, …]` as `[prompts, W, heads, repeat, …]`."""
+        width = self._shape.width
+        places = (self._shape.prompts, self._heads, width, repeat, *x.shape[2:])
+        return x[:, : width * repeat].view(places).transpose(1, 2)
+
+    def _to_lanes(self, x: Tensor) -> Tensor:
+        """`[prompts, W, heads, repeat, …]` as it is where all are in order, else by lane, `[B, heads, repeat, …]`, in
+        which padded lanes get some member's."""
+        return x if self._shape.in_order else x.flatten(0, 1)[self._inputs.member.clamp(max=self._members - 1)]
 
     def _own_rows(self, x: Tensor, repeat: int) -> Tensor:
         """`[B * heads, R, …]` as what `_to_lanes` gives."""

@@ -16,11 +16,11 @@ from groupwise.model.exact import (
     TILE,
     KeyBlock,
     Mask,
-    Partial,
+    Scores,
+    Sums,
     causal_blocks,
-    merge,
-    partial_attention,
     prefix_blocks,
+    score,
     width_of,
 )
 
@@ -32,8 +32,15 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def finish(part: Partial) -> Tensor:
+def finish(part: Sums) -> Tensor:
     return part.out / part.mass[..., None]
+
+
+def add_up(first: Scores, second: Scores, rows: int) -> Sums:
+    """Both segments' first `rows` rows together; the others keep a maximum of their own."""
+    top = torch.maximum(first.top[:, :rows], second.top[:, :rows])
+    one, other = (x.sums(torch.cat([top, x.top[:, rows:]], 1)) for x in (first, second))
+    return Sums(one.out[:, :rows] + other.out[:, :rows], one.mass[:, :rows] + other.mass[:, :rows])
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
@@ -56,7 +63,7 @@ def test_causal_attention_is_softmax_attention(length: int, repeat: int, window:
     key, value = randn(2, length, SIZE, seed=seed), randn(2, length, SIZE, seed=seed + 9)
     query = randn(2, length * repeat, SIZE, seed=seed + 5) * 3
     blocks = causal_blocks(padded(key), padded(value), repeat, window)
-    out = finish(partial_attention(padded(query, BLOCK * repeat), blocks, SCALE))[:, : length * repeat]
+    out = finish(score(padded(query, BLOCK * repeat), blocks, SCALE).sums())[:, : length * repeat]
     row, column = torch.arange(length).repeat_interleave(repeat)[:, None], torch.arange(length)
     seen = (column <= row) & (row - column < (window or length))
     torch.testing.assert_close(out, plain(query, key, value, seen), rtol=1e-12, atol=1e-12)
@@ -69,7 +76,7 @@ def test_causal_attention_is_softmax_attention(length: int, repeat: int, window:
     window=st.one_of(st.none(), st.integers(1, 160)),
     seed=st.integers(0, 5),
 )
-def test_two_segments_merge_to_one_softmax(prompt: int, rows: int, window: int | None, seed: int) -> None:
+def test_two_segments_add_up_to_one_softmax(prompt: int, rows: int, window: int | None, seed: int) -> None:
     """Rows that follow the prompt, each seeing it and a segment of its own, as in decoding."""
     key, value = randn(3, prompt + rows, SIZE, seed=seed), randn(3, prompt + rows, SIZE, seed=seed + 9)
     query = randn(3, rows, SIZE, seed=seed + 5) * 3
@@ -77,14 +84,13 @@ def test_two_segments_merge_to_one_softmax(prompt: int, rows: int, window: int |
     tiled = padded(query, TILE)
     distance = torch.nn.functional.pad(at, (0, -rows % TILE))
     prefix = prefix_blocks(padded(key[:, :prompt]), padded(value[:, :prompt]), prompt, distance, window)
-    shared = partial_attention(tiled, prefix, SCALE)
-    shared = Partial(shared.out[:, :rows], shared.top[:, :rows], shared.mass[:, :rows])
+    shared = score(tiled, prefix, SCALE)
     own_blocks = causal_blocks(padded(key[:, prompt:]), padded(value[:, prompt:]), 1, window)
-    own = partial_attention(padded(query), own_blocks, SCALE)
-    own = Partial(own.out[:, :rows], own.top[:, :rows], own.mass[:, :rows])
+    own = score(padded(query), own_blocks, SCALE)
     column = torch.arange(prompt + rows)
     seen = (column <= at[:, None]) & (at[:, None] - column < (window or prompt + rows))
-    torch.testing.assert_close(finish(merge(shared, own)), plain(query, key, value, seen), rtol=1e-12, atol=1e-12)
+    both = finish(add_up(shared, own, rows))
+    torch.testing.assert_close(both, plain(query, key, value, seen), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,18 +103,19 @@ def test_a_row_has_the_same_bits_among_any_rows_heads_and_padding(
     key, value = randn(9, prompt, SIZE, dtype=dtype), randn(9, prompt, SIZE, seed=1, dtype=dtype)
     query = randn(9, 40, SIZE, seed=2, dtype=dtype) * 3
 
-    def attend(heads: slice, rows: slice, blocks: int) -> Partial:
+    def attend(heads: slice, rows: slice, blocks: int) -> tuple[Tensor, Sums]:
         missing = blocks * BLOCK - prompt
         k, v = (torch.nn.functional.pad(x[heads], (0, 0, 0, missing)).contiguous() for x in (key, value))
-        return partial_attention(query[heads, rows].contiguous(), prefix_blocks(k, v, prompt, None, None), SCALE)
+        met = score(query[heads, rows].contiguous(), prefix_blocks(k, v, prompt, None, None), SCALE)
+        return met.top, met.sums()
 
-    whole = attend(slice(0, 9), slice(0, 40), 2)
+    top, whole = attend(slice(0, 9), slice(0, 40), 2)
     for heads in (slice(0, 1), slice(3, 5), slice(8, 9)):
         for rows in (slice(0, 4), slice(4, 24), slice(36, 40)):
             for blocks in (2, 5):
-                part = attend(heads, rows, blocks)
+                part_top, part = attend(heads, rows, blocks)
+                assert torch.equal(part_top, top[heads, rows])
                 assert torch.equal(part.out, whole.out[heads, rows])
-                assert torch.equal(part.top, whole.top[heads, rows])
                 assert torch.equal(part.mass, whole.mass[heads, rows])
 
 
@@ -116,9 +123,9 @@ def test_hidden_keys_weigh_exactly_nothing() -> None:
     """Whatever stands in a hidden key, however large, leaves every bit as it is."""
     key, value = padded(randn(1, 70, SIZE, dtype=torch.float32)), padded(randn(1, 70, SIZE, dtype=torch.float32))
     query = randn(1, 4, SIZE, dtype=torch.float32)
-    quiet = partial_attention(query, prefix_blocks(key, value, 70, None, None), SCALE)
+    quiet = score(query, prefix_blocks(key, value, 70, None, None), SCALE).sums()
     key[:, 70:], value[:, 70:] = 1e4, -1e4
-    loud = partial_attention(query, prefix_blocks(key, value, 70, None, None), SCALE)
+    loud = score(query, prefix_blocks(key, value, 70, None, None), SCALE).sums()
     assert torch.equal(quiet.out, loud.out)
     assert torch.equal(quiet.mass, loud.mass)
 
@@ -126,9 +133,11 @@ def test_hidden_keys_weigh_exactly_nothing() -> None:
 def test_a_segment_wholly_out_of_the_window_counts_for_nothing() -> None:
     key, value = randn(1, BLOCK, SIZE, dtype=torch.float32), randn(1, BLOCK, SIZE, dtype=torch.float32)
     query = randn(1, 4, SIZE, dtype=torch.float32)
-    own = partial_attention(query, prefix_blocks(key, value, 5, None, None), SCALE)
-    far = partial_attention(query, prefix_blocks(key, value, 10, torch.full((4,), 500), 20), SCALE)
-    both = merge(far, own)
+    def near() -> Scores:
+        return score(query, prefix_blocks(key, value, 5, None, None), SCALE)
+
+    far = score(query, prefix_blocks(key, value, 10, torch.full((4,), 500), 20), SCALE)
+    both, own = add_up(far, near(), 4), near().sums()
     assert torch.equal(both.out, own.out)
     assert torch.equal(both.mass, own.mass)
     assert torch.isfinite(both.out).all()
@@ -137,7 +146,7 @@ def test_a_segment_wholly_out_of_the_window_counts_for_nothing() -> None:
 def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
     key, value = randn(1, BLOCK, SIZE, dtype=torch.float32), randn(1, BLOCK, SIZE, dtype=torch.float32)
     query = randn(1, 4, SIZE, dtype=torch.float32) * 1e4
-    out = finish(partial_attention(query, prefix_blocks(key, value, BLOCK, None, None), 1.0))
+    out = finish(score(query, prefix_blocks(key, value, BLOCK, None, None), 1.0).sums())
     best = (query @ key.transpose(1, 2)).argmax(-1)
     torch.testing.assert_close(out[0], value[0][best[0]])
 
@@ -145,7 +154,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
 def test_rows_must_come_in_tiles_and_keys_in_blocks() -> None:
     key = randn(1, BLOCK, SIZE)
     with pytest.raises(AssertionError, match="multiple of 4"):
-        partial_attention(randn(1, 3, SIZE), prefix_blocks(key, key, BLOCK, None, None), SCALE)
+        score(randn(1, 3, SIZE), prefix_blocks(key, key, BLOCK, None, None), SCALE)
     with pytest.raises(AssertionError, match="multiple of 64"):
         causal_blocks(key[:, :10], key[:, :10], 1, None)
     with pytest.raises(AssertionError, match="sliding window needs"):
@@ -164,7 +173,9 @@ def test_keys_that_no_row_sees_may_be_left_out(rows: int, size: int, dtype: torc
             KeyBlock(key[:, :w], value[:, :w], 0, Mask.of(hidden[..., :w], dtype) if keys < w else None)
             for w in (BLOCK, width)
         ]
-        whole, short = (partial_attention(query, [block], SCALE) for block in blocks)
+        whole, short = (score(query, [block], SCALE) for block in blocks)
         assert width < BLOCK or keys > 32
-        for a, b in ((whole.out, short.out), (whole.top, short.top), (whole.mass, short.mass)):
+        assert torch.equal(whole.top, short.top), keys
+        found, same = whole.sums(), short.sums()
+        for a, b in ((found.out, same.out), (found.mass, same.mass)):
             assert torch.equal(a, b), keys
