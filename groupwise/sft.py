@@ -27,7 +27,7 @@ from groupwise.model.loading import (
     LoadedModel,
     given_or_loaded,
     load_tokenizer,
-    resolve_device,
+    prepare_device,
     with_adapter,
 )
 from groupwise.policy import Policy
@@ -74,7 +74,7 @@ def run_sft(
     provided = [name for name, value in (("model.path", loaded), ("data.train", train_data)) if value is not None]
     check_supervised(config, provided=provided)
     check_backends(config.tracking)
-    resolve_device(config.model.device)
+    prepare_device(config.model.device)
     source = read_rows(config.data.train if train_data is None else train_data)
     check_supervised_rows(source, config.data, text_column=config.sft.text_column)
     tokenizer = load_tokenizer(config.model) if loaded is None else loaded.tokenizer
@@ -160,8 +160,9 @@ class _Job:
         rows = self._rows_of(step)
         tokens = float(sum(sum(row.loss_mask) for row in rows))
         denominators = Denominators(tokens, float(len(rows)), float(self.config.sft.max_tokens))
-        microbatches = split_rows(rows, self.config.train.micro_batch_tokens)
-        learned = [self.policy.forward_backward(batch, denominators) for batch in microbatches]
+        lanes = self.policy.lanes.count
+        microbatches = split_rows(rows, self.config.train.micro_batch_tokens, lanes=lanes)
+        learned = self.policy.learn(microbatches, denominators)
         learned.append(self.policy.optim_step())
         return metrics.resolve(metrics.merge(*learned) | {"num_tokens": Last(tokens)} | clock.metrics())
 

@@ -81,6 +81,7 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
         parts.config.train.micro_batch_tokens,
         parts.config.rollout.max_completion_tokens,
         parts.config.optim.passes_per_batch,
+        parts.policy.lanes.count,
     )
     await parts.weight_sync.publish(start)
     if scores := await parts.evaluator.maybe_run(start):
@@ -97,7 +98,7 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
         learned: list[Metrics] = []
         for minibatch in batch.minibatches:
             with clock("train"):
-                learned += [parts.policy.forward_backward(mb, minibatch.denominators) for mb in minibatch.microbatches]
+                learned += parts.policy.learn(minibatch.microbatches, minibatch.denominators)
                 await parts.weight_sync.wait()
                 learned.append(parts.policy.optim_step())
         learned.append(parts.upkeep.after(step + 1, learned))

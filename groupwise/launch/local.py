@@ -25,7 +25,7 @@ from groupwise.evaluation.evaluator import Evaluator, eval_sampling
 from groupwise.evaluation.report import EvalReport
 from groupwise.files import append_rows, write_json_atomic
 from groupwise.interrupt import catch_interrupts
-from groupwise.model.loading import LoadedModel, given_or_loaded, load_tokenizer, resolve_device, with_adapter
+from groupwise.model.loading import LoadedModel, given_or_loaded, load_tokenizer, prepare_device, with_adapter
 from groupwise.policy import Objective, Policy
 from groupwise.policy.bundle import BundleWriter
 from groupwise.policy.upkeep import AdaptiveEntropy, ReferenceSync, Upkeep
@@ -103,7 +103,7 @@ def run_training(
     check_trainable(config, provided=given.names)
     check_engine(config.rollout.engine)
     check_backends(config.tracking)
-    resolve_device(config.model.device)
+    prepare_device(config.model.device)
     algorithm = build_algorithm(config.algorithm)
     scorer = _scorer(config, given)
     data = _load_data(config, given, scorer)

@@ -52,12 +52,13 @@ class DnnLinear(nn.Linear):
         return self.weight.dtype == torch.float32 and self.weight.device.type == "cpu"
 
     def forward(self, input: Tensor) -> Tensor:
+        learns = torch.is_grad_enabled()
+        if self.ordered is not None and not learns:
+            return ordered_product(input, self.ordered)
         if input.dtype != torch.float32 or not self.computes_by_dnn:
             return super().forward(input)
-        if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
+        if learns and (input.requires_grad or self.weight.requires_grad):
             return _DnnProduct.apply(input, self.weight, self.bias)
-        if self.ordered is not None:
-            return ordered_product(input, self.ordered)
         return _product(input, self.weight, self.bias)
 
     def order(self) -> Sequence[nn.Module]:

@@ -79,6 +79,13 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def prepare_device(name: str) -> None:
+    """Refuse a device that is not there, before anything else is done. On a CPU, ask for memory that stays; threads
+    that have begun before that keep their own ways."""
+    if resolve_device(name).type == "cpu":
+        keep_freed_memory()
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype that `model.dtype` names; `auto` is bfloat16 on a GPU and float32 on a CPU."""
     if name == "auto":

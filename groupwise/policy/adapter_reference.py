@@ -11,7 +11,6 @@ from torch import Tensor
 
 from groupwise.model.adapters import adds_nothing
 from groupwise.model.loading import LoadedModel
-from groupwise.model.packing import Packed
 from groupwise.policy.reference import Reference
 
 
@@ -33,10 +32,10 @@ class AdapterReference(Reference):
         if not adds_nothing(policy.model):
             self._own = {name: p.detach().clone() for name, p in self._trained.items()}
 
-    @torch.no_grad()
-    def logprobs(self, packed: Packed) -> Tensor:
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
         with self._swapped() if self._own else self._adapter_off():
-            return super().logprobs(packed)
+            yield
 
     @torch.no_grad()
     def sync(self, alpha: float) -> None:

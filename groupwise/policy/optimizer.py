@@ -8,7 +8,7 @@ Weights in float32 are their own masters.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,17 @@ class MasterOptimizer:
             weight.grad = None
 
         return add
+
+    def gradients_of(self, loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Of each weight, and not added up yet: `add` takes them. `loss.backward()` does both."""
+        return torch.autograd.grad(loss, list(self._weights.values()), allow_unused=True)
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add the gradients of one loss, as `gradients_of` gives them."""
+        for master, gradient in zip(self._masters.values(), gradients, strict=True):
+            if gradient is not None:
+                grad = gradient.to(master.dtype)
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
 
     @property
     def bytes_to_come(self) -> int:

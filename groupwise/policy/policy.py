@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +29,7 @@ from groupwise.model.packing import Packed, pack
 from groupwise.model.recompute import recompute_layers
 from groupwise.policy.adapter_reference import make_reference
 from groupwise.policy.bundle import BundleWriter, LearnedBatch
+from groupwise.policy.lanes import Lanes
 from groupwise.policy.optimizer import Gradient, MasterOptimizer
 from groupwise.policy.reference import Reference
 from groupwise.policy.schedule import learning_rate
@@ -47,6 +50,25 @@ class Objective(Protocol):
     def loss(self, inputs: LossInputs) -> LossOutput: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A micro-batch on its way: its number since the last update, packed, and the reference's log-probs `[M]`."""
+
+    number: int
+    batch: MicroBatch
+    packed: Packed
+    reference: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Passed:
+    """Loss, metrics, and the gradients that have not been added yet."""
+
+    loss: float
+    metrics: Metrics
+    gradients: tuple[Tensor | None, ...]
+
+
 class Policy:
     """A model with its optimiser. Micro-batch losses add up until `optim_step`.
 
@@ -58,10 +80,11 @@ class Policy:
 
     Attributes:
         bundles: writes what led to a gradient that is not finite; None writes nothing.
+        lanes: micro-batches are computed side by side on these.
 
     Example:
         policy = Policy(load_model(config.model), objective, optim=config.optim, train=config.train, total_updates=500)
-        metrics = [policy.forward_backward(mb, batch.denominators) for mb in batch.microbatches]
+        metrics = policy.learn(batch.microbatches, batch.denominators)
         update = policy.optim_step()
     """
 
@@ -86,6 +109,7 @@ class Policy:
         self._chunk_tokens = train.logprob_chunk_tokens
         self._checkpointing = gradient_checkpointing
         self._dropout = dropout_layers(loaded.model)
+        self.lanes = Lanes(loaded.model)
         self.reference: Reference | None = None
         if objective.needs_reference:
             self.reference = make_reference(loaded, temperature=temperature, chunk_tokens=train.logprob_chunk_tokens)
@@ -108,43 +132,81 @@ class Policy:
         Args:
             denominators: of the whole optimiser batch, so that the sum over micro-batches is the batch's gradient.
         """
-        packed = pack(batch.rows).to(self.loaded.device)
-        # Before the policy's own forward, because with LoRA it is the same module.
-        known = batch.rows[0].ref_logprobs is not None
-        reference = None if self.reference is None or known else self.reference.logprobs(packed)
-        with torch.set_grad_enabled(batch.backward), self._learning_mode(batch.backward):
-            scores = self._scores(packed, self._objective.needs_entropy)
-            inputs = self._inputs(batch.rows, packed, scores, reference, denominators)
+        return self.learn((batch,), denominators)[0]
+
+    def learn(self, batches: Sequence[MicroBatch], denominators: Denominators) -> list[Metrics]:
+        """`forward_backward` of each micro-batch; on several lanes if there are some. Gradients are added in order."""
+        packs = [pack(batch.rows).to(self.loaded.device) for batch in batches]
+        passes = [
+            _Pass(len(self._learned) + place, *each)
+            for place, each in enumerate(zip(batches, packs, self._references(batches, packs), strict=True))
+        ]
+        apart = min(self.lanes.count, len(passes)) > 1
+
+        def run(one: _Pass) -> _Passed:
+            return self._run(one, denominators, apart=apart)
+
+        metrics: list[Metrics] = []
+        for learning, some in itertools.groupby(passes, lambda one: one.batch.backward):
+            turn = list(some)
+            with self._learning_mode(learning):
+                for one, passed in zip(turn, self.lanes.map(run, turn), strict=True):
+                    if passed.gradients:
+                        self._optimizer.add(passed.gradients)
+                    self._learned.append(LearnedBatch(one.batch, denominators, passed.loss))
+                    metrics.append(passed.metrics)
+        return metrics
+
+    def _references(self, batches: Sequence[MicroBatch], packs: Sequence[Packed]) -> Sequence[Tensor | None]:
+        """The reference's log-probs, where rows do not bring them along. Before the policy's own passes, because with
+        LoRA it is the same module."""
+        if self.reference is None or all(batch.rows[0].ref_logprobs is not None for batch in batches):
+            return [None] * len(packs)
+        return self.reference.logprobs(packs)
+
+    def _run(self, one: _Pass, denominators: Denominators, *, apart: bool) -> _Passed:
+        """Forward and backward of one micro-batch.
+
+        Args:
+            apart: keep the gradients apart, because others are computed at the same time.
+        """
+        gradients: tuple[Tensor | None, ...] = ()
+        with torch.set_grad_enabled(one.batch.backward), self._dropping(one):
+            scores = self._scores(one.packed, self._objective.needs_entropy)
+            inputs = self._inputs(one.batch.rows, one.packed, scores, one.reference, denominators)
             output = self._objective.loss(inputs)
-            if batch.backward:
+            if one.batch.backward and apart:
+                gradients = self._optimizer.gradients_of(output.loss)
+            elif one.batch.backward:
                 output.loss.backward()
         loss = float(output.loss.detach())
-        self._learned.append(LearnedBatch(batch, denominators, loss))
         metrics = dict(output.metrics)
         metrics["loss"] = Sum(loss)
         if self._is_sampler:
-            metrics.update(self._mismatch(batch.rows, inputs))
-        return metrics
+            metrics.update(self._mismatch(one.batch.rows, inputs))
+        return _Passed(loss, metrics, gradients)
 
     @contextmanager
     def _learning_mode(self, learning: bool) -> Iterator[None]:
-        """Training mode as far as a gradient needs it, until its backward pass has recomputed what it recomputes.
-
-        Dropout is drawn from a key, not from a generator's state, so that a resumed run draws the same.
-        """
-        drops = learning and bool(self._dropout)
+        """Training mode as far as a gradient needs it, until its backward pass has recomputed what it recomputes."""
         self.loaded.model.train(learning and self._checkpointing)
         for layer in self._dropout:
             layer.train(learning)
+        try:
+            yield
+        finally:
+            self.loaded.model.eval()
+
+    @contextmanager
+    def _dropping(self, one: _Pass) -> Iterator[None]:
+        """Dropout is drawn from a key, not from a generator's state, so that a resumed run draws the same."""
+        drops = one.batch.backward and bool(self._dropout)
         devices = [self.loaded.device] if self.loaded.device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=drops):
             if drops:
-                key = f"{self._seed}/{self._updates}/{len(self._learned)}"
+                key = f"{self._seed}/{self._updates}/{one.number}"
                 torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest()))
-            try:
-                yield
-            finally:
-                self.loaded.model.eval()
+            yield
 
     def _scores(self, packed: Packed, with_entropy: bool) -> TokenScores:
         return packed_scores(
@@ -212,10 +274,10 @@ class Policy:
         """`[M]` log-probs of the rows' completion tokens, row after row, at the sampling temperature."""
         return self._scores(pack(rows).to(self.loaded.device), False).logprobs
 
-    def reference_log_probs(self, rows: Sequence[TrainingRow]) -> Tensor:
-        """`[M]`, as `log_probs`, of the reference."""
+    def reference_log_probs(self, batches: Sequence[Sequence[TrainingRow]]) -> list[Tensor]:
+        """`[M]`, as `log_probs`, of the reference, for each batch of rows."""
         assert self.reference is not None, "the objective asked for no reference"
-        return self.reference.logprobs(pack(rows).to(self.loaded.device))
+        return self.reference.logprobs([pack(rows).to(self.loaded.device) for rows in batches])
 
     def optim_step(self) -> Metrics:
         """Clip, update, forget the gradients. A gradient that is not finite skips the update; three in a row raise.
@@ -263,8 +325,8 @@ class Policy:
         self._optimizer.set_masters(weights)
         self._updates = update
         self._learned.clear()
-        for each in learned:
-            self.forward_backward(each.batch, each.denominators)
+        for denominators, some in itertools.groupby(learned, lambda each: each.denominators):
+            self.learn([each.batch for each in some], denominators)
         found = self._optimizer.gradients()
         self._optimizer.forget_gradients()
         return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from groupwise.model.forward import packed_scores
 from groupwise.model.head import LanguageHead
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packing import Packed
+from groupwise.policy.lanes import Lanes
 
 
 class Reference:
@@ -35,11 +38,20 @@ class Reference:
         self._chunk_tokens = chunk_tokens
         self._masters: dict[str, Tensor] = {}
 
+    def logprobs(self, packs: Sequence[Packed]) -> list[Tensor]:
+        """`[M]` float32 each, of the packed completion tokens, at the sampling temperature."""
+        with self._in_place():
+            return list(Lanes(self.loaded.model).map(self._logprobs, packs))
+
     @torch.no_grad()
-    def logprobs(self, packed: Packed) -> Tensor:
-        """`[M]` float32, of the packed completion tokens, at the sampling temperature."""
+    def _logprobs(self, packed: Packed) -> Tensor:
         scores = packed_scores(self.loaded, packed, temperature=self._temperature, chunk_tokens=self._chunk_tokens)
         return scores.logprobs
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Inside, `self.loaded` computes what the reference does."""
+        yield
 
     @torch.no_grad()
     def sync(self, alpha: float) -> None:

@@ -26,12 +26,14 @@ class BatchShape:
         passes_per_batch: times that the batch is learned.
         micro_batch_tokens: most tokens of one forward and backward pass.
         max_completion_tokens: the constant of Dr. GRPO's normaliser.
+        lanes: passes at one time.
     """
 
     steps_per_batch: int
     micro_batch_tokens: int
     max_completion_tokens: int
     passes_per_batch: int = 1
+    lanes: int = 1
 
 
 def build_batch(
@@ -157,8 +159,8 @@ def _minibatch(rows: Sequence[TrainingRow], shape: BatchShape, algorithm: Algori
     counts = [sum(row.loss_mask) for row in rows]
     return MiniBatch(
         microbatches=(
-            *split_rows(learning, shape.micro_batch_tokens),
-            *split_rows(measured, shape.micro_batch_tokens, backward=False),
+            *split_rows(learning, shape.micro_batch_tokens, lanes=shape.lanes),
+            *split_rows(measured, shape.micro_batch_tokens, lanes=shape.lanes, backward=False),
         ),
         denominators=Denominators(
             tokens=float(sum(counts)),

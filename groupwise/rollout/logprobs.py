@@ -13,7 +13,7 @@ from groupwise.rollout.batch import is_learnable
 from groupwise.rollout.microbatches import split_rows
 from groupwise.types import Rollout, RolloutGroup, TrainingRow
 
-Forward: TypeAlias = Callable[[Sequence[TrainingRow]], Tensor]
+Forward: TypeAlias = Callable[[Sequence[Sequence[TrainingRow]]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class LogprobPass:
             for rollout in group.rollouts
             if is_learnable(rollout)
         }
-        old = self._compute(self.policy.log_probs, list(rows.values())) if self.old else {}
+        old = self._compute(self._old, list(rows.values())) if self.old else {}
         reference = self._compute(self.policy.reference_log_probs, list(rows.values())) if self.reference else {}
 
         def filled(group: RolloutGroup, rollout: Rollout) -> Rollout:
@@ -54,12 +54,16 @@ class LogprobPass:
 
         return tuple(replace(group, rollouts=tuple(filled(group, r) for r in group.rollouts)) for group in groups)
 
+    def _old(self, batches: Sequence[Sequence[TrainingRow]]) -> list[Tensor]:
+        return list(self.policy.lanes.map(self.policy.log_probs, batches))
+
     def _compute(self, forward: Forward, rows: Sequence[TrainingRow]) -> dict[TrainingRow, tuple[float, ...]]:
         """By row: equal rows have equal log-probs."""
         found: dict[TrainingRow, tuple[float, ...]] = {}
-        for microbatch in split_rows(rows, self.micro_batch_tokens):
-            values = iter(forward(microbatch.rows).tolist())
-            found.update({row: tuple(next(values) for _ in row.token_ids) for row in microbatch.rows})
+        batches = [part.rows for part in split_rows(rows, self.micro_batch_tokens, lanes=self.policy.lanes.count)]
+        for batch, logprobs in zip(batches, forward(batches), strict=True):
+            values = iter(logprobs.tolist())
+            found.update({row: tuple(next(values) for _ in row.token_ids) for row in batch})
         return found
 
 

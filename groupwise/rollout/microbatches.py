@@ -17,18 +17,24 @@ class _Bin:
     rows: list[TrainingRow] = field(default_factory=list)
 
 
-def split_rows(rows: Sequence[TrainingRow], budget: int, *, backward: bool = True) -> tuple[MicroBatch, ...]:
+def split_rows(
+    rows: Sequence[TrainingRow], budget: int, *, lanes: int = 1, backward: bool = True
+) -> tuple[MicroBatch, ...]:
     """Micro-batches of at most `budget` tokens each, a prompt counted once; a longer row stands alone.
 
     Pieces (whole groups, or parts of a group that is over the budget) go to the emptiest micro-batch, longest first.
+
+    Args:
+        lanes: micro-batches computed at one time; as far as rows allow, it divides their number.
     """
-    pieces = sorted(_pieces(rows, budget), key=lambda piece: -_tokens(piece))
+    whole = sum(map(_tokens, _pieces(rows, budget)))
+    pieces = sorted(_pieces(rows, min(budget, -(-whole // lanes))), key=lambda piece: -_tokens(piece))
     alone = [piece for piece in pieces if _tokens(piece) > budget]
     shared = pieces[len(alone) :]
-    count = -(-sum(map(_tokens, shared)) // budget)
+    count = _up(-(-sum(map(_tokens, shared)) // budget), lanes)
     bins = _fill(shared, count)
     while any(b.tokens > budget for b in bins):
-        count += 1
+        count += lanes
         bins = _fill(shared, count)
     # Two pieces of one group can meet in a bin; packing needs the rows of one prompt side by side.
     contents = [*alone, *(sorted(b.rows, key=lambda row: row.group) for b in bins if b.rows)]
@@ -42,6 +48,10 @@ def _fill(pieces: Sequence[list[TrainingRow]], count: int) -> list[_Bin]:
         emptiest.tokens += _tokens(piece)
         emptiest.rows.extend(piece)
     return bins
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def _tokens(piece: Sequence[TrainingRow]) -> int:

@@ -6,12 +6,13 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import torch
 
 TOKEN = "hf_" + "x" * 20
 
@@ -100,3 +101,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """`threads(n)` sets torch's thread count until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

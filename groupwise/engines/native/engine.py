@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,7 +139,7 @@ class NativeEngine:
         """Draw one token for each sample from `logits [B, V]`, and release those that it ends."""
         device = logits.device
         sampling = [sample.request.sampling for sample in samples]
-        uniform = torch.tensor([sample.uniform[len(sample.tokens)] for sample in samples], device=device)
+        uniform = torch.from_numpy(np.array([sample.uniform[len(sample.tokens)] for sample in samples])).to(device)
         params = RowParams.of(sampling, device)
         seen = None if params.penalty is None else self._seen(samples, logits)
         choice = choose(

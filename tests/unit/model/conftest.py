@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -44,14 +44,6 @@ def architecture(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer(["one two three, four five six"], 270)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    """`threads(n)` sets torch's thread count until the test ends."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -133,6 +133,7 @@ def test_hidden_keys_weigh_exactly_nothing() -> None:
 def test_a_segment_wholly_out_of_the_window_counts_for_nothing() -> None:
     key, value = randn(1, BLOCK, SIZE, dtype=torch.float32), randn(1, BLOCK, SIZE, dtype=torch.float32)
     query = randn(1, 4, SIZE, dtype=torch.float32)
+
     def near() -> Scores:
         return score(query, prefix_blocks(key, value, 5, None, None), SCALE)
 

@@ -169,7 +169,7 @@ def test_the_reference_of_a_new_adapter_is_the_base_without_a_copy(make_model: A
     assert kls[0] == 0.0
     assert kls[1] > 0
     packed = pack([row(0, 6)])
-    assert torch.equal(policy.reference.logprobs(packed), base.log_probs([row(0, 6)]))
+    assert torch.equal(policy.reference.logprobs([packed])[0], base.log_probs([row(0, 6)]))
     assert not torch.equal(policy.log_probs([row(0, 6)]), base.log_probs([row(0, 6)]))
     assert policy.reference.state_dict() == {}
     assert all(p.requires_grad for n, p in policy.loaded.model.named_parameters() if ".lora_" in n)
@@ -197,7 +197,7 @@ def test_the_reference_of_a_trained_adapter_is_that_adapter(make_model: Any) -> 
     expected = policy.log_probs([row(0, 6)])
     update(policy)
     assert policy.reference is not None
-    assert torch.equal(policy.reference.logprobs(packed), expected)
+    assert torch.equal(policy.reference.logprobs([packed])[0], expected)
     assert not torch.equal(policy.log_probs([row(0, 6)]), expected)
 
 
@@ -208,18 +208,18 @@ def test_the_reference_can_follow_the_policy(make_model: Any) -> None:
     assert isinstance(reference, AdapterReference)
     packed, rows = pack([row(0, 6)]), [row(0, 6)]
     update(policy)
-    base = reference.logprobs(packed)
+    base = reference.logprobs([packed])[0]
     reference.sync(0.0)
-    assert torch.equal(reference.logprobs(packed), base)
+    assert torch.equal(reference.logprobs([packed])[0], base)
     reference.sync(1.0)
     followed = policy.log_probs(rows)
-    assert torch.equal(reference.logprobs(packed), followed)
+    assert torch.equal(reference.logprobs([packed])[0], followed)
     update(policy)
     reference.sync(0.5)
-    assert not torch.equal(reference.logprobs(packed), followed)
+    assert not torch.equal(reference.logprobs([packed])[0], followed)
     other = AdapterReference(loaded, temperature=1.0, chunk_tokens=8)
     other.load_state_dict(reference.state_dict())
-    assert torch.equal(other.logprobs(packed), reference.logprobs(packed))
+    assert torch.equal(other.logprobs([packed])[0], reference.logprobs([packed])[0])
 
 
 # --- state ---

@@ -1,0 +1,74 @@
+"""Passes of a small model side by side on a CPU, each on its share of torch's threads.
+
+Threads that share one operation wait for each other at its end, and all but one are idle in what is not shared: the
+many small operations of a small model. Passes that go their own ways wait for nobody. Measured with 5.8 million
+parameters on two cores: FIGURE of the time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+_SMALL_BYTES = 1 << 28  # weights of a model whose operations are small, and whose gradients may exist several times
+_MOST = 2  # each holds a pass's memory
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Lanes:
+    """Maps over passes, several at a time.
+
+    Args:
+        module: passes are side by side if it is a small model on a CPU, whose forward changes nothing in it.
+
+    Example:
+        lanes = Lanes(model)
+        totals = list(lanes.map(lambda rows: float(model(rows).sum()), batches))
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        weights = list(module.parameters())
+        small = sum(weight.nbytes for weight in weights) <= _SMALL_BYTES
+        on_cpu = all(weight.device.type == "cpu" for weight in weights)
+        self._most = _MOST if small and on_cpu and not any(map(_changes, module.modules())) else 1
+
+    @property
+    def count(self) -> int:
+        """Passes at one time: 1 says one after another."""
+        return min(self._most, torch.get_num_threads())
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """`function` of each item, in the items' order; side by side, gradients must be switched on or off inside.
+
+        Raises:
+            Whatever `function` raises, when the passes that had begun have ended.
+        """
+        lanes, threads = min(self.count, len(items)), torch.get_num_threads()
+        if lanes < 2:
+            yield from map(function, items)
+            return
+        pool = ThreadPoolExecutor(lanes, "lane", initializer=torch.set_num_threads, initargs=(threads // lanes,))
+        running: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                running.append(pool.submit(function, item))
+                if len(running) == 2 * lanes:  # no more results wait than that
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # the number that the next new thread of this process begins with
+
+
+def _changes(module: nn.Module) -> bool:
+    """Whether a forward leaves something behind: angles for the longest sequence so far, or random numbers taken."""
+    angles = str(getattr(module, "rope_type", ""))
+    return "dynamic" in angles or "longrope" in angles or (isinstance(module, nn.Dropout) and module.p > 0)
