@@ -8,6 +8,9 @@ have the same weights, prompts, group size, length (every completion has exactly
 count and reward. The first pass of each process, and the first step of each training run, are not counted. Besides the
 clock on the wall, processor time is given: with `--threads 1` it says something on a busy machine, too.
 
+`trl` is TRL as it comes, except for bfloat16: it computes activations again in the backward pass (gradient
+checkpointing). `trl-keeping` keeps them, which takes memory and saves time; Groupwise keeps them by default.
+
 Needs the extra `bench` (TRL) for the step; the engine part needs nothing beyond Groupwise.
 """
 
@@ -31,7 +34,7 @@ from typing import IO, Any
 
 from vs_trl_sides import ROWS, SIDES, Figure, Setting
 
-PARTS = {"engine": ("generate", "native"), "step": ("trl", "groupwise")}
+PARTS = {"engine": ("generate", "native"), "step": ("trl", "trl-keeping", "groupwise")}  # ours is the last
 UNITS = {"engine": "tokens/s", "step": "s/step"}
 TARGETS = {"engine": "at least 1.5", "step": "at most 0.5"}
 
@@ -105,7 +108,7 @@ def write_inputs(folder: Path, *, size: str, rows: int = ROWS) -> None:
 
 
 def compare(part: str, setting: Setting, rounds: int) -> dict[str, Any]:
-    """Let the two sides of a part take turns; returns figures, medians and ratios ours / theirs."""
+    """Let the sides of a part take turns; returns figures, medians and the ratios of ours to each of the others."""
     load = os.getloadavg()[0]
     sides = [Side(name, setting) for name in PARTS[part]]
     if part == "engine":  # a training run has a warm-up step of its own
@@ -116,15 +119,16 @@ def compare(part: str, setting: Setting, rounds: int) -> dict[str, Any]:
             before = len(side.figures)
             side.turn()
             latest = ", ".join(f"{x.wall:.4g} (processor: {x.cpu:.4g})" for x in side.figures[before:])
-            print(f"  round {number + 1}/{rounds}  {side.name:<10} {latest} {UNITS[part]}", flush=True)
+            print(f"  round {number + 1}/{rounds}  {side.name:<12} {latest} {UNITS[part]}", flush=True)
     for side in sides:
         side.close()
     clocks: dict[str, Any] = {}
     for clock in ("wall", "cpu"):
         figures = {side.name: [asdict(figure)[clock] for figure in side.figures] for side in sides}
         median = {name: statistics.median(numbers) for name, numbers in figures.items()}
-        theirs, ours = median.values()
-        clocks[clock] = {"figures": figures, "median": median, "ratio": ours / theirs}
+        *peers, own = PARTS[part]
+        ratios = {peer: median[own] / median[peer] for peer in peers}
+        clocks[clock] = {"figures": figures, "median": median, "ratios": ratios}
     loads = {"load_before": load, "load_after": os.getloadavg()[0]}
     return {"part": part, "unit": UNITS[part], "target": TARGETS[part], **loads, **clocks}
 
@@ -142,14 +146,16 @@ def versions() -> dict[str, str]:
 def report(results: Sequence[dict[str, Any]]) -> None:
     print(f"\n{'part':<8}{'side':<12}{'clock':<6}{'median':>10}{'min':>10}{'max':>10}  unit")
     for result in results:
-        theirs, ours = PARTS[result["part"]]
+        *peers, own = PARTS[result["part"]]
         for clock in ("wall", "cpu"):
             for name, figures in result[clock]["figures"].items():
                 numbers = "".join(f"{x:>10.4g}" for x in (statistics.median(figures), min(figures), max(figures)))
                 print(f"{result['part']:<8}{name:<12}{clock:<6}{numbers}  {result['unit']}")
-        ratios = f"{result['wall']['ratio']:.2f} by the wall, {result['cpu']['ratio']:.2f} by processor time"
+        for peer in peers:
+            wall, cpu = (result[clock]["ratios"][peer] for clock in ("wall", "cpu"))
+            print(f"{'':<8}{own} / {peer}: {wall:.2f} by the wall, {cpu:.2f} by processor time")
         load = f"load average {result['load_before']:.1f} before, {result['load_after']:.1f} after"
-        print(f"{'':<8}{ours} / {theirs}: {ratios} (target: {result['target']}); {load}\n")
+        print(f"{'':<8}target: {result['target']}; {load}\n")
 
 
 def make_parser() -> argparse.ArgumentParser:

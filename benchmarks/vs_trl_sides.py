@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -186,13 +187,22 @@ def _groupwise_settings(setting: Setting, *, output: str) -> dict[str, Any]:
             "min_completion_tokens": setting.tokens,
         },
         "algorithm": {"kl_coef": setting.kl_coef},
-        "train": {"output": output, "steps": setting.steps + 2},
+        # One pass may hold what one of TRL's does: its prompts have up to 64 tokens.
+        "train": {
+            "output": output,
+            "steps": setting.steps + 2,
+            "micro_batch_tokens": setting.trl_batch * (setting.tokens + 64),
+        },
         "tracking": {"backends": ["jsonl"]},
     }
 
 
-def make_trl(setting: Setting) -> Callable[[], list[Figure]]:
-    """Seconds of each counted step of `GRPOTrainer`, generation and optimiser included."""
+def make_trl(setting: Setting, *, keeping: bool = False) -> Callable[[], list[Figure]]:
+    """Seconds of each counted step of `GRPOTrainer`, generation and optimiser included.
+
+    Args:
+        keeping: keep activations for the backward pass, where TRL by default computes them again.
+    """
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -207,7 +217,7 @@ def make_trl(setting: Setting) -> Callable[[], list[Figure]]:
         trainer = GRPOTrainer(
             model=setting.model,
             reward_funcs=make_reward(watch),
-            args=GRPOConfig(**_trl_settings(setting)),
+            args=GRPOConfig(**_trl_settings(setting), gradient_checkpointing=not keeping),
             train_dataset=Dataset.from_list([{"prompt": message} for message in _messages(setting, ROWS)]),
             callbacks=[CheckLengths()],
         )
@@ -231,7 +241,6 @@ def _trl_settings(setting: Setting) -> dict[str, Any]:
         "generation_kwargs": {"min_new_tokens": setting.tokens},
         "beta": setting.kl_coef,
         "learning_rate": 1e-6,
-        "gradient_checkpointing": False,
         "bf16": False,
         "use_cpu": True,
         "logging_steps": 1,
@@ -259,4 +268,10 @@ def _expect(got: float, wanted: float) -> None:
         raise SystemExit(f"this side did other work than asked: got {got}, expected {wanted}")
 
 
-SIDES = {"generate": make_generate, "native": make_native, "trl": make_trl, "groupwise": make_groupwise}
+SIDES = {
+    "generate": make_generate,
+    "native": make_native,
+    "trl": make_trl,
+    "trl-keeping": partial(make_trl, keeping=True),
+    "groupwise": make_groupwise,
+}

@@ -12,7 +12,11 @@ class TrainConfig(Section):
     steps: int | None = Field(None, ge=1, description="training steps; none is what `epochs` gives")
     epochs: float = Field(1.0, gt=0, description="passes over the data, when `steps` is not given")
     seed: int = Field(0, ge=0)
-    micro_batch_tokens: int = Field(4_096, ge=1, description="most tokens in one forward and backward pass")
+    micro_batch_tokens: int = Field(
+        4_096,
+        ge=1,
+        description="most tokens in one forward and backward pass; a small model on a CPU computes two passes at one time",
+    )
     logprob_chunk_tokens: int = Field(1_024, ge=8, description="tokens whose logits exist at one time")
     max_off_policy_steps: int = Field(0, ge=0, le=0, description="0: every sample is drawn by the newest weights")
     save_every: int = Field(

@@ -60,13 +60,14 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        grad, factor = wide(grads[0]), wide(weight)
-        unit = wide(x) * scale
-        along = grad * unit
-        of_weight = along.flatten(0, -2).sum(0)
+        grad, full, factor = wide(grads[0]), wide(x), wide(weight)
+        along = (grad * full).flatten(0, -2)
+        per_row = scale.flatten().to(along.dtype)
+        of_weight = along.t() @ per_row
         # What the mean square takes back: the gradient's part along x.
-        unit.mul_((along @ factor / x.shape[-1])[..., None])
-        of_x = torch.sub(grad * factor, unit).mul_(scale)
+        back = (along @ factor).mul_(per_row).mul_(per_row).div_(-x.shape[-1])
+        of_x = torch.mul(grad, factor, out=along.view(x.shape))
+        of_x.addcmul_(full, back.view(scale.shape)).mul_(scale)
         return of_x.to(x.dtype), of_weight.to(weight.dtype), None
 
 
