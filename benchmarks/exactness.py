@@ -3,7 +3,7 @@
     python benchmarks/exactness.py --rounds 6 --json exactness.json    # the shapes of vs_trl.py, 64 x 128 tokens
 
 All sides are one engine: its scheduler, keys, draws and records. The inexact ones have the Hugging Face module without
-padded activations, prompts padded to one length, and in place of blocks of 64 keys and of two merged partial results
+padded activations, prompts padded to one length, and in place of blocks of 64 keys and of sums of two segments
 one dense slot per sample, prompt and completion, with a softmax over all its keys at once: `sdpa` by torch's
 scaled_dot_product_attention, `products` by two batched products around a softmax.
 

@@ -15,7 +15,7 @@ class TrainConfig(Section):
     micro_batch_tokens: int = Field(
         4_096,
         ge=1,
-        description="most tokens in one forward and backward pass; a small model on a CPU computes two passes at one time",
+        description="most tokens in one forward and backward pass; a CPU computes two of a small model at once",
     )
     logprob_chunk_tokens: int = Field(1_024, ge=8, description="tokens whose logits exist at one time")
     max_off_policy_steps: int = Field(0, ge=0, le=0, description="0: every sample is drawn by the newest weights")

@@ -2,7 +2,7 @@
 
 Threads that share one operation wait for each other at its end, and all but one are idle in what is not shared: the
 many small operations of a small model. Passes that go their own ways wait for nobody. Measured with 5.8 million
-parameters on two cores: FIGURE of the time.
+parameters on two cores: 0.90 to 0.95 of the time, reference, forward and backward.
 """
 
 from __future__ import annotations
