@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,11 @@ _ACTIVATIONS = tuple({entry[0] if isinstance(entry, tuple) else entry for entry 
 
 def padding_for(count: int) -> int:
     """Elements missing until `count` of them fall into whole vectors on every thread."""
-    threads = torch.get_num_threads()
+    return _padding(count, torch.get_num_threads())
+
+
+@lru_cache(1024)
+def _padding(count: int, threads: int) -> int:
     padded = count
     while True:
         some = min(threads, max(1, -(-padded // _GRAIN)))

@@ -88,9 +88,14 @@ def split_scale(dtype: torch.dtype, scale: float) -> tuple[float, float]:
     return (1.0, scale) if costly else (scale, 1.0)
 
 
+def _rows_from(x: Tensor, first: int) -> Tensor:
+    """The rows of `x [B, R, …]` from `first` on. To be added to in place: `x[…] += y` copies the rows once more."""
+    return x[:, first:] if first else x
+
+
 def _scores(query: Tensor, block: KeyBlock, scale: float) -> Tensor:
     """`[B, R - first_row, W]`, far down where hidden."""
-    scores = wide(torch.bmm(query[:, block.first_row :], block.key.transpose(1, 2)))
+    scores = wide(torch.bmm(_rows_from(query, block.first_row), block.key.transpose(1, 2)))
     if scale != 1.0:
         scores.mul_(scale)
     if block.mask is not None:
@@ -124,12 +129,12 @@ class Scores:
         """Weighed by exp(score - `top`), the rows' own maximum or a larger one, `[B, R]`. The scores are used up."""
         top = self.top if top is None else top
         for block, scores in zip(self.blocks, self.scores, strict=True):
-            _weigh(scores, top[:, block.first_row :], block)
+            _weigh(scores, _rows_from(top, block.first_row), block)
         mass = self.scores[0].sum(-1)
         out = wide(torch.bmm(self.scores[0].to(self.dtype), self.blocks[0].value))
         for block, weights in zip(self.blocks[1:], self.scores[1:], strict=True):
-            mass[:, block.first_row :] += weights.sum(-1)
-            out[:, block.first_row :] += torch.bmm(weights.to(self.dtype), block.value)
+            _rows_from(mass, block.first_row).add_(weights.sum(-1))
+            _rows_from(out, block.first_row).add_(torch.bmm(weights.to(self.dtype), block.value))
         return Sums(out, mass)
 
 
@@ -150,7 +155,7 @@ def score(query: Tensor, blocks: Sequence[KeyBlock], scale: float) -> Scores:
     scores = [_scores(asking, block, left) for block in blocks]
     top = scores[0].amax(-1)
     for block, some in zip(blocks[1:], scores[1:], strict=True):
-        rows = top[:, block.first_row :]
+        rows = _rows_from(top, block.first_row)
         torch.maximum(rows, some.amax(-1), out=rows)
     return Scores(blocks, scores, top, query.dtype)
 

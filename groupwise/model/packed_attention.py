@@ -237,8 +237,8 @@ class _ExactAttention(torch.autograd.Function):
                 _scatter(part, bucket, repeat, whole)
         for each, scores in zip(prefixed, met, strict=True):
             found = scores.sums(each.gather(top))
-            out[each.rows] += each.scatter(found.out)
-            mass[each.rows] += each.scatter(found.mass)
+            out[each.rows].add_(each.scatter(found.out))
+            mass[each.rows].add_(each.scatter(found.mass))
         result = out.div_(mass[..., None]).to(query.dtype)
         ctx.save_for_backward(query, key, value, result, top.add_(mass.log_()))
         ctx.plan, ctx.call = plan, call
@@ -275,7 +275,6 @@ def gradients_by_plan(kept: Kept, grad: Tensor, plan: Plan, call: AttentionCall,
         seen, by = slice(prefix.prompt.start, prefix.prompt.stop), slice(prefix.start, prefix.stop)
         rows = Rows(query[None, by], grad[None, by], result[None, by], log_mass[None, by], plan.position_ids[by])
         parts = one_segment(rows, key[None, seen], value[None, seen], call, causal=False)
-        dq[by] += parts.query[0]
-        dk[seen] += parts.key[0]
-        dv[seen] += parts.value[0]
+        for whole, place, part in ((dq, by, parts.query), (dk, seen, parts.key), (dv, seen, parts.value)):
+            whole[place].add_(part[0])
     return Grads(dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype))
