@@ -76,6 +76,7 @@ class DecodeLayout:
         self._write = samples.plan_write(inputs.position, positions)
         self._own = samples.spans(shape.lanes, shape.sample_tokens)
         self._shared = prompts.spans(shape.prompts, shape.prompt_tokens)
+        self._even = len(set(positions)) == 1
         self._masks: dict[int | None, _Masks] = {}
         self._queries: _Queries | None = None
 
@@ -85,7 +86,7 @@ class DecodeLayout:
         self._write.put(call.layer, key[:lanes], value[:lanes])
         masks = self._masks.get(call.window)
         if masks is None:
-            masks = _Masks(shape, self._inputs, repeat, call.window, self._own, self._shared)
+            masks = _Masks(shape, self._inputs, repeat, call.window, self._own, self._shared, even=self._even)
             self._masks[call.window] = masks
 
         if self._queries is None:
@@ -161,7 +162,11 @@ class _Queries:
 
 
 class _Masks:
-    """What is hidden in each span, for all layers with one window."""
+    """What is hidden in each span, for all layers with one window.
+
+    Args:
+        even: all samples stand at one token; one row of mask serves them all.
+    """
 
     def __init__(
         self,
@@ -171,15 +176,17 @@ class _Masks:
         window: int | None,
         own_spans: Sequence[Span],
         shared_spans: Sequence[Span],
+        *,
+        even: bool,
     ) -> None:
         heads = own_spans[0].keys[0].shape[0] // shape.lanes
         lengths = inputs.prompt_lengths[:, None]
         at = _row_positions(shape, inputs, repeat) if window is not None else None
         self.own: list[Mask | None] = []
         for span in own_spans:
-            distance = inputs.position[:, None] - _tokens_of(span)
+            distance = (inputs.position[:1] if even else inputs.position)[:, None] - _tokens_of(span)
             hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-            self.own.append(_mask(hidden[:, None], heads, span.keys[0]))
+            self.own.append(_mask(hidden[:, None], 1 if even else heads, span.keys[0]))
         self.shared: list[Mask | None] = []
         for span in shared_spans:
             token = _tokens_of(span)
