@@ -11,6 +11,7 @@ from torch import Tensor
 
 from groupwise.model.adapters import adds_nothing
 from groupwise.model.loading import LoadedModel
+from groupwise.policy.lanes import Lanes
 from groupwise.policy.reference import Reference
 
 
@@ -24,6 +25,7 @@ class AdapterReference(Reference):
 
     def __init__(self, policy: LoadedModel, *, temperature: float, chunk_tokens: int) -> None:
         self.loaded = policy
+        self._lanes = Lanes(policy.model)
         self._temperature = temperature
         self._chunk_tokens = chunk_tokens
         self._trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}

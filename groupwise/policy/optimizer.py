@@ -53,8 +53,7 @@ class MasterOptimizer:
     def _collect(master: Tensor) -> Any:
         def add(weight: Tensor) -> None:
             assert weight.grad is not None
-            grad = weight.grad.float()
-            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            _add(weight.grad, master)
             weight.grad = None
 
         return add
@@ -67,8 +66,7 @@ class MasterOptimizer:
         """Add the gradients of one loss, as `gradients_of` gives them."""
         for master, gradient in zip(self._masters.values(), gradients, strict=True):
             if gradient is not None:
-                grad = gradient.to(master.dtype)
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                _add(gradient, master)
 
     @property
     def bytes_to_come(self) -> int:
@@ -147,6 +145,11 @@ class MasterOptimizer:
                     rule.optimizer.state[master] = {
                         key: _placed(key, value, master.device) for key, value in state["moments"][name].items()
                     }
+
+
+def _add(gradient: Tensor, master: Tensor) -> None:
+    wide = gradient.to(master.dtype)
+    master.grad = wide if master.grad is None else master.grad.add_(wide)
 
 
 def _placed(key: str, value: Any, device: torch.device) -> Any:

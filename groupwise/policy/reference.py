@@ -33,6 +33,7 @@ class Reference:
     def __init__(self, policy: LoadedModel, *, temperature: float, chunk_tokens: int) -> None:
         model = copy.deepcopy(policy.model).requires_grad_(False).eval()
         self.loaded = LoadedModel(model, policy.tokenizer, LanguageHead(model), policy.stop_token_ids)
+        self._lanes = Lanes(model)
         self._policy = policy
         self._temperature = temperature
         self._chunk_tokens = chunk_tokens
@@ -41,7 +42,7 @@ class Reference:
     def logprobs(self, packs: Sequence[Packed]) -> list[Tensor]:
         """`[M]` float32 each, of the packed completion tokens, at the sampling temperature."""
         with self._in_place():
-            return list(Lanes(self.loaded.model).map(self._logprobs, packs))
+            return list(self._lanes.map(self._logprobs, packs))
 
     @torch.no_grad()
     def _logprobs(self, packed: Packed) -> Tensor:

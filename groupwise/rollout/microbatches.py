@@ -22,16 +22,19 @@ def split_rows(
 ) -> tuple[MicroBatch, ...]:
     """Micro-batches of at most `budget` tokens each, a prompt counted once; a longer row stands alone.
 
-    Pieces (whole groups, or parts of a group that is over the budget) go to the emptiest micro-batch, longest first.
+    Pieces (whole groups, or parts of a group that is over the budget, or over a lane's share) go to the emptiest
+    micro-batch, longest first.
 
     Args:
         lanes: micro-batches computed at one time; as far as rows allow, it divides their number.
     """
-    whole = sum(map(_tokens, _pieces(rows, budget)))
-    pieces = sorted(_pieces(rows, min(budget, -(-whole // lanes))), key=lambda piece: -_tokens(piece))
+    groups = _groups(rows)
+    prompt = max((len(group[0].prompt_ids) for group in groups), default=0)  # a divided group computes its again
+    share = -(-sum(map(_tokens, groups)) // lanes) + prompt
+    pieces = sorted(_pieces(groups, min(budget, share)), key=lambda piece: -_tokens(piece))
     alone = [piece for piece in pieces if _tokens(piece) > budget]
     shared = pieces[len(alone) :]
-    count = _up(-(-sum(map(_tokens, shared)) // budget), lanes)
+    count = -(-sum(map(_tokens, shared)) // (budget * lanes)) * lanes
     bins = _fill(shared, count)
     while any(b.tokens > budget for b in bins):
         count += lanes
@@ -50,20 +53,20 @@ def _fill(pieces: Sequence[list[TrainingRow]], count: int) -> list[_Bin]:
     return bins
 
 
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
 def _tokens(piece: Sequence[TrainingRow]) -> int:
     return len(piece[0].prompt_ids) + sum(len(row.token_ids) for row in piece)
 
 
-def _pieces(rows: Sequence[TrainingRow], budget: int) -> list[list[TrainingRow]]:
+def _groups(rows: Sequence[TrainingRow]) -> list[list[TrainingRow]]:
     groups: dict[int, list[TrainingRow]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row)
+    return list(groups.values())
+
+
+def _pieces(groups: Sequence[list[TrainingRow]], budget: int) -> list[list[TrainingRow]]:
     pieces: list[list[TrainingRow]] = []
-    for group in groups.values():
+    for group in groups:
         piece: list[TrainingRow] = []
         for row in group:
             if piece and _tokens([*piece, row]) > budget:

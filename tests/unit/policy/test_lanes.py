@@ -103,6 +103,7 @@ def learned(loaded: LoadedModel, **settings: Any) -> tuple[list[dict[str, float]
     train = TrainConfig.model_validate({"logprob_chunk_tokens": 16, "seed": 7})
     policy = Policy(loaded, algorithm, optim=OptimConfig(), train=train, total_updates=10, **settings)  # type: ignore[call-arg]
     policy.published()
+    assert policy.lanes.count == (1 if policy._dropout else torch.get_num_threads())
     with torch.no_grad():  # away from the reference
         for weight in loaded.model.parameters():
             if weight.requires_grad:

@@ -98,6 +98,29 @@ def test_no_rows_give_no_micro_batch() -> None:
     assert split_rows([], 10) == ()
 
 
+@given(rows=row_lists(), budget=st.integers(1, 80), lanes=st.integers(1, 3))
+def test_lanes_change_neither_rows_nor_budget(rows: list[TrainingRow], budget: int, lanes: int) -> None:
+    microbatches = split_rows(rows, budget, lanes=lanes)
+    placed = Counter(r.advantages[0] for microbatch in microbatches for r in microbatch.rows)
+    assert placed == Counter(float(i) for i in range(len(rows)))
+    assert all(cost(m) <= budget or len(m.rows) == 1 for m in microbatches)
+    for microbatch in microbatches:
+        pack(microbatch.rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "budget", "sizes"),
+    [
+        ([row(g, 1, 9) for g in range(8)], 1000, [40, 40]),  # one pass would do
+        ([row(g, 1, 9) for g in range(8)], 30, [20, 20, 20, 20]),  # three would do
+        ([row(0, 2, 9) for _ in range(6)], 1000, [29, 29]),  # a single group is divided, its prompt computed twice
+        ([row(0, 1, 9)], 1000, [10]),
+    ],
+)
+def test_every_lane_has_its_share(rows: list[TrainingRow], budget: int, sizes: list[int]) -> None:
+    assert [cost(m) for m in split_rows(rows, budget, lanes=2)] == sizes
+
+
 @pytest.mark.parametrize("backward", [True, False])
 def test_backward_is_handed_on(backward: bool) -> None:
     assert [m.backward for m in split_rows([row(0, 1, 2)], 1, backward=backward)] == [backward]
