@@ -2,9 +2,9 @@
 
 transformers' layers walk through many small operations, each with a node of its own in the gradient's graph. Here a
 rotation (Su et al. 2021, "RoFormer", equation 34) and a gated activation (Shazeer 2020, "GLU variants", equation 6)
-are one node each, and while samples are drawn (`ordered_weights`) a layer's queries, keys and values are one product,
-one norm and one rotation. The module tree, its names and its weights stay as they are; without one of our layouts the
-attention and the layers are transformers' own.
+are one node each; while samples are drawn (`ordered_weights`) the layers are functions, see `flat_layers`. The module
+tree, its names and its weights stay as they are; without one of our layouts the attention and the layers are
+transformers' own.
 
 Shapes: N tokens, H heads of size d, I the width between gate and down.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,8 +25,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from groupwise.model.attention import AttentionCall, Layout
 from groupwise.model.evenly import EvenActivation
-from groupwise.model.linear import DnnLinear, Ordered, ordered_product
-from groupwise.model.norms import normalised
+from groupwise.model.flat_layers import FlatLayer, Function, flat_linear, flat_mlp, flat_norm, flat_projection
+from groupwise.model.linear import DnnLinear
 
 # Where each architecture keeps an attention module's sliding window.
 _WINDOWS: dict[str, Callable[[Any], int | None]] = {
@@ -119,22 +120,9 @@ class LeanMlp(nn.Module):
         return parts.down_proj(gated(parts.act_fn, parts.gate_proj(x), parts.up_proj(x)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Joined:
-    """Queries, keys and values as one product.
-
-    Attributes:
-        norm: `[Hq + Hkv, d]`, the weights of the norms of queries and keys, head by head; None without norms.
-    """
-
-    product: Ordered
-    norm: Tensor | None
-
-
 class LeanAttention(nn.Module):
     """Laid over the attention module of an architecture in `LLAMA_LAYERS`."""
 
-    joined: _Joined | None = None
     window_of: Callable[[Any], int | None]
 
     def forward(self, hidden_states: Tensor, position_embeddings: Any, **kwargs: Any) -> tuple[Tensor, Any]:
@@ -144,50 +132,29 @@ class LeanAttention(nn.Module):
             return super().forward(hidden_states, position_embeddings, **kwargs)  # pyright: ignore
         parts = cast(Any, self)
         query, key, value = self._project(hidden_states, position_embeddings)
-        call = AttentionCall(parts.layer_idx, parts.scaling, type(self).window_of(self))
-        out = layout.attend(call, query[0], key[0], value[0])
+        out = layout.attend(self.call, query[0], key[0], value[0])
         return parts.o_proj(out.flatten(1)[None]), None
 
     def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[1, N, Hq, d]`, keys and values `[1, N, Hkv, d]`."""
         parts = cast(Any, self)
-        joined, size = self.joined, parts.head_dim
-        if joined is not None and not torch.is_grad_enabled():
-            heads = ordered_product(x, joined.product).unflatten(-1, (-1, size))
-            few = (heads.shape[2] - parts.o_proj.in_features // size) // 2
-            asked, value = heads[:, :, :-few], heads[:, :, -few:]
-            if joined.norm is not None:
-                asked = normalised(asked, joined.norm, parts.q_norm.variance_epsilon)
-            asked = rotate(asked, rotation)
-            return asked[:, :, :-few], asked[:, :, -few:], value
+        size = parts.head_dim
         query, key, value = (
             projection(x).unflatten(-1, (-1, size)) for projection in (parts.q_proj, parts.k_proj, parts.v_proj)
         )
-        if self._has_norms:
+        if self.norms:
             query, key = parts.q_norm(query), parts.k_norm(key)
         return rotate(query, rotation), rotate(key, rotation), value
 
     @property
-    def _has_norms(self) -> bool:
-        return "q_norm" in self._modules
+    def norms(self) -> Sequence[nn.Module]:
+        """Of queries and keys; none in some architectures."""
+        return [self._modules[name] for name in ("q_norm", "k_norm") if name in self._modules]  # pyright: ignore
 
-    def order(self) -> Sequence[nn.Module]:
-        """Join the weights until `forget_order`, where the projections are plain float32 layers."""
+    @property
+    def call(self) -> AttentionCall:
         parts = cast(Any, self)
-        layers = [parts.q_proj, parts.k_proj, parts.v_proj]
-        if not all(isinstance(layer, DnnLinear) and layer.computes_by_dnn for layer in layers):
-            return ()
-        size, norm = parts.head_dim, None
-        if self._has_norms:
-            heads = [layer.out_features // size for layer in layers[:2]]
-            weights = (parts.q_norm.weight, parts.k_norm.weight)
-            norm = torch.cat([w.expand(count, size) for w, count in zip(weights, heads, strict=True)])
-        bias = None if parts.q_proj.bias is None else torch.cat([layer.bias for layer in layers])
-        self.joined = _Joined(Ordered.of(torch.cat([layer.weight for layer in layers]), bias), norm)
-        return layers
-
-    def forget_order(self) -> None:
-        self.joined = None
+        return AttentionCall(parts.layer_idx, parts.scaling, type(self).window_of(self))
 
 
 class LeanLayer(nn.Module):
@@ -217,6 +184,8 @@ class LeanRotary(nn.Module):
 class LeanDecoder(nn.Module):
     """Laid over the module that holds embedding, layers and last norm."""
 
+    flat: _Flat | None = None
+
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         layout: Layout | None = kwargs.get("layout")
         if layout is None or input_ids is None:
@@ -224,9 +193,53 @@ class LeanDecoder(nn.Module):
         parts = cast(Any, self)
         hidden = parts.embed_tokens(input_ids)
         rotation = parts.rotary_emb(hidden, kwargs["position_ids"])
+        if self.flat is not None and not torch.is_grad_enabled():
+            return BaseModelOutputWithPast(last_hidden_state=self.flat(hidden[0], rotation, layout)[None])
         for layer in parts.layers:
             hidden = layer(hidden, position_embeddings=rotation, layout=layout)
         return BaseModelOutputWithPast(last_hidden_state=parts.norm(hidden))
+
+    def order(self) -> Sequence[nn.Module]:
+        """Flat layers until `forget_order`."""
+        parts = cast(Any, self)
+        self.flat = _Flat([_flat(layer) for layer in parts.layers], flat_norm(parts.norm))
+        return [linear for layer in parts.layers for linear in _linears(layer)]
+
+    def forget_order(self) -> None:
+        self.flat = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Flat:
+    layers: Sequence[FlatLayer]
+    norm: Function
+
+    def __call__(self, hidden: Tensor, rotation: Rotation, layout: Layout) -> Tensor:
+        turn = partial(_rotated, cos=rotation.cos[0], turned=rotation.turned[0])
+        for layer in self.layers:
+            hidden = layer(hidden, turn, layout)
+        return self.norm(hidden)
+
+
+def _linears(layer: Any) -> list[nn.Module]:
+    """Those that a flat layer holds itself."""
+    attention, mlp = layer.self_attn, layer.mlp
+    found = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    if isinstance(mlp, LeanMlp):
+        found += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return [linear for linear in found if isinstance(linear, DnnLinear)]
+
+
+def _flat(layer: Any) -> FlatLayer:
+    attention = layer.self_attn
+    return FlatLayer(
+        call=attention.call,
+        before=flat_norm(layer.input_layernorm),
+        project=flat_projection(attention, attention.norms),
+        output=flat_linear(attention.o_proj),
+        after=flat_norm(layer.post_attention_layernorm),
+        mlp=flat_mlp(layer.mlp) if isinstance(layer.mlp, LeanMlp) else layer.mlp,
+    )
 
 
 def make_layers_lean(model: PreTrainedModel) -> None:

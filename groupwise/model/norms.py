@@ -36,7 +36,7 @@ class LeanNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
-def normalised(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def normalised(x: Tensor, weight: Tensor, epsilon: float | Tensor) -> Tensor:
     """The norm of `x […, d]` over its last dimension, no gradient recorded; `weight` is `[d]`, or one for each head:
     `[H, d]`."""
     full = x.to(torch.float32)
@@ -44,7 +44,7 @@ def normalised(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return unit.mul_(weight) if unit.dtype == weight.dtype else weight * unit
 
 
-def _scale(full: Tensor, epsilon: float) -> Tensor:
+def _scale(full: Tensor, epsilon: float | Tensor) -> Tensor:
     """One over the root of the mean square, `[…, 1]`."""
     return (full * full).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
 

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from groupwise.model.attention import AttentionCall
 from groupwise.model.attention_backward import NO_WEIGHT, Grads, Rows, attention_backward
+from groupwise.model.buckets import Bucket, make_buckets
 from groupwise.model.exact import (
     BLOCK,
     TILE,
@@ -26,24 +27,6 @@ from groupwise.model.exact import (
     score,
 )
 from groupwise.model.packing import Packed, Segment
-
-_MAX_SCORES = 1 << 26  # float32 scores of one bucket that exist at one time: 256 MiB
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Segments of about one length, computed together: `index [n, T]` into the packed sequence, `real [n * T]` rows
-    that exist.
-
-    Attributes:
-        flat: `[V]`, packed positions of the real rows; `real`: `[V]`, their places in the flattened `[n * T]`.
-        lost: `[n, T]`, true where there is no row.
-    """
-
-    index: Tensor
-    flat: Tensor
-    real: Tensor
-    lost: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +47,7 @@ class Plan:
     position_ids: Tensor
 
     def to(self, device: torch.device) -> Plan:
-        buckets = tuple(
-            Bucket(*(x.to(device) for x in (bucket.index, bucket.flat, bucket.real, bucket.lost)))
-            for bucket in self.buckets
-        )
+        buckets = tuple(bucket.to(device) for bucket in self.buckets)
         return Plan(buckets, self.prefixes, self.position_ids.to(device))
 
 
@@ -90,25 +70,9 @@ class SegmentGradient(Protocol):
 
 
 def make_plan(packed: Packed, num_heads: int) -> Plan:
-    """Sort segments into buckets by blocks of length, and groups into prefixes."""
-    by_length: dict[int, list[Segment]] = {}
-    for segment in packed.segments:
-        by_length.setdefault(-(-segment.length // BLOCK) * BLOCK, []).append(segment)
-    buckets: list[Bucket] = []
-    for length, segments in sorted(by_length.items()):
-        most = max(1, _MAX_SCORES // (num_heads * length * length))
-        starts = range(0, len(segments), most)
-        buckets += [_bucket(segments[first : first + most], length) for first in starts]
-    return Plan(tuple(buckets), tuple(_prefixes(packed.segments)), packed.position_ids)
-
-
-def _bucket(segments: list[Segment], length: int) -> Bucket:
-    offset = torch.arange(length)
-    start = torch.tensor([s.start for s in segments])[:, None]
-    exists = offset[None] < torch.tensor([s.length for s in segments])[:, None]
-    index = torch.where(exists, start + offset, start)
-    real = exists.flatten().nonzero().flatten()
-    return Bucket(index, index.flatten()[real], real, ~exists)
+    """Sort segments into buckets, and groups into prefixes."""
+    buckets = make_buckets(packed.segments, num_heads)
+    return Plan(buckets, tuple(_prefixes(packed.segments)), packed.position_ids)
 
 
 def _prefixes(segments: tuple[Segment, ...]) -> list[Prefix]:
@@ -153,29 +117,6 @@ class PackedLayout:
         from groupwise.model.varlen_attention import varlen_attention
 
         return varlen_attention(query, key, value, self._varlen, call)
-
-
-def _gather(x: Tensor, index: Tensor, repeat: int) -> Tensor:
-    """Tokens `index [n, T]` of `[N, Hkv * repeat, d]` as `[Hkv * n, T * repeat, d]`, one key head's rows together."""
-    heads = x.unflatten(1, (-1, repeat)).transpose(0, 1)[:, index.flatten()]
-    return heads.reshape(heads.shape[0] * index.shape[0], -1, x.shape[-1])
-
-
-def _scatter(x: Tensor, bucket: Bucket, repeat: int, into: Tensor) -> None:
-    """The inverse: `[Hkv * n, T * repeat, …]` to the bucket's places in `[N, Hkv * repeat, …]`."""
-    n, length = bucket.index.shape
-    heads = x.view(-1, n * length, repeat, *x.shape[2:]).transpose(0, 1)
-    _put(heads.reshape(n * length, *into.shape[1:]), bucket, into)
-
-
-def _pick(x: Tensor, bucket: Bucket) -> Tensor:
-    """The bucket's rows of `[N, …]`, `[n, T, …]`; whole rows are copied quicker than by indexing."""
-    return x.index_select(0, bucket.index.flatten()).unflatten(0, bucket.index.shape)
-
-
-def _put(rows: Tensor, bucket: Bucket, into: Tensor) -> None:
-    """`rows [n * T, …]`, those that exist, to their places in `[N, …]`."""
-    into.index_copy_(0, bucket.flat, rows.index_select(0, bucket.real).to(into.dtype))
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -229,12 +170,12 @@ class _ExactAttention(torch.autograd.Function):
         for each, scores in zip(prefixed, met, strict=True):
             top[each.rows] = each.scatter(scores.top)
         for bucket in plan.buckets:
-            blocks = causal_blocks(_gather(key, bucket.index, 1), _gather(value, bucket.index, 1), repeat, call.window)
-            own = score(_gather(query, bucket.index, repeat), blocks, call.scale)
-            torch.maximum(own.top, _gather(top[..., None], bucket.index, repeat)[..., 0], out=own.top)
+            blocks = causal_blocks(bucket.gather(key, 1), bucket.gather(value, 1), repeat, call.window)
+            own = score(bucket.gather(query, repeat), blocks, call.scale)
+            torch.maximum(own.top, bucket.gather(top, repeat), out=own.top)
             found = own.sums()
             for whole, part in ((out, found.out), (top, own.top), (mass, found.mass)):
-                _scatter(part, bucket, repeat, whole)
+                bucket.scatter(part, repeat, whole)
         for each, scores in zip(prefixed, met, strict=True):
             found = scores.sums(each.gather(top))
             out[each.rows].add_(each.scatter(found.out))
@@ -256,21 +197,22 @@ def gradients_by_plan(kept: Kept, grad: Tensor, plan: Plan, call: AttentionCall,
     query, key, value, result, log_mass = kept.query, kept.key, kept.value, kept.out, kept.log_mass
     dq, dk, dv = (torch.zeros_like(x, dtype=log_mass.dtype) for x in (query, key, value))
     for bucket in plan.buckets:
+        asking = bucket.pick(query)
         parts = one_segment(
             Rows(
-                query=_pick(query, bucket),
-                grad=_pick(grad, bucket).masked_fill_(bucket.lost[..., None, None], 0),
-                out=_pick(result, bucket),
-                log_mass=_pick(log_mass, bucket).masked_fill_(bucket.lost[..., None], NO_WEIGHT),
-                distance=torch.arange(bucket.index.shape[1], device=query.device),
+                query=asking,
+                grad=bucket.pick(grad, lost=0),
+                out=bucket.pick(result),
+                log_mass=bucket.pick(log_mass, lost=NO_WEIGHT),
+                distance=torch.arange(asking.shape[1], device=query.device),
             ),
-            _pick(key, bucket),
-            _pick(value, bucket),
+            bucket.pick(key),
+            bucket.pick(value),
             call,
             causal=True,
         )
         for whole, part in ((dq, parts.query), (dk, parts.key), (dv, parts.value)):
-            _put(part.flatten(0, 1), bucket, whole)
+            bucket.put(part, whole)
     for prefix in plan.prefixes:
         seen, by = slice(prefix.prompt.start, prefix.prompt.stop), slice(prefix.start, prefix.stop)
         rows = Rows(query[None, by], grad[None, by], result[None, by], log_mass[None, by], plan.position_ids[by])

@@ -14,8 +14,8 @@ from groupwise.model import lean_layers
 from groupwise.model.attention import ATTENTION_NAME
 from groupwise.model.evenly import make_activations_even
 from groupwise.model.forward import packed_hidden_states
-from groupwise.model.lean_layers import LLAMA_LAYERS, LeanAttention, LeanLayer, Rotation, gated, rotate
-from groupwise.model.linear import ordered_weights, use_dnn_linear
+from groupwise.model.lean_layers import LLAMA_LAYERS, LeanDecoder, LeanLayer, Rotation, gated, rotate
+from groupwise.model.linear import DnnLinear, ordered_weights, use_dnn_linear
 from groupwise.model.norms import make_norms_lean
 from groupwise.model.packing import Packed, pack
 from groupwise.types import TrainingRow
@@ -59,10 +59,6 @@ def packed() -> Packed:
     return pack([row(0, tuple(range(4, 40))), row(0, (9, 8)), row(1, tuple(range(30, 110)))])
 
 
-def projections(attention: Any) -> list[Any]:
-    return [attention.q_proj, attention.k_proj, attention.v_proj]
-
-
 def prepared(model: PreTrainedModel, *, lean: bool) -> PreTrainedModel:
     model = copy.deepcopy(model)
     model.set_attn_implementation(ATTENTION_NAME)
@@ -89,13 +85,11 @@ def test_lean_layers_have_the_bits_of_transformers(
         wanted = packed_hidden_states(plain, rows)
         assert torch.equal(packed_hidden_states(lean, rows), wanted)
         with ordered_weights(lean):
-            assert not any(
-                p.ordered for m in lean.modules() if isinstance(m, LeanAttention) and m.joined for p in projections(m)
-            )
-            joined = [module.joined for module in lean.modules() if isinstance(module, LeanAttention)]
-            assert all((part is not None) == (dtype == torch.float32) for part in joined)
+            decoder = lean.get_decoder()
+            assert isinstance(decoder, LeanDecoder) and decoder.flat is not None
+            assert not any(m.ordered for layer in decoder.layers for m in layer.modules() if isinstance(m, DnnLinear))
             assert torch.equal(packed_hidden_states(lean, rows), wanted)
-        assert all(module.joined is None for module in lean.modules() if isinstance(module, LeanAttention))
+        assert decoder.flat is None
     found: list[dict[str, Tensor]] = []
     for each in (plain, lean):
         hidden = packed_hidden_states(each, rows)
