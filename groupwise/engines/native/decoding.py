@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from torch.nn.functional import pad
 
 from groupwise.engines.native.cache import KeyCache, Span
 from groupwise.model.attention import AttentionCall
-from groupwise.model.exact import TILE, KeyBlock, Mask, score, split_scale
+from groupwise.model.exact import BLOCK, TILE, KeyBlock, Mask, score, split_scale
+
+_Masks = list[Mask | None]  # one for each span
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,42 +64,48 @@ class StepInputs:
 
 
 class DecodeLayout:
-    """The layout of one step; see `groupwise.model.attention.Layout`.
+    """The layout of the steps of one shape, as long as the same samples run; see `groupwise.model.attention.Layout`."""
 
-    Args:
-        positions: `inputs.position` on the host.
-    """
-
-    def __init__(
-        self, prompts: KeyCache, samples: KeyCache, *, shape: StepShape, inputs: StepInputs, positions: Sequence[int]
-    ) -> None:
+    def __init__(self, prompts: KeyCache, samples: KeyCache, shape: StepShape) -> None:
         self._shape = shape
-        self._inputs = inputs
+        self._samples = samples
         self._heads = samples.shape.heads
-        self._write = samples.plan_write(inputs.position, positions)
         self._own = samples.spans(shape.lanes, shape.sample_tokens)
         self._shared = prompts.spans(shape.prompts, shape.prompt_tokens)
-        self._even = len(set(positions)) == 1
-        self._masks: dict[int | None, _Masks] = {}
         self._queries: _Queries | None = None
+        self._own_masks: dict[int | None, _Masks] = {}
+        self._shared_masks: dict[int | None, _Masks] = {}
+
+    def stand_at(self, inputs: StepInputs, positions: Sequence[int]) -> None:
+        """Go to one step.
+
+        Args:
+            positions: `inputs.position` on the host; empty where the host must not know.
+        """
+        self._inputs = inputs
+        self._write = self._samples.plan_write(inputs.position, positions)
+        self._at = positions[0] if len(set(positions)) == 1 and self._samples.shape.device.type == "cpu" else None
+        self._own_masks.clear()
+        # Without a window, a prompt looks alike from everywhere behind it.
+        self._shared_masks = {None: self._shared_masks[None]} if None in self._shared_masks else {}
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         shape, heads = self._shape, self._heads
         lanes, repeat, size = shape.lanes, query.shape[1] // heads, query.shape[2]
         self._write.put(call.layer, key[:lanes], value[:lanes])
-        masks = self._masks.get(call.window)
-        if masks is None:
-            masks = _Masks(shape, self._inputs, repeat, call.window, self._own, self._shared, even=self._even)
-            self._masks[call.window] = masks
+        if call.window not in self._own_masks:
+            self._own_masks[call.window] = self._hide_own(call.window)
+        if call.window not in self._shared_masks:
+            self._shared_masks[call.window] = self._hide_shared(call.window, repeat)
 
         if self._queries is None:
             self._queries = _Queries(shape, heads, query)
         into, left = split_scale(query.dtype, call.scale)
         by_lane = query[:lanes].view(lanes, heads, repeat, size)
         torch.mul(by_lane, into, out=self._queries.by_lane)
-        own = score(self._queries.own, _blocks(self._own, call.layer, masks.own), left)
+        own = score(self._queries.own, _blocks(self._own, call.layer, self._own_masks[call.window]), left)
         torch.mul(self._to_members(by_lane), into, out=self._queries.by_member)
-        shared = score(self._queries.shared, _blocks(self._shared, call.layer, masks.shared), left)
+        shared = score(self._queries.shared, _blocks(self._shared, call.layer, self._shared_masks[call.window]), left)
 
         # One maximum for both segments, written where each keeps its own.
         top, tops = self._own_rows(own.top, repeat), self._member_rows(shared.top, repeat)
@@ -111,6 +120,31 @@ class DecodeLayout:
         found.div_(mass[..., None])
         out = out.to(query.dtype)
         return pad(out, (0, 0, 0, 0, 0, shape.rows - lanes)) if shape.rows > lanes else out
+
+    def _hide_own(self, window: int | None) -> _Masks:
+        """Later tokens than a sample's newest one, and those that its window does not reach."""
+        if self._at is not None and window is None:
+            return [_upto(self._at - span.start, span) for span in self._own]
+        position = self._inputs.position if self._at is None else self._inputs.position[:1]
+        masks: list[Mask | None] = []
+        for span in self._own:
+            distance = position[:, None] - _tokens_of(span)
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            masks.append(_mask(hidden[:, None], self._heads if self._at is None else 1, span.keys[0]))
+        return masks
+
+    def _hide_shared(self, window: int | None, repeat: int) -> _Masks:
+        """What lies behind a prompt's end, and what a sample's window does not reach."""
+        lengths = self._inputs.prompt_lengths[:, None]
+        at = None if window is None else _row_positions(self._shape, self._inputs, repeat)
+        masks: list[Mask | None] = []
+        for span in self._shared:
+            token = _tokens_of(span)
+            hidden = (token >= lengths)[:, None]
+            if window is not None and at is not None:
+                hidden = hidden | (at[..., None] - token >= window)
+            masks.append(_mask(hidden, self._heads, span.keys[0]))
+        return masks
 
     def _to_members(self, x: Tensor) -> Tensor:
         """`[B, heads, repeat, …]` by lane to `[prompts, W, heads, repeat, …]` by prompt."""
@@ -161,39 +195,21 @@ class _Queries:
         self.by_member = self.shared[:, :asking].view(places).transpose(1, 2)
 
 
-class _Masks:
-    """What is hidden in each span, for all layers with one window.
+def _upto(token: int, span: Span) -> Mask | None:
+    """The mask of a span whose keys are seen up to `token`, counted from its start."""
+    width = span.keys[0].shape[1]
+    if token >= width - 1:
+        return None
+    table = _triangle(span.keys[0].dtype)
+    row = slice(token, token + 1)
+    return Mask(table.bias[:, row, :width], table.keep[:, row, :width])
 
-    Args:
-        even: all samples stand at one token; one row of mask serves them all.
-    """
 
-    def __init__(
-        self,
-        shape: StepShape,
-        inputs: StepInputs,
-        repeat: int,
-        window: int | None,
-        own_spans: Sequence[Span],
-        shared_spans: Sequence[Span],
-        *,
-        even: bool,
-    ) -> None:
-        heads = own_spans[0].keys[0].shape[0] // shape.lanes
-        lengths = inputs.prompt_lengths[:, None]
-        at = _row_positions(shape, inputs, repeat) if window is not None else None
-        self.own: list[Mask | None] = []
-        for span in own_spans:
-            distance = (inputs.position[:1] if even else inputs.position)[:, None] - _tokens_of(span)
-            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-            self.own.append(_mask(hidden[:, None], 1 if even else heads, span.keys[0]))
-        self.shared: list[Mask | None] = []
-        for span in shared_spans:
-            token = _tokens_of(span)
-            hidden = (token >= lengths)[:, None]
-            if window is not None and at is not None:
-                hidden = hidden | (at[..., None] - token >= window)
-            self.shared.append(_mask(hidden, heads, span.keys[0]))
+@lru_cache
+def _triangle(dtype: torch.dtype) -> Mask:
+    """`[1, BLOCK, BLOCK]` on a CPU; row t sees the keys up to t."""
+    token = torch.arange(BLOCK)
+    return Mask.of((token > token[:, None])[None], dtype)
 
 
 def _tokens_of(span: Span) -> Tensor:

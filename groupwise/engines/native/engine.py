@@ -11,16 +11,13 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import nullcontext
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from groupwise.config import RolloutConfig
 from groupwise.engines.native.cache import CacheShape
-from groupwise.engines.native.sampling import Forbidden, RowParams, choose
+from groupwise.engines.native.drawing import Draws
 from groupwise.engines.native.scheduler import Outbox, Sample, Scheduler
 from groupwise.engines.native.steps import DecodeSteps
-from groupwise.engines.native.stopping import find_finish
 from groupwise.engines.native.threads import SMALL_BYTES, StepThreads
 from groupwise.errors import EngineError
 from groupwise.model.forward import packed_scores
@@ -51,6 +48,7 @@ class NativeEngine:
             max_bytes=_cache_bytes(config, shape.device, reserved_bytes),
         )
         self._steps = DecodeSteps(loaded, self._scheduler)
+        self._draws: tuple[int, Draws] | None = None  # for the samples that run since this change
         self._threads = StepThreads(torch.get_num_threads())
         small = sum(weight.nbytes for weight in loaded.model.parameters()) <= SMALL_BYTES
         self._tries_threads = small and shape.device.type == "cpu"
@@ -128,57 +126,21 @@ class NativeEngine:
         place = {id(prompt): index for index, prompt in enumerate(prompts)}
         rows = torch.stack([prompt.hidden for prompt in prompts if prompt is not None and prompt.hidden is not None])
         logits = self._loaded.head.logits(rows)
-        self._draw(admitted, logits[[place[id(sample.prompt)] for sample in admitted]])
+        chosen = logits[[place[id(sample.prompt)] for sample in admitted]]
+        self._release(Draws(admitted, self._loaded).next(chosen))
 
     def _decode(self, running: list[Sample]) -> None:
         """Feed every running sample's last token, and draw its next."""
         hidden = self._steps.hidden(running, self._scheduler.prompts)
-        self._draw(list(running), self._loaded.head.logits(hidden)[: len(running)])
+        changes = self._scheduler.changes
+        if self._draws is None or self._draws[0] != changes:
+            self._draws = changes, Draws(running, self._loaded)
+        self._release(self._draws[1].next(self._loaded.head.logits(hidden)[: len(running)]))
 
-    def _draw(self, samples: list[Sample], logits: Tensor) -> None:
-        """Draw one token for each sample from `logits [B, V]`, and release those that it ends."""
-        device = logits.device
-        sampling = [sample.request.sampling for sample in samples]
-        uniform = torch.from_numpy(np.array([sample.uniform[len(sample.tokens)] for sample in samples])).to(device)
-        params = RowParams.of(sampling, device)
-        seen = None if params.penalty is None else self._seen(samples, logits)
-        choice = choose(
-            logits,
-            uniform,
-            params,
-            seen=seen,
-            forbidden=self._forbidden(samples, logits),
-            sums=self._loaded.head.row_sums,
-        )
-        for sample, token, logprob in zip(samples, choice.tokens.tolist(), choice.logprobs.tolist(), strict=True):
-            sample.tokens.append(token)
-            sample.logprobs.append(logprob)
-            if sample.seen is not None:
-                sample.seen[token] = True
-            reason = find_finish(sample, self._loaded)
-            if reason is not None:
-                self._scheduler.release(sample)
-                sample.outbox.put_nowait(self._completion(sample, reason))
-
-    def _seen(self, samples: list[Sample], logits: Tensor) -> Tensor:
-        for sample in samples:
-            if sample.seen is None:
-                sample.seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-                sample.seen[list(sample.request.prompt.token_ids)] = True
-        return torch.stack([sample.seen for sample in samples if sample.seen is not None])
-
-    def _forbidden(self, samples: list[Sample], logits: Tensor) -> Forbidden | None:
-        pairs = [
-            (row, stop)
-            for row, sample in enumerate(samples)
-            if len(sample.tokens) < sample.request.sampling.min_tokens
-            for stop in (*self._loaded.stop_token_ids, *sample.request.sampling.stop_token_ids)
-            if stop < logits.shape[-1]
-        ]
-        if not pairs:
-            return None
-        rows, tokens = torch.tensor(pairs, device=logits.device).unbind(1)
-        return Forbidden(rows, tokens)
+    def _release(self, ended: list[tuple[Sample, FinishReason]]) -> None:
+        for sample, reason in ended:
+            self._scheduler.release(sample)
+            sample.outbox.put_nowait(self._completion(sample, reason))
 
     def _completion(self, sample: Sample, reason: FinishReason) -> Completion:
         return Completion(
@@ -212,6 +174,8 @@ class NativeEngine:
         if self._scheduler.busy:
             raise EngineError("an engine cannot sleep while samples are running")
         self._scheduler.drop_caches()
+        self._steps.forget()
+        self._draws = None
 
     async def wake(self) -> None:
         """Nothing to do: caches come back with the first request."""

@@ -19,15 +19,16 @@ from groupwise.model.attention import AttentionCall
 class InvariantDecodeLayout:
     """Takes the place of `DecodeLayout`; arguments as there."""
 
-    def __init__(
-        self, prompts: KeyCache, samples: KeyCache, *, shape: StepShape, inputs: StepInputs, positions: Sequence[int]
-    ) -> None:
+    def __init__(self, prompts: KeyCache, samples: KeyCache, shape: StepShape) -> None:
         assert isinstance(prompts, ArenaCache) and isinstance(samples, ArenaCache), "the kernel reads arenas"
         self._shape = shape
         self._prompts = prompts
         self._samples = samples
-        self._write = samples.plan_write(inputs.position, positions)
-        self._table = _tiles(shape, inputs, prompts, samples)
+
+    def stand_at(self, inputs: StepInputs, positions: Sequence[int]) -> None:
+        """As `DecodeLayout.stand_at`."""
+        self._write = self._samples.plan_write(inputs.position, positions)
+        self._table = _tiles(self._shape, inputs, self._prompts, self._samples)
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         from groupwise.model.invariant.attention_kernel import KeySource, Tiles, attend

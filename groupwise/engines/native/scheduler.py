@@ -66,6 +66,9 @@ class Scheduler:
     Args:
         max_samples: most samples decoded together.
         max_bytes: most memory of both caches.
+
+    Attributes:
+        changes: counts the changes of both lists. While it stands still, lanes and caches' lanes do too.
     """
 
     def __init__(self, shape: CacheShape, *, max_samples: int, max_bytes: int) -> None:
@@ -76,6 +79,7 @@ class Scheduler:
         self.waiting: deque[Sample] = deque()
         self.running: list[Sample] = []
         self.prompts: list[PromptLane] = []
+        self.changes = 0
         self.drop_caches()
 
     def drop_caches(self) -> None:
@@ -106,6 +110,7 @@ class Scheduler:
         if self.waiting and not self.running:
             self._refuse(self.waiting[0])
         if admitted:
+            self.changes += 1
             longest = max(sample.request.sampling.max_tokens for sample in self.running)
             if len(admitted) == len(self.running):
                 self._shed(longest)
@@ -160,6 +165,7 @@ class Scheduler:
 
     def release(self, sample: Sample) -> None:
         """Free a finished sample's lane, and its prompt's if it was the last one and none waits."""
+        self.changes += 1
         lane = self.running.index(sample)
         last = self.running.pop()
         if last is not sample:
@@ -175,6 +181,7 @@ class Scheduler:
         return bool(self.waiting) and self._lane_of(self.waiting[0]) is prompt
 
     def _release_prompt(self, prompt: PromptLane) -> None:
+        self.changes += 1
         lane = next(index for index, known in enumerate(self.prompts) if known is prompt)
         last = self.prompts.pop()
         if last is not prompt:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from groupwise.engines.native.cache import ARENA_SPAN, ArenaCache, KeyCache
 from groupwise.engines.native.decoding import DecodeLayout, StepInputs, StepShape
 from groupwise.engines.native.invariant import InvariantDecodeLayout
 from groupwise.engines.native.scheduler import PromptLane, Sample, Scheduler
+from groupwise.model.exact import WIDTHS
 from groupwise.model.forward import hidden_states, packed_hidden_states
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packing import ROW_MULTIPLE, Segment, pack_prompts
@@ -38,7 +40,7 @@ class _Rounding:
     tokens: int
 
 
-_EAGER = _Rounding(rows=ROW_MULTIPLE, lanes=1, prompts=1, tokens=1)
+_EAGER = _Rounding(rows=ROW_MULTIPLE, lanes=1, prompts=1, tokens=WIDTHS[0])
 _GRAPH = _Rounding(rows=GRAPH_LANES, lanes=GRAPH_LANES, prompts=GRAPH_PROMPTS, tokens=ARENA_SPAN)
 
 
@@ -50,6 +52,8 @@ class DecodeSteps:
         self._scheduler = scheduler
         self._graphs = _Graphs(loaded) if loaded.device.type == "cuda" else None
         self._rounding = _EAGER if self._graphs is None else _GRAPH
+        self._roster: _Roster | None = None
+        self._layout: tuple[StepShape, DecodeLayout | InvariantDecodeLayout] | None = None  # of the roster
 
     def prefill(self, prompts: Sequence[PromptLane]) -> None:
         """Compute the new prompts: keys and values, and the hidden state that predicts the first token."""
@@ -66,30 +70,87 @@ class DecodeSteps:
 
     def hidden(self, running: Sequence[Sample], prompts: Sequence[PromptLane]) -> Tensor:
         """`[B, H]`, the last hidden states of the running samples' newest tokens, and of padding."""
+        if self._roster is None or self._roster.changes != self._scheduler.changes:
+            self._roster = _Roster.of(running, prompts, self._rounding, changes=self._scheduler.changes)
+            self._roster = self._roster.to(self._loaded.device)
+            self._layout = None
         positions = [len(sample.tokens) - 1 for sample in running]
-        shape = self._shape(running, prompts, max(positions) + 1)
+        shape = self._roster.shape(max(positions) + 1, self._rounding)
         self._scheduler.make_room(lanes=shape.lanes, prompts=shape.prompts, tokens=shape.sample_tokens)
         positions += [0] * (shape.lanes - len(running))
-        inputs = _inputs(shape, running, prompts, positions)
-        inputs = StepInputs(*(x.to(self._loaded.device, non_blocking=True) for x in inputs.tensors))
+        inputs = self._roster.inputs([sample.tokens[-1] for sample in running], positions)
         if self._graphs is not None:
             return self._graphs.run(self._scheduler, shape, inputs)
-        return run_step(self._loaded, self._scheduler, shape=shape, inputs=inputs, positions=positions)
+        if self._layout is None or self._layout[0] != shape:
+            self._layout = shape, make_layout(self._loaded, self._scheduler, shape)
+        return run_step(self._loaded, self._layout[1], inputs=inputs, positions=positions)
 
-    def _shape(self, running: Sequence[Sample], prompts: Sequence[PromptLane], tokens: int) -> StepShape:
-        to = self._rounding
+    def forget(self) -> None:
+        """Let go of the caches' memory."""
+        self._roster = self._layout = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Roster:
+    """The samples that run, and what steps need of them that stays the same until one comes or goes.
+
+    Attributes:
+        changes: the scheduler's, when this was made.
+        whole: what all of its steps' shapes have in common; its `sample_tokens` says nothing.
+        starts: `[lanes]`, lengths of the samples' prompts; member, prompt_lengths: as in `StepInputs`.
+    """
+
+    changes: int
+    whole: StepShape
+    starts: Tensor
+    member: Tensor
+    prompt_lengths: Tensor
+
+    @staticmethod
+    def of(running: Sequence[Sample], prompts: Sequence[PromptLane], to: _Rounding, *, changes: int) -> _Roster:
         width = max(prompt.members for prompt in prompts)
         lane_of = {id(prompt): lane for lane, prompt in enumerate(prompts)}
         members = [lane_of[id(sample.prompt)] * width + sample.member for sample in running]
-        full = members == list(range(len(prompts) * width))
-        return StepShape(
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        in_order = members == list(range(len(prompts) * width))
+        whole = StepShape(
             rows=_up(len(running), to.rows),
             lanes=_up(len(running), to.lanes),
             prompts=_up(len(prompts), to.prompts),
             width=width,
-            sample_tokens=_up(tokens, to.tokens),
-            prompt_tokens=_up(max(len(prompt.token_ids) for prompt in prompts), to.tokens),
-            in_order=full and len(running) % to.lanes == 0 and len(prompts) % to.prompts == 0,
+            sample_tokens=0,
+            prompt_tokens=_up(max(lengths), to.tokens),
+            in_order=in_order and len(running) % to.lanes == 0 and len(prompts) % to.prompts == 0,
+        )
+        missing = whole.lanes - len(running)
+        return _Roster(
+            changes,
+            whole,
+            starts=torch.tensor([len(sample.request.prompt.token_ids) for sample in running] + [0] * missing),
+            member=torch.tensor(members + [whole.prompts * width] * missing),
+            prompt_lengths=torch.tensor(lengths + [1] * (whole.prompts - len(prompts))),
+        )
+
+    def to(self, device: torch.device) -> _Roster:
+        tensors = (x.to(device, non_blocking=True) for x in (self.starts, self.member, self.prompt_lengths))
+        return _Roster(self.changes, self.whole, *tensors)
+
+    def shape(self, tokens: int, to: _Rounding) -> StepShape:
+        """Of a step whose longest sample has `tokens` tokens."""
+        return replace(self.whole, sample_tokens=_up(tokens, to.tokens))
+
+    def inputs(self, tokens: list[int], positions: list[int]) -> StepInputs:
+        """Of a step that feeds `tokens`, one for each sample, at `positions`, one for each lane."""
+        rows, lanes = self.whole.rows, self.whole.lanes
+        device = self.member.device
+        position = torch.tensor(positions).to(device, non_blocking=True)
+        places = position + self.starts
+        return StepInputs(
+            tokens=torch.tensor(tokens + [0] * (rows - len(tokens))).to(device, non_blocking=True),
+            position_ids=pad(places, (0, rows - lanes)) if rows > lanes else places,
+            position=position,
+            member=self.member,
+            prompt_lengths=self.prompt_lengths,
         )
 
 
@@ -111,32 +172,20 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _inputs(
-    shape: StepShape, running: Sequence[Sample], prompts: Sequence[PromptLane], positions: list[int]
-) -> StepInputs:
-    missing = [0] * (shape.lanes - len(running))
-    blank = [0] * (shape.rows - shape.lanes)
-    lane_of = {id(prompt): lane for lane, prompt in enumerate(prompts)}
-    starts = [len(sample.request.prompt.token_ids) for sample in running] + missing
-    members = [lane_of[id(sample.prompt)] * shape.width + sample.member for sample in running]
-    lengths = [len(prompt.token_ids) for prompt in prompts]
-    return StepInputs(
-        tokens=torch.tensor([sample.tokens[-1] for sample in running] + missing + blank),
-        position_ids=torch.tensor([start + place for start, place in zip(starts, positions, strict=True)] + blank),
-        position=torch.tensor(positions),
-        member=torch.tensor(members + [shape.prompts * shape.width] * len(missing)),
-        prompt_lengths=torch.tensor(lengths + [1] * (shape.prompts - len(prompts))),
-    )
+def make_layout(loaded: LoadedModel, scheduler: Scheduler, shape: StepShape) -> DecodeLayout | InvariantDecodeLayout:
+    kind = InvariantDecodeLayout if loaded.batch_invariant else DecodeLayout
+    return kind(scheduler.prompt_cache, scheduler.sample_cache, shape)
 
 
 def run_step(
-    loaded: LoadedModel, scheduler: Scheduler, *, shape: StepShape, inputs: StepInputs, positions: Sequence[int]
+    loaded: LoadedModel,
+    layout: DecodeLayout | InvariantDecodeLayout,
+    *,
+    inputs: StepInputs,
+    positions: Sequence[int] = (),
 ) -> Tensor:
     """The step itself, `[B, H]`; on a GPU it asks the device for nothing, so it can be captured."""
-    make_layout = InvariantDecodeLayout if loaded.batch_invariant else DecodeLayout
-    layout = make_layout(
-        scheduler.prompt_cache, scheduler.sample_cache, shape=shape, inputs=inputs, positions=positions
-    )
+    layout.stand_at(inputs, positions)
     return hidden_states(loaded.model, inputs.tokens, inputs.position_ids, layout)
 
 
@@ -174,11 +223,11 @@ class _Graphs:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries set themselves up in the first run, which a capture forbids
-            run_step(self._loaded, scheduler, shape=shape, inputs=kept, positions=())
+            run_step(self._loaded, make_layout(self._loaded, scheduler, shape), inputs=kept)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         pool = next((c.graph.pool() for c in self._captured.values()), None)
         with torch.cuda.graph(graph, pool=pool):
-            hidden = run_step(self._loaded, scheduler, shape=shape, inputs=kept, positions=())
+            hidden = run_step(self._loaded, make_layout(self._loaded, scheduler, shape), inputs=kept)
         logger.debug("captured a decode graph of shape %s", shape)
         return _Captured(graph, kept, hidden)
