@@ -49,7 +49,7 @@ class FlatLayer:
 
 
 def flat_norm(norm: nn.Module) -> Function:
-    if not isinstance(norm, LeanNorm):
+    if type(norm) is not LeanNorm:  # a batch-invariant one computes otherwise
         return norm
     return partial(normalised, weight=norm.weight, epsilon=_epsilon_of(norm))
 
@@ -75,7 +75,7 @@ def flat_projection(attention: Any, norms: Sequence[nn.Module]) -> Project:
     """
     layers = [attention.q_proj, attention.k_proj, attention.v_proj]
     plain = all(isinstance(layer, DnnLinear) and layer.computes_by_dnn for layer in layers)
-    if plain and all(isinstance(norm, LeanNorm) for norm in norms):
+    if plain and all(type(norm) is LeanNorm for norm in norms):
         return _joined(layers, norms, attention.head_dim)
     asking, keys, values = (flat_linear(layer) for layer in layers)
     asking_norm, keys_norm = (flat_norm(norm) for norm in norms) if norms else (None, None)

@@ -143,20 +143,14 @@ class MasterOptimizer:
                 if name in state["moments"]:
                     master = self._masters[name]
                     rule.optimizer.state[master] = {
-                        key: _placed(key, value, master.device) for key, value in state["moments"][name].items()
+                        key: value.to(master.device, copy=True) if isinstance(value, Tensor) else value
+                        for key, value in state["moments"][name].items()
                     }
 
 
 def _add(gradient: Tensor, master: Tensor) -> None:
     wide = gradient.to(master.dtype)
     master.grad = wide if master.grad is None else master.grad.add_(wide)
-
-
-def _placed(key: str, value: Any, device: torch.device) -> Any:
-    """AdamW keeps its count of steps where it was made, on the CPU or beside the moments; bitsandbytes as a number."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(value.device if key == "step" else device, copy=True)
 
 
 def _describe(grad: Tensor) -> Gradient:

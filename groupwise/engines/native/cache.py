@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from groupwise.model.exact import BLOCK, width_of
+from groupwise.model.exact import BLOCK, WIDTHS, width_of
 
-ARENA_SPAN = 256  # keys of a GPU step come in multiples of this, so that few graphs serve all lengths
+ARENA_SPAN = 256  # tokens of an arena come in multiples of this
 
 _GENERATIONS = itertools.count()
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,8 @@ class CacheShape:
     """Layers, key heads, head size and dtype of a model's keys and values.
 
     Attributes:
-        fixed: the model's kernels read an arena, on every device.
+        fixed: caches keep their address: the model's kernels, or graphs, read an arena.
+        graphs: steps are CUDA graphs, which fix sizes; so their sizes are rounded up to a few.
     """
 
     layers: int
@@ -37,10 +42,32 @@ class CacheShape:
     dtype: torch.dtype
     device: torch.device
     fixed: bool = False
+    graphs: bool = False
 
     @property
     def bytes_per_token(self) -> int:
         return 2 * self.layers * self.heads * self.size * self.dtype.itemsize
+
+    def room(self, tokens: int) -> int:
+        """Tokens that a lane for `tokens` holds."""
+        return round_up(tokens, ARENA_SPAN if self.fixed else BLOCK)
+
+    def lanes_for(self, samples: int) -> int:
+        return _few(samples, 32) if self.graphs else samples
+
+    def prompts_for(self, prompts: int) -> int:
+        return _few(prompts, 8) if self.graphs else prompts
+
+    def tokens_for(self, tokens: int) -> int:
+        """Keys of each lane that a step reads; in graphs, up to a quarter more than there are."""
+        if not self.graphs:
+            return round_up(tokens, WIDTHS[0])
+        return round_up(tokens, max(ARENA_SPAN, 1 << max(0, (tokens - 1).bit_length() - 3)))
+
+
+def _few(n: int, unit: int) -> int:
+    """A power of two, or a multiple of `unit`, itself one."""
+    return 1 << (n - 1).bit_length() if n < unit else round_up(n, unit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +99,9 @@ class KeyCache(Protocol):
         """Room in every lane."""
         ...
 
-    def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` in every lane. Fresh room is zero: hidden keys must be finite."""
-        ...
-
-    def widen(self, lanes: int) -> None:
-        """More lanes; what the old ones hold stays."""
+    def reserve(self, lanes: int, tokens: int) -> None:
+        """Make room for `tokens` in each of `lanes`; what it holds stays. Fresh room is zero: hidden keys must be
+        finite."""
         ...
 
     def fill(self, layer: int, lane: int, key: Tensor, value: Tensor) -> None:
@@ -121,17 +145,16 @@ class BlockCache:
     def tokens(self) -> int:
         return len(self.blocks) * BLOCK
 
-    def reserve(self, tokens: int) -> None:
+    def reserve(self, lanes: int, tokens: int) -> None:
         shape = self.shape
+        if lanes > self.lanes:
+            more = (0, 0, 0, 0, 0, 0, 0, lanes - self.lanes)
+            self.blocks = [Block(pad(block.keys, more), pad(block.values, more)) for block in self.blocks]
+            self.lanes = lanes
         place = (shape.layers, self.lanes, shape.heads)
         while len(self.blocks) * BLOCK < tokens:
             sizes = (shape.size, BLOCK), (BLOCK, shape.size)
             self.blocks.append(Block(*(torch.zeros(place + s, dtype=shape.dtype, device=shape.device) for s in sizes)))
-
-    def widen(self, lanes: int) -> None:
-        more = (0, 0, 0, 0, 0, 0, 0, lanes - self.lanes)
-        self.blocks = [Block(pad(block.keys, more), pad(block.values, more)) for block in self.blocks]
-        self.lanes = lanes
 
     def fill(self, layer: int, lane: int, key: Tensor, value: Tensor) -> None:
         keys, values = (x.transpose(0, 1).split(BLOCK, dim=1) for x in (key, value))
@@ -215,18 +238,14 @@ class ArenaCache:
         size = (2, shape.layers, lanes, shape.heads, tokens, shape.size)
         return torch.zeros(size, dtype=shape.dtype, device=shape.device)
 
-    def _replace(self, lanes: int, tokens: int) -> None:
+    def reserve(self, lanes: int, tokens: int) -> None:
+        lanes, tokens = max(lanes, self.lanes), max(self.shape.room(tokens), self.tokens)
+        if (lanes, tokens) == (self.lanes, self.tokens):
+            return
         old, self.arena = self.arena, self._empty(lanes, tokens)
         self.arena[:, :, : old.shape[2], :, : old.shape[4]] = old
         self.lanes = lanes
         self.generation = next(_GENERATIONS)
-
-    def reserve(self, tokens: int) -> None:
-        if tokens > self.arena.shape[4]:
-            self._replace(self.lanes, -(-tokens // ARENA_SPAN) * ARENA_SPAN)
-
-    def widen(self, lanes: int) -> None:
-        self._replace(lanes, self.arena.shape[4])
 
     def fill(self, layer: int, lane: int, key: Tensor, value: Tensor) -> None:
         self.arena[0, layer, lane, :, : key.shape[0]] = key.transpose(0, 1)
@@ -236,7 +255,7 @@ class ArenaCache:
         self.arena[:, :, target, :, :tokens] = self.arena[:, :, source, :, :tokens]
 
     def spans(self, lanes: int, tokens: int) -> list[Span]:
-        length = min(-(-tokens // ARENA_SPAN) * ARENA_SPAN, self.arena.shape[4])
+        length = min(round_up(tokens, ARENA_SPAN), self.arena.shape[4])
         keys, values = self.arena[:, :, :lanes].flatten(2, 3)[:, :, :, :length]
         return [Span(0, keys.unbind(), values.unbind())]
 
@@ -259,4 +278,4 @@ class _ArenaWrite:
 
 def make_cache(shape: CacheShape) -> KeyCache:
     """An empty cache of the form that suits the device."""
-    return ArenaCache(shape) if shape.fixed or shape.device.type == "cuda" else BlockCache(shape)
+    return ArenaCache(shape) if shape.fixed else BlockCache(shape)

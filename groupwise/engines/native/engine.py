@@ -193,8 +193,17 @@ def _cache_shape(loaded: LoadedModel) -> CacheShape:
     settings = config.to_dict()
     heads = settings.get("num_key_value_heads") or config.num_attention_heads
     size = settings.get("head_dim") or config.hidden_size // config.num_attention_heads
+    on_gpu = loaded.device.type == "cuda"
+    # A step of these must know its longest sequence, which a graph cannot ask for.
+    asks = any("dynamic" in str(getattr(module, "rope_type", "")) for module in loaded.model.modules())
     return CacheShape(
-        config.num_hidden_layers, heads, size, loaded.model.dtype, loaded.device, fixed=loaded.batch_invariant
+        config.num_hidden_layers,
+        heads,
+        size,
+        loaded.model.dtype,
+        loaded.device,
+        fixed=loaded.batch_invariant or on_gpu,
+        graphs=on_gpu and not asks,
     )
 
 
@@ -203,5 +212,6 @@ def _cache_bytes(config: RolloutConfig, device: torch.device, reserved_bytes: in
         return int(config.kv_cache_gib * 2**30)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # freed, and kept by torch
         return int(max(0, free - reserved_bytes) * 0.6)
     return 4 * 2**30

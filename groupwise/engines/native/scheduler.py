@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from groupwise.engines.native.cache import CacheShape, make_cache
+from groupwise.engines.native.cache import CacheShape, KeyCache, make_cache
 from groupwise.engines.native.keys import uniforms
 from groupwise.errors import EngineError
-from groupwise.model.exact import BLOCK
 from groupwise.types import Completion, SampleRequest
 
 Outbox = asyncio.Queue[Completion | BaseException]
@@ -56,8 +55,16 @@ class Sample:
         )
 
 
-def blocks_of(tokens: int) -> int:
-    return -(-tokens // BLOCK)
+@dataclass(frozen=True, slots=True)
+class _Demand:
+    """Lanes that a cache needs, and tokens of each."""
+
+    lanes: int
+    tokens: int
+
+    @property
+    def size(self) -> int:
+        return self.lanes * self.tokens
 
 
 class Scheduler:
@@ -72,10 +79,9 @@ class Scheduler:
     """
 
     def __init__(self, shape: CacheShape, *, max_samples: int, max_bytes: int) -> None:
-        self._shape = shape
+        self.shape = shape
         self._max_samples = max_samples
-        self._at_once = shape.device.type == "cuda"  # a cache that keeps its address is made long enough from the start
-        self._max_blocks = max_bytes // (shape.bytes_per_token * BLOCK)
+        self._max_tokens = max_bytes // shape.bytes_per_token
         self.waiting: deque[Sample] = deque()
         self.running: list[Sample] = []
         self.prompts: list[PromptLane] = []
@@ -86,8 +92,8 @@ class Scheduler:
         """Release all memory; only when nothing runs."""
         assert not self.running, "caches of running samples cannot be dropped"
         self.prompts.clear()
-        self.prompt_cache = make_cache(self._shape)
-        self.sample_cache = make_cache(self._shape)
+        self.prompt_cache = make_cache(self.shape)
+        self.sample_cache = make_cache(self.shape)
 
     @property
     def busy(self) -> bool:
@@ -96,7 +102,8 @@ class Scheduler:
     def admit(self) -> list[Sample]:
         """Move waiting samples to lanes, in order, as far as memory goes; returns those that were admitted."""
         admitted: list[Sample] = []
-        while self.waiting and len(self.running) < self._max_samples and self._fits(self.waiting[0]):
+        live = any(prompt.hidden is not None for prompt in self.prompts)
+        while self.waiting and len(self.running) < self._max_samples and self._fits(self.waiting[0], live=live):
             sample = self.waiting.popleft()
             lane = self._lane_of(sample)
             if lane is None:
@@ -111,10 +118,11 @@ class Scheduler:
             self._refuse(self.waiting[0])
         if admitted:
             self.changes += 1
-            longest = max(sample.request.sampling.max_tokens for sample in self.running)
-            if len(admitted) == len(self.running):
-                self._shed(longest)
-            self.make_room(lanes=len(self.running), prompts=len(self.prompts), tokens=longest if self._at_once else 0)
+            needed = self._needed()
+            if not live and any(self._grown(cache, demand) for cache, demand in zip(self._caches, needed, strict=True)):
+                self.prompt_cache, self.sample_cache = make_cache(self.shape), make_cache(self.shape)
+            # A cache that keeps its address is made long enough from the start.
+            self.make_room(needed[1].tokens if self.shape.fixed else 0)
         return admitted
 
     def _lane_of(self, sample: Sample) -> PromptLane | None:
@@ -124,44 +132,57 @@ class Scheduler:
                 return lane
         return None
 
-    def _fits(self, sample: Sample) -> bool:
-        lengths = [s.request.sampling.max_tokens for s in self.running]
-        longest = max([*lengths, sample.request.sampling.max_tokens])
-        prompts = [len(lane.token_ids) for lane in self.prompts]
-        if self._lane_of(sample) is None:
-            prompts.append(len(sample.request.prompt.token_ids))
-        needed = (len(self.running) + 1) * blocks_of(longest) + len(prompts) * blocks_of(max(prompts))
-        return needed <= self._max_blocks
+    def _fits(self, sample: Sample, *, live: bool) -> bool:
+        """Whether the caches would stay under the bound with this sample.
 
-    def _refuse(self, sample: Sample) -> None:
-        request = sample.request
-        tokens = (blocks_of(request.sampling.max_tokens) + blocks_of(len(request.prompt.token_ids))) * BLOCK
-        raise EngineError(
-            f"one sample of {len(request.prompt.token_ids)} prompt and {request.sampling.max_tokens} completion tokens "
-            f"needs {tokens * self._shape.bytes_per_token / 2**30:.2f} GiB of keys and values, but "
-            f"rollout.kv_cache_gib "
-            f"allows {self._max_blocks * BLOCK * self._shape.bytes_per_token / 2**30:.2f}; raise it, or lower "
-            "rollout.max_completion_tokens"
+        Args:
+            live: they hold something. An arena that grows then exists twice for a moment.
+        """
+        needed = self._needed(sample)
+        if sum(demand.size for demand in needed) > self._max_tokens:
+            return False
+        if not live:
+            return True
+        held = sum(cache.lanes * cache.tokens for cache in self._caches)
+        grown = [self._grown(cache, demand) for cache, demand in zip(self._caches, needed, strict=True)]
+        return not self.shape.fixed or not any(grown) or held + sum(grown) <= self._max_tokens
+
+    def _needed(self, sample: Sample | None = None) -> tuple[_Demand, _Demand]:
+        """What prompts and samples need of their caches, with `sample` among them."""
+        samples = self.running if sample is None else [*self.running, sample]
+        prompts = [len(lane.token_ids) for lane in self.prompts]
+        if sample is not None and self._lane_of(sample) is None:
+            prompts.append(len(sample.request.prompt.token_ids))
+        longest = max(sample.request.sampling.max_tokens for sample in samples)
+        return (
+            _Demand(self.shape.prompts_for(len(prompts)), self.shape.room(max(prompts))),
+            _Demand(self.shape.lanes_for(len(samples)), self.shape.room(longest)),
         )
 
-    def _shed(self, longest: int) -> None:
-        """Start with fresh caches where the old ones, which never shrink, would outgrow the bound: many lanes for short
-        samples, then few for long ones. Only before a step of new samples and new prompts."""
-        if any(prompt.hidden is not None for prompt in self.prompts):
-            return
-        samples, prompts = self.sample_cache, self.prompt_cache
-        lanes = max(samples.lanes, len(self.running)), max(prompts.lanes, len(self.prompts))
-        tokens = max(samples.tokens, longest), max(prompts.tokens, *(len(lane.token_ids) for lane in self.prompts))
-        if lanes[0] * blocks_of(tokens[0]) + lanes[1] * blocks_of(tokens[1]) > self._max_blocks:
-            self.sample_cache, self.prompt_cache = make_cache(self._shape), make_cache(self._shape)
+    @property
+    def _caches(self) -> tuple[KeyCache, KeyCache]:
+        return self.prompt_cache, self.sample_cache
 
-    def make_room(self, *, lanes: int, prompts: int, tokens: int) -> None:
-        """Room for a step of `lanes` samples with `tokens` completion tokens each, and for `prompts` prompts."""
-        for cache, wanted in ((self.sample_cache, lanes), (self.prompt_cache, prompts)):
-            if cache.lanes < wanted:
-                cache.widen(wanted)
-        self.sample_cache.reserve(tokens)
-        self.prompt_cache.reserve(max(len(lane.token_ids) for lane in self.prompts))
+    def _grown(self, cache: KeyCache, demand: _Demand) -> int:
+        """Tokens of the cache that would take the place of this one; 0 if it serves. It never shrinks."""
+        lanes = max(cache.lanes, demand.lanes)
+        tokens = max(cache.tokens, demand.tokens)
+        return 0 if (lanes, tokens) == (cache.lanes, cache.tokens) else lanes * tokens
+
+    def _refuse(self, sample: Sample) -> None:
+        request, gib = sample.request, self.shape.bytes_per_token / 2**30
+        tokens = self.shape.room(request.sampling.max_tokens) + self.shape.room(len(request.prompt.token_ids))
+        raise EngineError(
+            f"one sample of {len(request.prompt.token_ids)} prompt and {request.sampling.max_tokens} completion tokens "
+            f"needs {tokens * gib:.2f} GiB of keys and values, but rollout.kv_cache_gib allows "
+            f"{self._max_tokens * gib:.2f}; raise it, or lower rollout.max_completion_tokens"
+        )
+
+    def make_room(self, tokens: int) -> None:
+        """Room for all that run, with `tokens` completion tokens each, and for their prompts."""
+        self.sample_cache.reserve(self.shape.lanes_for(len(self.running)), tokens)
+        longest = max(len(lane.token_ids) for lane in self.prompts)
+        self.prompt_cache.reserve(self.shape.prompts_for(len(self.prompts)), longest)
 
     def release(self, sample: Sample) -> None:
         """Free a finished sample's lane, and its prompt's if it was the last one and none waits."""

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from groupwise.engines.native.cache import ARENA_SPAN, ArenaCache, KeyCache
+from groupwise.engines.native.cache import ArenaCache, CacheShape, KeyCache, round_up
 from groupwise.engines.native.decoding import DecodeLayout, StepInputs, StepShape
 from groupwise.engines.native.invariant import InvariantDecodeLayout
 from groupwise.engines.native.scheduler import PromptLane, Sample, Scheduler
-from groupwise.model.exact import WIDTHS
 from groupwise.model.forward import hidden_states, packed_hidden_states
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packing import ROW_MULTIPLE, Segment, pack_prompts
@@ -26,22 +25,6 @@ from groupwise.model.packing import ROW_MULTIPLE, Segment, pack_prompts
 logger = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 16_384
-GRAPH_LANES = 32
-GRAPH_PROMPTS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class _Rounding:
-    """What sizes are rounded up to."""
-
-    rows: int
-    lanes: int
-    prompts: int
-    tokens: int
-
-
-_EAGER = _Rounding(rows=ROW_MULTIPLE, lanes=1, prompts=1, tokens=WIDTHS[0])
-_GRAPH = _Rounding(rows=GRAPH_LANES, lanes=GRAPH_LANES, prompts=GRAPH_PROMPTS, tokens=ARENA_SPAN)
 
 
 class DecodeSteps:
@@ -50,8 +33,7 @@ class DecodeSteps:
     def __init__(self, loaded: LoadedModel, scheduler: Scheduler) -> None:
         self._loaded = loaded
         self._scheduler = scheduler
-        self._graphs = _Graphs(loaded) if loaded.device.type == "cuda" else None
-        self._rounding = _EAGER if self._graphs is None else _GRAPH
+        self._graphs = _Graphs(loaded) if scheduler.shape.graphs else None
         self._roster: _Roster | None = None
         self._layout: tuple[StepShape, DecodeLayout | InvariantDecodeLayout] | None = None  # of the roster
 
@@ -71,12 +53,12 @@ class DecodeSteps:
     def hidden(self, running: Sequence[Sample], prompts: Sequence[PromptLane]) -> Tensor:
         """`[B, H]`, the last hidden states of the running samples' newest tokens, and of padding."""
         if self._roster is None or self._roster.changes != self._scheduler.changes:
-            self._roster = _Roster.of(running, prompts, self._rounding, changes=self._scheduler.changes)
-            self._roster = self._roster.to(self._loaded.device)
-            self._layout = None
+            roster = _Roster.of(running, prompts, self._scheduler.shape, changes=self._scheduler.changes)
+            self._roster, self._layout = roster.to(self._loaded.device), None
         positions = [len(sample.tokens) - 1 for sample in running]
-        shape = self._roster.shape(max(positions) + 1, self._rounding)
-        self._scheduler.make_room(lanes=shape.lanes, prompts=shape.prompts, tokens=shape.sample_tokens)
+        tokens = max(positions) + 1
+        self._scheduler.make_room(tokens)
+        shape = self._roster.shape(min(self._scheduler.shape.tokens_for(tokens), self._scheduler.sample_cache.tokens))
         positions += [0] * (shape.lanes - len(running))
         inputs = self._roster.inputs([sample.tokens[-1] for sample in running], positions)
         if self._graphs is not None:
@@ -88,6 +70,8 @@ class DecodeSteps:
     def forget(self) -> None:
         """Let go of the caches' memory."""
         self._roster = self._layout = None
+        if self._graphs is not None:
+            self._graphs.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,20 +91,21 @@ class _Roster:
     prompt_lengths: Tensor
 
     @staticmethod
-    def of(running: Sequence[Sample], prompts: Sequence[PromptLane], to: _Rounding, *, changes: int) -> _Roster:
+    def of(running: Sequence[Sample], prompts: Sequence[PromptLane], to: CacheShape, *, changes: int) -> _Roster:
         width = max(prompt.members for prompt in prompts)
         lane_of = {id(prompt): lane for lane, prompt in enumerate(prompts)}
         members = [lane_of[id(sample.prompt)] * width + sample.member for sample in running]
         lengths = [len(prompt.token_ids) for prompt in prompts]
         in_order = members == list(range(len(prompts) * width))
+        lanes = to.lanes_for(len(running))
         whole = StepShape(
-            rows=_up(len(running), to.rows),
-            lanes=_up(len(running), to.lanes),
-            prompts=_up(len(prompts), to.prompts),
+            rows=round_up(lanes, ROW_MULTIPLE),
+            lanes=lanes,
+            prompts=to.prompts_for(len(prompts)),
             width=width,
             sample_tokens=0,
-            prompt_tokens=_up(max(lengths), to.tokens),
-            in_order=in_order and len(running) % to.lanes == 0 and len(prompts) % to.prompts == 0,
+            prompt_tokens=to.tokens_for(max(lengths)),
+            in_order=in_order and lanes == len(running) and to.prompts_for(len(prompts)) == len(prompts),
         )
         missing = whole.lanes - len(running)
         return _Roster(
@@ -135,9 +120,9 @@ class _Roster:
         tensors = (x.to(device, non_blocking=True) for x in (self.starts, self.member, self.prompt_lengths))
         return _Roster(self.changes, self.whole, *tensors)
 
-    def shape(self, tokens: int, to: _Rounding) -> StepShape:
-        """Of a step whose longest sample has `tokens` tokens."""
-        return replace(self.whole, sample_tokens=_up(tokens, to.tokens))
+    def shape(self, tokens: int) -> StepShape:
+        """Of a step that reads `tokens` keys of each sample."""
+        return replace(self.whole, sample_tokens=tokens)
 
     def inputs(self, tokens: list[int], positions: list[int]) -> StepInputs:
         """Of a step that feeds `tokens`, one for each sample, at `positions`, one for each lane."""
@@ -166,10 +151,6 @@ class _KeepKeys:
         for lane, segment in zip(self.lanes, self.segments, strict=True):
             span = slice(segment.start, segment.stop)
             self.cache.fill(layer, lane, key[span], value[span])
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def make_layout(loaded: LoadedModel, scheduler: Scheduler, shape: StepShape) -> DecodeLayout | InvariantDecodeLayout:
@@ -210,13 +191,17 @@ class _Graphs:
         if self._generation != (prompts.generation, samples.generation):
             self._captured.clear()
             self._generation = (prompts.generation, samples.generation)
-        if shape not in self._captured:
-            self._captured[shape] = self._capture(scheduler, shape, inputs)
-        captured = self._captured[shape]
-        for kept, fresh in zip(captured.inputs.tensors, inputs.tensors, strict=True):
-            kept.copy_(fresh)
-        captured.graph.replay()
-        return captured.hidden.clone()
+        with torch.cuda.device(self._loaded.device):  # streams and graphs belong to the current one
+            if shape not in self._captured:
+                self._captured[shape] = self._capture(scheduler, shape, inputs)
+            captured = self._captured[shape]
+            for kept, fresh in zip(captured.inputs.tensors, inputs.tensors, strict=True):
+                kept.copy_(fresh)
+            captured.graph.replay()
+            return captured.hidden.clone()
+
+    def clear(self) -> None:
+        self._captured.clear()
 
     def _capture(self, scheduler: Scheduler, shape: StepShape, inputs: StepInputs) -> _Captured:
         kept = StepInputs(*(x.clone() for x in inputs.tensors))
