@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -81,6 +82,26 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+@lru_cache
+def widens(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a batched product of `dtype` can leave its sums in float32, as a GPU's can."""
+    if device.type == "cpu" or dtype in (torch.float32, torch.float64):
+        return False
+    probe = torch.ones(1, 16, 16, dtype=dtype, device=device)
+    try:
+        torch.bmm(probe, probe, out_dtype=torch.float32)
+    except (RuntimeError, TypeError):  # no kernel, or an older torch
+        return False
+    return True
+
+
+def wide_bmm(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.bmm` in the type that sums are kept in, with no rounding on the way where the device can spare it."""
+    if widens(a.dtype, a.device):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return wide(torch.bmm(a, b))
+
+
 def split_scale(dtype: torch.dtype, scale: float) -> tuple[float, float]:
     """The factor on the scores as one on the queries, where that costs no precision, and one that is left for the
     scores; a power of two costs none in any type."""
@@ -95,7 +116,7 @@ def _rows_from(x: Tensor, first: int) -> Tensor:
 
 def _scores(query: Tensor, block: KeyBlock, scale: float) -> Tensor:
     """`[B, R - first_row, W]`, far down where hidden."""
-    scores = wide(torch.bmm(_rows_from(query, block.first_row), block.key.transpose(1, 2)))
+    scores = wide_bmm(_rows_from(query, block.first_row), block.key.transpose(1, 2))
     if scale != 1.0:
         scores.mul_(scale)
     if block.mask is not None:
@@ -131,10 +152,10 @@ class Scores:
         for block, scores in zip(self.blocks, self.scores, strict=True):
             _weigh(scores, _rows_from(top, block.first_row), block)
         mass = self.scores[0].sum(-1)
-        out = wide(torch.bmm(self.scores[0].to(self.dtype), self.blocks[0].value))
+        out = wide_bmm(self.scores[0].to(self.dtype), self.blocks[0].value)
         for block, weights in zip(self.blocks[1:], self.scores[1:], strict=True):
             _rows_from(mass, block.first_row).add_(weights.sum(-1))
-            _rows_from(out, block.first_row).add_(torch.bmm(weights.to(self.dtype), block.value))
+            _rows_from(out, block.first_row).add_(wide_bmm(weights.to(self.dtype), block.value))
         return Sums(out, mass)
 
 

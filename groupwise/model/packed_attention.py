@@ -1,15 +1,16 @@
 """Attention over a packed sequence: exact blocks on a CPU, variable-length flash attention on a GPU.
 
-Both compute the same thing (`groupwise.model.packing` draws it). The CPU form is the one whose bits equal decoding's.
-The GPU form gives each completion a copy of its prompt's keys and values,
-which is cheap beside the linear layers that ran on the prompt once.
+Both compute the same thing (`groupwise.model.packing` draws it). The CPU form is the one whose bits equal decoding's; a
+GPU takes it for float32, for which there is no flash attention. The GPU form gives each completion a copy of its
+prompt's keys and values, which is cheap beside the linear layers that ran on the prompt once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ from groupwise.model.exact import (
     score,
 )
 from groupwise.model.packing import Packed, Segment
+from groupwise.model.segment_gradient import segment_gradient
+
+if TYPE_CHECKING:
+    from groupwise.model.varlen_attention import VarlenPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,18 +106,23 @@ class PackedLayout:
         self, packed: Packed, num_heads: int, *, on_keys: Callable[[int, Tensor, Tensor], None] | None = None
     ) -> None:
         self._on_keys = on_keys
-        self._exact = packed.token_ids.device.type == "cpu"
-        if self._exact:
-            self._plan = make_plan(packed, num_heads)
-        else:
-            from groupwise.model.varlen_attention import make_varlen_plan
+        self._packed = packed
+        self._num_heads = num_heads
 
-            self._varlen = make_varlen_plan(packed)
+    @cached_property
+    def _plan(self) -> Plan:
+        return make_plan(self._packed, self._num_heads).to(self._packed.token_ids.device)
+
+    @cached_property
+    def _varlen(self) -> VarlenPlan:
+        from groupwise.model.varlen_attention import make_varlen_plan
+
+        return make_varlen_plan(self._packed)
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self._on_keys is not None:
             self._on_keys(call.layer, key, value)
-        if self._exact:
+        if query.device.type == "cpu" or query.dtype in (torch.float32, torch.float64):
             return _ExactAttention.apply(query, key, value, self._plan, call)
         from groupwise.model.varlen_attention import varlen_attention
 
@@ -188,7 +198,8 @@ class _ExactAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         kept = Kept(*ctx.saved_tensors)
-        found = gradients_by_plan(kept, grads[0], ctx.plan, ctx.call, attention_backward)
+        one_segment = attention_backward if kept.query.device.type == "cpu" else segment_gradient
+        found = gradients_by_plan(kept, grads[0], ctx.plan, ctx.call, one_segment)
         return found.query, found.key, found.value, None, None
 
 

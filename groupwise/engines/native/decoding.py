@@ -84,7 +84,7 @@ class DecodeLayout:
         """
         self._inputs = inputs
         self._write = self._samples.plan_write(inputs.position, positions)
-        self._at = positions[0] if len(set(positions)) == 1 and self._samples.shape.device.type == "cpu" else None
+        self._at = positions[0] if len(set(positions)) == 1 and not self._samples.shape.fixed else None
         self._own_masks.clear()
         # Without a window, a prompt looks alike from everywhere behind it.
         self._shared_masks = {None: self._shared_masks[None]} if None in self._shared_masks else {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from groupwise.model.evenly import row_sums
+from groupwise.model.evenly import row_cumsums, row_sums
 from groupwise.model.head import RowSums, Weighed, scale_by_temperature, target_logprobs, weigh
 from groupwise.types import SamplingParams
 
@@ -151,7 +151,7 @@ def _filter(logits: Tensor, params: RowParams) -> Tensor:
             ordered = ordered.masked_fill(ordered < least[:, None], -torch.inf)
         if params.top_p is not None:
             mass = ordered.softmax(-1)
-            kept = ((mass.cumsum(-1) - mass) < params.top_p[:, None]).sum(-1).clamp(min=1)
+            kept = ((row_cumsums(mass) - mass) < params.top_p[:, None]).sum(-1).clamp(min=1)
             cut = ordered.gather(-1, kept[:, None] - 1).squeeze(-1)
             least = torch.where(params.top_p < 1, torch.maximum(least, cut), least)
     if params.min_p is not None:
@@ -168,12 +168,12 @@ def invert_cdf(weights: Tensor, uniform: Tensor, *, sums: RowSums = row_sums) ->
     rows, vocabulary = weights.shape
     missing = -vocabulary % _SPAN
     spans = (pad(weights, (0, missing)) if missing else weights).view(rows, -1, _SPAN)
-    upto = sums(spans.flatten(0, 1)).view(rows, -1).double().cumsum(-1)
+    upto = row_cumsums(sums(spans.flatten(0, 1)).view(rows, -1).double())
     point = uniform * upto[:, -1]
     span = (upto <= point[:, None]).sum(-1).clamp(max=spans.shape[1] - 1)
     before = torch.where(span > 0, upto.gather(-1, (span - 1).clamp(min=0)[:, None]).squeeze(-1), 0.0)
     inside = spans.gather(1, span[:, None, None].expand(-1, 1, _SPAN)).squeeze(1).double()
-    within = (inside.cumsum(-1) <= (point - before)[:, None]).sum(-1)
+    within = (row_cumsums(inside) <= (point - before)[:, None]).sum(-1)
     # Rounding can put the point past the span's end; its last token with any mass is meant then.
     last = _SPAN - 1 - (inside > 0).flip(-1).int().argmax(-1)
     return span * _SPAN + torch.minimum(within, last)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from groupwise.model.attention import AttentionCall
-from groupwise.model.invariant.attention_gradient import segment_gradient
 from groupwise.model.invariant.launching import aligned
 from groupwise.model.packed_attention import Kept, Plan, gradients_by_plan, make_plan
 from groupwise.model.packing import Packed, Segment
+from groupwise.model.segment_gradient import segment_gradient
 
 
 class _Work:

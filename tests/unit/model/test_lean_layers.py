@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 from transformers import PreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from groupwise.model import lean_layers
 from groupwise.model.attention import ATTENTION_NAME
 from groupwise.model.evenly import make_activations_even
+from groupwise.model.flat_layers import flat_norm
 from groupwise.model.forward import packed_hidden_states
+from groupwise.model.invariant.norms import InvariantNorm
 from groupwise.model.lean_layers import LLAMA_LAYERS, LeanDecoder, LeanLayer, Rotation, gated, rotate
 from groupwise.model.linear import DnnLinear, ordered_weights, use_dnn_linear
-from groupwise.model.norms import make_norms_lean
+from groupwise.model.norms import LeanNorm, make_norms_lean
 from groupwise.model.packing import Packed, pack
 from groupwise.types import TrainingRow
 
@@ -86,7 +89,8 @@ def test_lean_layers_have_the_bits_of_transformers(
         assert torch.equal(packed_hidden_states(lean, rows), wanted)
         with ordered_weights(lean):
             decoder = lean.get_decoder()
-            assert isinstance(decoder, LeanDecoder) and decoder.flat is not None
+            assert isinstance(decoder, LeanDecoder)
+            assert decoder.flat is not None
             assert not any(m.ordered for layer in decoder.layers for m in layer.modules() if isinstance(m, DnnLinear))
             assert torch.equal(packed_hidden_states(lean, rows), wanted)
         assert decoder.flat is None
@@ -120,3 +124,11 @@ def test_other_architectures_stay_as_they_are(make_model: Callable[..., PreTrain
     lean_layers.make_layers_lean(model)
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert not any(type(module).__name__ in LLAMA_LAYERS for module in model.modules())
+
+
+def test_a_norm_that_computes_otherwise_stays_itself() -> None:
+    plain = LeanNorm(Qwen3RMSNorm(8))
+    other = InvariantNorm(Qwen3RMSNorm(8))
+    assert flat_norm(other) is other
+    x = torch.randn(3, 8)
+    assert torch.equal(flat_norm(plain)(x), plain(x))

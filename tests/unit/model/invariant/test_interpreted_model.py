@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from groupwise.config import LoraConfig, RolloutConfig
 from groupwise.engines.native import NativeEngine
-from groupwise.engines.native.steps import _GRAPH
 from groupwise.errors import ConfigError
 from groupwise.model.forward import packed_scores
 from groupwise.model.loading import LoadedModel, with_adapter, wrap_model
@@ -41,7 +40,7 @@ def requests_of(lengths: Sequence[int], tokens: Sequence[int], temperature: floa
 def sample(loaded: LoadedModel, requests: Sequence[SampleRequest], *, as_on_a_gpu: bool = False) -> list[Completion]:
     engine = NativeEngine(loaded, RolloutConfig())  # type: ignore[call-arg]
     if as_on_a_gpu:  # lanes, prompts and lengths rounded up
-        engine._steps._rounding = _GRAPH
+        engine._scheduler.shape = replace(engine._scheduler.shape, graphs=True)
 
     async def collect() -> dict[str, Completion]:
         return {completion.request_id: completion async for completion in engine.generate(requests)}

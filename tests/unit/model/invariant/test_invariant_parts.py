@@ -12,15 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from groupwise.config import ModelConfig
 from groupwise.errors import ConfigError
+from groupwise.model import segment_gradient as gradient_module
 from groupwise.model.attention import AttentionCall
 from groupwise.model.attention_backward import Rows
-from groupwise.model.invariant import attention_gradient
-from groupwise.model.invariant.attention_gradient import segment_gradient
 from groupwise.model.invariant.launching import aligned, power_of_two
 from groupwise.model.invariant.packed import tiles_of
 from groupwise.model.invariant.use import is_batch_invariant, require_gpu
 from groupwise.model.loading import given_or_loaded, load_model, wrap_model
 from groupwise.model.packing import Segment
+from groupwise.model.segment_gradient import segment_gradient
 
 
 def test_tiles_of_a_sequence_worked_by_hand() -> None:
@@ -48,7 +48,7 @@ def test_aligned_copies_only_what_is_not() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_gradient_of_one_segment(causal: bool, window: int | None, most_scores: int, monkeypatch) -> None:
     """Against autograd through softmax, in float64; the second bound takes a few rows at a time."""
-    monkeypatch.setattr(attention_gradient, "_MAX_SCORES", most_scores)
+    monkeypatch.setattr(gradient_module, "_MAX_SCORES", most_scores)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:

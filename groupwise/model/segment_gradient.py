@@ -12,7 +12,7 @@ from torch import Tensor
 
 from groupwise.model.attention import AttentionCall
 from groupwise.model.attention_backward import Grads, Rows
-from groupwise.model.exact import wide
+from groupwise.model.exact import wide, wide_bmm, widens
 
 _MAX_SCORES = 1 << 26  # scores that exist at one time: 256 MiB in float32
 
@@ -29,16 +29,23 @@ def segment_gradient(rows: Rows, key: Tensor, value: Tensor, call: AttentionCall
         query, grad = _by_key_head(rows.query[:, part], heads), _by_key_head(rows.grad[:, part], heads)
         out, log_mass = _by_key_head(rows.out[:, part], heads), _by_key_head(rows.log_mass[:, part, :, None], heads)
         hidden = _hidden(rows.distance[part], key.shape[1], call.window, causal=causal)
-        scores = wide(query @ keys.transpose(2, 3)).mul_(call.scale)
+        scores = _product(query, keys.transpose(2, 3)).mul_(call.scale)
         if hidden is not None:
             scores.masked_fill_(hidden.repeat_interleave(query.shape[2] // hidden.shape[0], 0), -torch.inf)
         weights = scores.sub_(log_mass).exp_()
-        of_value += wide(weights.to(grad.dtype).transpose(2, 3) @ grad)
+        of_value += _product(weights.to(grad.dtype).transpose(2, 3), grad)
         along = (wide(grad) * wide(out)).sum(-1, keepdim=True)
-        of_scores = wide(grad @ values.transpose(2, 3)).sub_(along).mul_(weights).mul_(call.scale).to(query.dtype)
-        of_query.append(_by_token(of_scores @ keys, rows.query.shape[2] // heads))
-        of_key += wide(of_scores.transpose(2, 3) @ query)
+        of_scores = _product(grad, values.transpose(2, 3)).sub_(along).mul_(weights).mul_(call.scale).to(query.dtype)
+        of_query.append(_by_token(_product(of_scores, keys), rows.query.shape[2] // heads))
+        of_key += _product(of_scores.transpose(2, 3), query)
     return Grads(torch.cat(of_query, 1), of_key.transpose(1, 2), of_value.transpose(1, 2))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of `[n, H, …, …]`, float32: weights are exponentials of scores, so a score's rounding costs most."""
+    if widens(a.dtype, a.device):
+        return wide_bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+    return wide(a) @ wide(b)
 
 
 def _by_key_head(x: Tensor, heads: int) -> Tensor:
