@@ -95,11 +95,12 @@ def widens(dtype: torch.dtype, device: torch.device) -> bool:
     return True
 
 
-def wide_bmm(a: Tensor, b: Tensor) -> Tensor:
+def wide_bmm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """`torch.bmm` in the type that sums are kept in, with no rounding on the way where the device can spare it."""
-    if widens(a.dtype, a.device):
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return wide(torch.bmm(a, b))
+    if out is not None and out.dtype == a.dtype:
+        return torch.bmm(a, b, out=out)
+    found = torch.bmm(a, b, out_dtype=torch.float32) if widens(a.dtype, a.device) else wide(torch.bmm(a, b))
+    return found if out is None else out.copy_(found)
 
 
 def split_scale(dtype: torch.dtype, scale: float) -> tuple[float, float]:
@@ -137,48 +138,64 @@ def _weigh(scores: Tensor, top: Tensor, block: KeyBlock) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """Query rows that have met one key segment: `scores [B, R - first_row, W]` by block, each row's maximum `top
-    [B, R]`, which may be written over."""
+class Found:
+    """What B x R query rows find in one key segment: each row's maximum `top [B, R]`, the sum of its weights `mass [B,
+    R]`, and values added by weight, undivided, `out [B, R, d]`."""
 
-    blocks: Sequence[KeyBlock]
-    scores: list[Tensor]
     top: Tensor
-    dtype: torch.dtype
+    mass: Tensor
+    out: Tensor
 
-    def sums(self, top: Tensor | None = None) -> Sums:
-        """Weighed by exp(score - `top`), the rows' own maximum or a larger one, `[B, R]`. The scores are used up."""
-        top = self.top if top is None else top
-        for block, scores in zip(self.blocks, self.scores, strict=True):
-            _weigh(scores, _rows_from(top, block.first_row), block)
-        mass = self.scores[0].sum(-1)
-        out = wide_bmm(self.scores[0].to(self.dtype), self.blocks[0].value)
-        for block, weights in zip(self.blocks[1:], self.scores[1:], strict=True):
-            _rows_from(mass, block.first_row).add_(weights.sum(-1))
-            _rows_from(out, block.first_row).add_(wide_bmm(weights.to(self.dtype), block.value))
-        return Sums(out, mass)
+    @staticmethod
+    def room(query: Tensor) -> Found:
+        """Memory for `query [B, R, d]`, to be written."""
+        sums = torch.promote_types(query.dtype, torch.float32)
+        top, mass = (query.new_empty(query.shape[:2], dtype=sums) for _ in range(2))
+        return Found(top, mass, query.new_empty(query.shape, dtype=sums))
 
 
 @dataclass(frozen=True, slots=True)
-class Sums:
-    """Attention, undivided: values added by weight, `out [B, R, d]`, and the weights' sum, `mass [B, R]`."""
+class Scores:
+    """Query rows that have met one key segment: `scores [B, R - first_row, W]` by block, and `found.top`, which may be
+    written over."""
 
-    out: Tensor
-    mass: Tensor
+    blocks: Sequence[KeyBlock]
+    scores: list[Tensor]
+    found: Found
+    dtype: torch.dtype
+
+    def sum(self, top: Tensor | None = None) -> Found:
+        """Fill mass and out, weighed by exp(score - `top`), the rows' own maximum or a larger one, `[B, R]`. The scores
+        are used up."""
+        top = self.found.top if top is None else top
+        mass, out = self.found.mass, self.found.out
+        for block, scores in zip(self.blocks, self.scores, strict=True):
+            _weigh(scores, _rows_from(top, block.first_row), block)
+        torch.sum(self.scores[0], -1, out=mass)
+        wide_bmm(self.scores[0].to(self.dtype), self.blocks[0].value, out=out)
+        for block, weights in zip(self.blocks[1:], self.scores[1:], strict=True):
+            _rows_from(mass, block.first_row).add_(weights.sum(-1))
+            _rows_from(out, block.first_row).add_(wide_bmm(weights.to(self.dtype), block.value))
+        return self.found
 
 
-def score(query: Tensor, blocks: Sequence[KeyBlock], scale: float) -> Scores:
-    """`query [B, R, d]` meets one key segment, R a multiple of `TILE`."""
+def score(query: Tensor, blocks: Sequence[KeyBlock], scale: float, room: Found | None = None) -> Scores:
+    """`query [B, R, d]` meets one key segment, R a multiple of `TILE`.
+
+    Args:
+        room: where results go, instead of fresh memory.
+    """
     assert query.shape[1] % TILE == 0, f"{query.shape[1]} query rows are not a multiple of {TILE}"
     assert blocks[0].first_row == 0, "every row sees the first block of a segment"
     into, left = split_scale(query.dtype, scale)
     asking = query if into == 1.0 else query * into
     scores = [_scores(asking, block, left) for block in blocks]
-    top = scores[0].amax(-1)
+    found = Found.room(query) if room is None else room
+    torch.amax(scores[0], -1, out=found.top)
     for block, some in zip(blocks[1:], scores[1:], strict=True):
-        rows = _rows_from(top, block.first_row)
+        rows = _rows_from(found.top, block.first_row)
         torch.maximum(rows, some.amax(-1), out=rows)
-    return Scores(blocks, scores, top, query.dtype)
+    return Scores(blocks, scores, found, query.dtype)
 
 
 def causal_blocks(key: Tensor, value: Tensor, repeat: int, window: int | None) -> list[KeyBlock]:

@@ -90,7 +90,7 @@ def flat_projection(attention: Any, norms: Sequence[nn.Module]) -> Project:
     return project
 
 
-def _joined(layers: Sequence[Any], norms: Sequence[nn.Module], size: int) -> Project:
+def _joined(layers: Sequence[Any], norms: Sequence[Any], size: int) -> Project:
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     product = Ordered.of(torch.cat([layer.weight for layer in layers]), bias)
     asking, few, _ = (layer.out_features // size for layer in layers)

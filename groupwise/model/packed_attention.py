@@ -178,16 +178,17 @@ class _ExactAttention(torch.autograd.Function):
         prefixed = [_Prefixed(prefix, key, value, repeat) for prefix in plan.prefixes]
         met = [score(each.gather(query), each.blocks(plan.position_ids, call.window), call.scale) for each in prefixed]
         for each, scores in zip(prefixed, met, strict=True):
-            top[each.rows] = each.scatter(scores.top)
+            top[each.rows] = each.scatter(scores.found.top)
         for bucket in plan.buckets:
             blocks = causal_blocks(bucket.gather(key, 1), bucket.gather(value, 1), repeat, call.window)
             own = score(bucket.gather(query, repeat), blocks, call.scale)
-            torch.maximum(own.top, bucket.gather(top, repeat), out=own.top)
-            found = own.sums()
-            for whole, part in ((out, found.out), (top, own.top), (mass, found.mass)):
+            found = own.found
+            torch.maximum(found.top, bucket.gather(top, repeat), out=found.top)
+            own.sum()
+            for whole, part in ((out, found.out), (top, found.top), (mass, found.mass)):
                 bucket.scatter(part, repeat, whole)
         for each, scores in zip(prefixed, met, strict=True):
-            found = scores.sums(each.gather(top))
+            found = scores.sum(each.gather(top))
             out[each.rows].add_(each.scatter(found.out))
             mass[each.rows].add_(each.scatter(found.mass))
         result = out.div_(mass[..., None]).to(query.dtype)

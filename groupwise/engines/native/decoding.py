@@ -5,7 +5,7 @@ A prompt's keys are read once for all its samples: their query rows stand togeth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from groupwise.engines.native.cache import KeyCache, Span
 from groupwise.model.attention import AttentionCall
-from groupwise.model.exact import BLOCK, TILE, KeyBlock, Mask, score, split_scale
+from groupwise.model.exact import BLOCK, TILE, Found, KeyBlock, Mask, score, split_scale
 
 _Masks = list[Mask | None]  # one for each span
 
@@ -39,6 +39,11 @@ class StepShape:
     sample_tokens: int
     prompt_tokens: int
     in_order: bool
+
+    @property
+    def by_lane(self) -> tuple[int, ...]:
+        """How lanes are laid out: `[B]`, or as members of prompts, `[prompts, W]`, where that is the same."""
+        return (self.prompts, self.width) if self.in_order else (self.lanes,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class DecodeLayout:
         self._heads = samples.shape.heads
         self._own = samples.spans(shape.lanes, shape.sample_tokens)
         self._shared = prompts.spans(shape.prompts, shape.prompt_tokens)
-        self._queries: _Queries | None = None
+        self._rows: _Rows | None = None
         self._own_masks: dict[int | None, _Masks] = {}
         self._shared_masks: dict[int | None, _Masks] = {}
 
@@ -98,27 +103,29 @@ class DecodeLayout:
         if call.window not in self._shared_masks:
             self._shared_masks[call.window] = self._hide_shared(call.window, repeat)
 
-        if self._queries is None:
-            self._queries = _Queries(shape, heads, query)
+        if self._rows is None:
+            self._rows = _Rows.of(shape, heads, query)
+        rows = self._rows
         into, left = split_scale(query.dtype, call.scale)
-        by_lane = query[:lanes].view(lanes, heads, repeat, size)
-        torch.mul(by_lane, into, out=self._queries.by_lane)
-        own = score(self._queries.own, _blocks(self._own, call.layer, self._own_masks[call.window]), left)
-        torch.mul(self._to_members(by_lane), into, out=self._queries.by_member)
-        shared = score(self._queries.shared, _blocks(self._shared, call.layer, self._shared_masks[call.window]), left)
+        asking = (query[:lanes] if shape.rows > lanes else query).view(*shape.by_lane, heads, repeat, size)
+        torch.mul(asking, into, out=rows.own.query_rows)
+        torch.mul(self._to_members(asking), into, out=rows.shared.query_rows)
+        own_blocks = _blocks(self._own, call.layer, self._own_masks[call.window])
+        shared_blocks = _blocks(self._shared, call.layer, self._shared_masks[call.window])
+        own = score(rows.own.query, own_blocks, left, rows.own.found)
+        shared = score(rows.shared.query, shared_blocks, left, rows.shared.found)
 
         # One maximum for both segments, written where each keeps its own.
-        top, tops = self._own_rows(own.top, repeat), self._member_rows(shared.top, repeat)
-        torch.maximum(top, self._to_lanes(tops), out=top)
-        tops.copy_(self._to_members(top.view(lanes, heads, repeat)))
-        from_own, from_shared = own.sums(), shared.sums()
-        out = query.new_empty(lanes, heads * repeat, size, dtype=from_own.out.dtype)
-        found = out.view((*top.shape, size))
-        seen = self._to_lanes(self._member_rows(from_shared.out, repeat))
-        torch.add(seen, self._own_rows(from_own.out, repeat), out=found)
-        mass = self._to_lanes(self._member_rows(from_shared.mass, repeat)) + self._own_rows(from_own.mass, repeat)
-        found.div_(mass[..., None])
-        out = out.to(query.dtype)
+        top = rows.own.rows.top
+        torch.maximum(top, self._to_lanes(rows.shared.rows.top), out=top)
+        rows.shared.rows.top.copy_(self._to_members(top))
+        own.sum()
+        shared.sum()
+        seen = rows.shared.rows
+        torch.add(self._to_lanes(seen.out), rows.own.rows.out, out=rows.out)
+        torch.add(self._to_lanes(seen.mass), rows.own.rows.mass, out=rows.mass)
+        rows.out.div_(rows.mass[..., None])
+        out = rows.out.view(lanes, heads * repeat, size).to(query.dtype)
         return pad(out, (0, 0, 0, 0, 0, shape.rows - lanes)) if shape.rows > lanes else out
 
     def _hide_own(self, window: int | None) -> _Masks:
@@ -147,52 +154,74 @@ class DecodeLayout:
         return masks
 
     def _to_members(self, x: Tensor) -> Tensor:
-        """`[B, heads, repeat, …]` by lane to `[prompts, W, heads, repeat, …]` by prompt."""
-        if not self._shape.in_order:
-            gathered = x.new_zeros(self._members + 1, *x.shape[1:])  # the last row takes the padding
-            gathered[self._inputs.member] = x
-            x = gathered[: self._members]
-        return x.view(self._shape.prompts, self._shape.width, *x.shape[1:])
-
-    def _member_rows(self, x: Tensor, repeat: int) -> Tensor:
-        """`[prompts * heads, R, …]` as `[prompts, W, heads, repeat, …]`."""
-        width = self._shape.width
-        places = (self._shape.prompts, self._heads, width, repeat, *x.shape[2:])
-        return x[:, : width * repeat].view(places).transpose(1, 2)
+        """By lane, `[*by_lane, heads, repeat, …]`, to by prompt, `[prompts, W, heads, repeat, …]`."""
+        shape = self._shape
+        if shape.in_order:
+            return x
+        gathered = x.new_zeros(shape.prompts * shape.width + 1, *x.shape[1:])  # the last row takes the padding
+        gathered[self._inputs.member] = x
+        return gathered[:-1].unflatten(0, (shape.prompts, shape.width))
 
     def _to_lanes(self, x: Tensor) -> Tensor:
-        """`[prompts, W, heads, repeat, …]` as it is where all are in order, else by lane, `[B, heads, repeat, …]`, in
-        which padded lanes get some member's."""
-        return x if self._shape.in_order else x.flatten(0, 1)[self._inputs.member.clamp(max=self._members - 1)]
-
-    def _own_rows(self, x: Tensor, repeat: int) -> Tensor:
-        """`[B * heads, R, …]` as what `_to_lanes` gives."""
-        shape, places = self._shape, (self._heads, x.shape[1], *x.shape[2:])
-        by_lane = (shape.prompts, shape.width, *places) if shape.in_order else (shape.lanes, *places)
-        return x.view(by_lane).narrow(len(by_lane) - x.dim() + 1, 0, repeat)
-
-    @property
-    def _members(self) -> int:
-        return self._shape.prompts * self._shape.width
+        """The inverse, in which padded lanes get some member's."""
+        if self._shape.in_order:
+            return x
+        x = x.flatten(0, 1)
+        return x[self._inputs.member.clamp(max=x.shape[0] - 1)]
 
 
-class _Queries:
-    """Memory for a layer's query rows, in which all layers of a step write over each other: zeros stand where rows are
-    missing to full tiles.
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Query rows that meet one kind of keys, and what they find: zeros stand where rows are missing to full tiles.
 
     Attributes:
-        own: `[B * heads, R, d]`, as they meet their completions' keys; by_lane: the real ones, `[B, heads, repeat, d]`.
-        shared: `[prompts * heads, R', d]`, as they meet their prompts'; by_member: `[prompts, W, heads, repeat, d]`.
+        query: `[lanes * heads, R, d]`; query_rows: the real ones, `[…, heads, repeat, d]`.
+        found: of all rows; rows: of the real ones, `[…, heads, repeat, …]`.
     """
 
-    def __init__(self, shape: StepShape, heads: int, query: Tensor) -> None:
+    query: Tensor
+    query_rows: Tensor
+    found: Found
+    rows: Found
+
+    @staticmethod
+    def of(query: Tensor, real: Callable[[Tensor], Tensor]) -> _Segment:
+        found = Found.room(query)
+        return _Segment(query, real(query), found, Found(real(found.top), real(found.mass), real(found.out)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Memory for the rows of a layer, in which all layers of all steps write over each other.
+
+    Attributes:
+        own: rows by lane, before their completions' keys, `[*by_lane, heads, repeat, …]`.
+        shared: rows by prompt, before their prompts' keys, `[prompts, W, heads, repeat, …]`.
+        out, mass: the sums of both, by lane.
+    """
+
+    own: _Segment
+    shared: _Segment
+    out: Tensor
+    mass: Tensor
+
+    @staticmethod
+    def of(shape: StepShape, heads: int, query: Tensor) -> _Rows:
+        """For `query [N, Hq, d]`."""
         repeat, size = query.shape[1] // heads, query.shape[2]
-        asking, rows = shape.width * repeat, repeat + -repeat % TILE
-        self.own = query.new_zeros(shape.lanes * heads, rows, size)
-        self.by_lane = self.own.view(shape.lanes, heads, rows, size)[:, :, :repeat]
-        self.shared = query.new_zeros(shape.prompts * heads, asking + -asking % TILE, size)
-        places = (shape.prompts, heads, shape.width, repeat, size)
-        self.by_member = self.shared[:, :asking].view(places).transpose(1, 2)
+        asking, tile = shape.width * repeat, repeat + -repeat % TILE
+
+        def by_lane(x: Tensor) -> Tensor:
+            places = (*shape.by_lane, heads, tile, *x.shape[2:])
+            return x.view(places).narrow(len(shape.by_lane) + 1, 0, repeat)
+
+        def by_member(x: Tensor) -> Tensor:
+            places = (shape.prompts, heads, shape.width, repeat, *x.shape[2:])
+            return x[:, :asking].view(places).transpose(1, 2)
+
+        own = _Segment.of(query.new_zeros(shape.lanes * heads, tile, size), by_lane)
+        shared = _Segment.of(query.new_zeros(shape.prompts * heads, asking + -asking % TILE, size), by_member)
+        return _Rows(own, shared, torch.empty_like(own.rows.out), torch.empty_like(own.rows.mass))
 
 
 def _upto(token: int, span: Span) -> Mask | None:

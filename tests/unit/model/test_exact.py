@@ -14,10 +14,10 @@ from torch import Tensor
 from groupwise.model.exact import (
     BLOCK,
     TILE,
+    Found,
     KeyBlock,
     Mask,
     Scores,
-    Sums,
     causal_blocks,
     prefix_blocks,
     score,
@@ -32,15 +32,15 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def finish(part: Sums) -> Tensor:
+def finish(part: Found) -> Tensor:
     return part.out / part.mass[..., None]
 
 
-def add_up(first: Scores, second: Scores, rows: int) -> Sums:
+def add_up(first: Scores, second: Scores, rows: int) -> Found:
     """Both segments' first `rows` rows together; the others keep a maximum of their own."""
-    top = torch.maximum(first.top[:, :rows], second.top[:, :rows])
-    one, other = (x.sums(torch.cat([top, x.top[:, rows:]], 1)) for x in (first, second))
-    return Sums(one.out[:, :rows] + other.out[:, :rows], one.mass[:, :rows] + other.mass[:, :rows])
+    top = torch.maximum(first.found.top[:, :rows], second.found.top[:, :rows])
+    one, other = (x.sum(torch.cat([top, x.found.top[:, rows:]], 1)) for x in (first, second))
+    return Found(top, one.mass[:, :rows] + other.mass[:, :rows], one.out[:, :rows] + other.out[:, :rows])
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def test_causal_attention_is_softmax_attention(length: int, repeat: int, window:
     key, value = randn(2, length, SIZE, seed=seed), randn(2, length, SIZE, seed=seed + 9)
     query = randn(2, length * repeat, SIZE, seed=seed + 5) * 3
     blocks = causal_blocks(padded(key), padded(value), repeat, window)
-    out = finish(score(padded(query, BLOCK * repeat), blocks, SCALE).sums())[:, : length * repeat]
+    out = finish(score(padded(query, BLOCK * repeat), blocks, SCALE).sum())[:, : length * repeat]
     row, column = torch.arange(length).repeat_interleave(repeat)[:, None], torch.arange(length)
     seen = (column <= row) & (row - column < (window or length))
     torch.testing.assert_close(out, plain(query, key, value, seen), rtol=1e-12, atol=1e-12)
@@ -103,11 +103,11 @@ def test_a_row_has_the_same_bits_among_any_rows_heads_and_padding(
     key, value = randn(9, prompt, SIZE, dtype=dtype), randn(9, prompt, SIZE, seed=1, dtype=dtype)
     query = randn(9, 40, SIZE, seed=2, dtype=dtype) * 3
 
-    def attend(heads: slice, rows: slice, blocks: int) -> tuple[Tensor, Sums]:
+    def attend(heads: slice, rows: slice, blocks: int) -> tuple[Tensor, Found]:
         missing = blocks * BLOCK - prompt
         k, v = (torch.nn.functional.pad(x[heads], (0, 0, 0, missing)).contiguous() for x in (key, value))
         met = score(query[heads, rows].contiguous(), prefix_blocks(k, v, prompt, None, None), SCALE)
-        return met.top, met.sums()
+        return met.found.top, met.sum()
 
     top, whole = attend(slice(0, 9), slice(0, 40), 2)
     for heads in (slice(0, 1), slice(3, 5), slice(8, 9)):
@@ -123,9 +123,9 @@ def test_hidden_keys_weigh_exactly_nothing() -> None:
     """Whatever stands in a hidden key, however large, leaves every bit as it is."""
     key, value = padded(randn(1, 70, SIZE, dtype=torch.float32)), padded(randn(1, 70, SIZE, dtype=torch.float32))
     query = randn(1, 4, SIZE, dtype=torch.float32)
-    quiet = score(query, prefix_blocks(key, value, 70, None, None), SCALE).sums()
+    quiet = score(query, prefix_blocks(key, value, 70, None, None), SCALE).sum()
     key[:, 70:], value[:, 70:] = 1e4, -1e4
-    loud = score(query, prefix_blocks(key, value, 70, None, None), SCALE).sums()
+    loud = score(query, prefix_blocks(key, value, 70, None, None), SCALE).sum()
     assert torch.equal(quiet.out, loud.out)
     assert torch.equal(quiet.mass, loud.mass)
 
@@ -138,7 +138,7 @@ def test_a_segment_wholly_out_of_the_window_counts_for_nothing() -> None:
         return score(query, prefix_blocks(key, value, 5, None, None), SCALE)
 
     far = score(query, prefix_blocks(key, value, 10, torch.full((4,), 500), 20), SCALE)
-    both, own = add_up(far, near(), 4), near().sums()
+    both, own = add_up(far, near(), 4), near().sum()
     assert torch.equal(both.out, own.out)
     assert torch.equal(both.mass, own.mass)
     assert torch.isfinite(both.out).all()
@@ -147,7 +147,7 @@ def test_a_segment_wholly_out_of_the_window_counts_for_nothing() -> None:
 def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
     key, value = randn(1, BLOCK, SIZE, dtype=torch.float32), randn(1, BLOCK, SIZE, dtype=torch.float32)
     query = randn(1, 4, SIZE, dtype=torch.float32) * 1e4
-    out = finish(score(query, prefix_blocks(key, value, BLOCK, None, None), 1.0).sums())
+    out = finish(score(query, prefix_blocks(key, value, BLOCK, None, None), 1.0).sum())
     best = (query @ key.transpose(1, 2)).argmax(-1)
     torch.testing.assert_close(out[0], value[0][best[0]])
 
@@ -176,7 +176,7 @@ def test_keys_that_no_row_sees_may_be_left_out(rows: int, size: int, dtype: torc
         ]
         whole, short = (score(query, [block], SCALE) for block in blocks)
         assert width < BLOCK or keys > 32
-        assert torch.equal(whole.top, short.top), keys
-        found, same = whole.sums(), short.sums()
+        assert torch.equal(whole.found.top, short.found.top), keys
+        found, same = whole.sum(), short.sum()
         for a, b in ((found.out, same.out), (found.mass, same.mass)):
             assert torch.equal(a, b), keys
