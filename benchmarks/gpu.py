@@ -220,7 +220,7 @@ def measure_decode(bench: Bench, ceiling: Ceiling, samples: int) -> Sampled:
     prompts = make_prompts(bench.shape, -(-samples // GROUP_SIZE), bench.prompt_tokens)
     count = len(prompts) * GROUP_SIZE
     engine = NativeEngine(bench.loaded, RolloutConfig(max_concurrent_samples=count))  # type: ignore[call-arg]
-    asyncio.run(sample(engine, prompts, bench.tokens, cap=bench.cap))  # graphs of all lengths are captured here
+    asyncio.run(sample(engine, prompts, bench.tokens, cap=bench.cap))  # captures the graphs
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
     found = asyncio.run(sample(engine, prompts, bench.tokens, cap=bench.cap))

@@ -29,7 +29,7 @@ class Layout(Protocol):
     """Decides which token sees which."""
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention output `[N, Hq, d]`."""
+        """Attention output `[N, Hq, d]`; the next call may write over it."""
         ...
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from groupwise.model.exact import BLOCK
-from groupwise.model.packing import Segment
+from groupwise.model.packing import Segment, round_up
 
 _MAX_SCORES = 1 << 26  # float32 scores of one bucket that exist at one time: 256 MiB
 _RUN_TOKENS = 512  # from here on neighbours of one length are a bucket of their own
@@ -55,7 +55,7 @@ class Run:
     length: int
 
     def gather(self, x: Tensor, repeat: int) -> Tensor:
-        heads, padded = x.shape[1] // repeat, _blocks(self.length)
+        heads, padded = x.shape[1] // repeat, round_up(self.length, BLOCK)
         rows = x.new_empty(heads, self.count, padded, repeat, *x.shape[2:])
         rows[:, :, self.length :].zero_()
         rows[:, :, : self.length].copy_(self._by_head(x, heads))
@@ -136,9 +136,9 @@ def make_buckets(segments: Sequence[Segment], num_heads: int) -> tuple[Bucket, .
     for length, group in groupby(segments, lambda segment: segment.length):
         run = list(group)
         if len(run) * length < _RUN_TOKENS:
-            pooled.setdefault(_blocks(length), []).extend(run)
+            pooled.setdefault(round_up(length, BLOCK), []).extend(run)
             continue
-        buckets += [Run(part[0].start, len(part), length) for part in _parts(run, _blocks(length), num_heads)]
+        buckets += [Run(part[0].start, len(part), length) for part in _parts(run, round_up(length, BLOCK), num_heads)]
     for padded, some in sorted(pooled.items()):
         buckets += [Pool.of(part, padded) for part in _parts(some, padded, num_heads)]
     return tuple(buckets)
@@ -148,8 +148,3 @@ def _parts(segments: list[Segment], padded: int, num_heads: int) -> list[list[Se
     """As many together as memory allows."""
     most = max(1, _MAX_SCORES // (num_heads * padded * padded))
     return [segments[first : first + most] for first in range(0, len(segments), most)]
-
-
-def _blocks(length: int) -> int:
-    """Rounded up to whole blocks."""
-    return -(-length // BLOCK) * BLOCK

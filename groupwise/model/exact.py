@@ -147,7 +147,7 @@ class Found:
     out: Tensor
 
     @staticmethod
-    def room(query: Tensor) -> Found:
+    def empty(query: Tensor) -> Found:
         """Memory for `query [B, R, d]`, to be written."""
         sums = torch.promote_types(query.dtype, torch.float32)
         top, mass = (query.new_empty(query.shape[:2], dtype=sums) for _ in range(2))
@@ -179,18 +179,18 @@ class Scores:
         return self.found
 
 
-def score(query: Tensor, blocks: Sequence[KeyBlock], scale: float, room: Found | None = None) -> Scores:
+def score(query: Tensor, blocks: Sequence[KeyBlock], scale: float, into: Found | None = None) -> Scores:
     """`query [B, R, d]` meets one key segment, R a multiple of `TILE`.
 
     Args:
-        room: where results go, instead of fresh memory.
+        into: where results go, instead of fresh memory.
     """
     assert query.shape[1] % TILE == 0, f"{query.shape[1]} query rows are not a multiple of {TILE}"
     assert blocks[0].first_row == 0, "every row sees the first block of a segment"
-    into, left = split_scale(query.dtype, scale)
-    asking = query if into == 1.0 else query * into
+    factor, left = split_scale(query.dtype, scale)
+    asking = query if factor == 1.0 else query * factor
     scores = [_scores(asking, block, left) for block in blocks]
-    found = Found.room(query) if room is None else room
+    found = Found.empty(query) if into is None else into
     torch.amax(scores[0], -1, out=found.top)
     for block, some in zip(blocks[1:], scores[1:], strict=True):
         rows = _rows_from(found.top, block.first_row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from groupwise.model.attention import Layout
@@ -23,6 +23,12 @@ def hidden_states(model: PreTrainedModel, token_ids: Tensor, position_ids: Tenso
         input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, return_dict=True, layout=layout
     )
     return output.last_hidden_state[0]
+
+
+def depends_on_length(module: nn.Module) -> bool:
+    """Whether a module's forward asks for the longest sequence so far, and keeps it: some rotary angles do."""
+    kind = str(getattr(module, "rope_type", ""))
+    return "dynamic" in kind or "longrope" in kind
 
 
 def packed_hidden_states(

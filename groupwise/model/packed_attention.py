@@ -27,7 +27,7 @@ from groupwise.model.exact import (
     prefix_blocks,
     score,
 )
-from groupwise.model.packing import Packed, Segment
+from groupwise.model.packing import Packed, Segment, round_up
 from groupwise.model.segment_gradient import segment_gradient
 
 if TYPE_CHECKING:
@@ -129,10 +129,6 @@ class PackedLayout:
         return varlen_attention(query, key, value, self._varlen, call)
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
 class _Prefixed:
     """One prefix's tensors in head layout: `key, value [Hkv, T, d]` padded to blocks, and its rows' slicing."""
 
@@ -142,7 +138,7 @@ class _Prefixed:
         self.length = prefix.prompt.length
         self.repeat = repeat
         self._missing_rows = -(prefix.stop - prefix.start) * repeat % TILE
-        missing = _round_up(self.length, BLOCK) - self.length
+        missing = round_up(self.length, BLOCK) - self.length
         self.key = pad(key[self.keys].transpose(0, 1), (0, 0, 0, missing))
         self.value = pad(value[self.keys].transpose(0, 1), (0, 0, 0, missing))
 

@@ -22,6 +22,10 @@ from groupwise.types import TrainingRow
 ROW_MULTIPLE = 16
 
 
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A run of tokens that attend to each other causally, and to all of `prefix` if there is one.

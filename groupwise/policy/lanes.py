@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from groupwise.model.forward import depends_on_length
+
 _SMALL_BYTES = 1 << 28  # weights of a model whose operations are small, and whose gradients may exist several times
 _MOST = 2  # each holds a pass's memory
 
@@ -69,6 +71,5 @@ class Lanes:
 
 
 def _changes(module: nn.Module) -> bool:
-    """Whether a forward leaves something behind: angles for the longest sequence so far, or random numbers taken."""
-    angles = str(getattr(module, "rope_type", ""))
-    return "dynamic" in angles or "longrope" in angles or (isinstance(module, nn.Dropout) and module.p > 0)
+    """Whether a forward leaves something behind: a length, or random numbers taken."""
+    return depends_on_length(module) or (isinstance(module, nn.Dropout) and module.p > 0)

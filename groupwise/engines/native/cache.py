@@ -17,14 +17,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from groupwise.model.exact import BLOCK, WIDTHS, width_of
+from groupwise.model.packing import round_up
 
 ARENA_SPAN = 256  # tokens of an arena come in multiples of this
 
 _GENERATIONS = itertools.count()
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ class CacheShape:
     def bytes_per_token(self) -> int:
         return 2 * self.layers * self.heads * self.size * self.dtype.itemsize
 
-    def room(self, tokens: int) -> int:
+    def capacity(self, tokens: int) -> int:
         """Tokens that a lane for `tokens` holds."""
         return round_up(tokens, ARENA_SPAN if self.fixed else BLOCK)
 
@@ -59,7 +56,7 @@ class CacheShape:
         return _few(prompts, 8) if self.graphs else prompts
 
     def tokens_for(self, tokens: int) -> int:
-        """Keys of each lane that a step reads; in graphs, up to a quarter more than there are."""
+        """Keys of each lane that a step reads; in graphs, more than there are, by less than 256 or a quarter."""
         if not self.graphs:
             return round_up(tokens, WIDTHS[0])
         return round_up(tokens, max(ARENA_SPAN, 1 << max(0, (tokens - 1).bit_length() - 3)))
@@ -239,7 +236,7 @@ class ArenaCache:
         return torch.zeros(size, dtype=shape.dtype, device=shape.device)
 
     def reserve(self, lanes: int, tokens: int) -> None:
-        lanes, tokens = max(lanes, self.lanes), max(self.shape.room(tokens), self.tokens)
+        lanes, tokens = max(lanes, self.lanes), max(self.shape.capacity(tokens), self.tokens)
         if (lanes, tokens) == (self.lanes, self.tokens):
             return
         old, self.arena = self.arena, self._empty(lanes, tokens)

@@ -106,10 +106,10 @@ class DecodeLayout:
         if self._rows is None:
             self._rows = _Rows.of(shape, heads, query)
         rows = self._rows
-        into, left = split_scale(query.dtype, call.scale)
+        factor, left = split_scale(query.dtype, call.scale)
         asking = (query[:lanes] if shape.rows > lanes else query).view(*shape.by_lane, heads, repeat, size)
-        torch.mul(asking, into, out=rows.own.query_rows)
-        torch.mul(self._to_members(asking), into, out=rows.shared.query_rows)
+        torch.mul(asking, factor, out=rows.own.query_rows)
+        torch.mul(self._to_members(asking), factor, out=rows.shared.query_rows)
         own_blocks = _blocks(self._own, call.layer, self._own_masks[call.window])
         shared_blocks = _blocks(self._shared, call.layer, self._shared_masks[call.window])
         own = score(rows.own.query, own_blocks, left, rows.own.found)
@@ -171,7 +171,7 @@ class DecodeLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class _Segment:
+class _Meeting:
     """Query rows that meet one kind of keys, and what they find: zeros stand where rows are missing to full tiles.
 
     Attributes:
@@ -185,9 +185,9 @@ class _Segment:
     rows: Found
 
     @staticmethod
-    def of(query: Tensor, real: Callable[[Tensor], Tensor]) -> _Segment:
-        found = Found.room(query)
-        return _Segment(query, real(query), found, Found(real(found.top), real(found.mass), real(found.out)))
+    def of(query: Tensor, real: Callable[[Tensor], Tensor]) -> _Meeting:
+        found = Found.empty(query)
+        return _Meeting(query, real(query), found, Found(real(found.top), real(found.mass), real(found.out)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +200,8 @@ class _Rows:
         out, mass: the sums of both, by lane.
     """
 
-    own: _Segment
-    shared: _Segment
+    own: _Meeting
+    shared: _Meeting
     out: Tensor
     mass: Tensor
 
@@ -219,8 +219,8 @@ class _Rows:
             places = (shape.prompts, heads, shape.width, repeat, *x.shape[2:])
             return x[:, :asking].view(places).transpose(1, 2)
 
-        own = _Segment.of(query.new_zeros(shape.lanes * heads, tile, size), by_lane)
-        shared = _Segment.of(query.new_zeros(shape.prompts * heads, asking + -asking % TILE, size), by_member)
+        own = _Meeting.of(query.new_zeros(shape.lanes * heads, tile, size), by_lane)
+        shared = _Meeting.of(query.new_zeros(shape.prompts * heads, asking + -asking % TILE, size), by_member)
         return _Rows(own, shared, torch.empty_like(own.rows.out), torch.empty_like(own.rows.mass))
 
 

@@ -20,7 +20,7 @@ from groupwise.engines.native.scheduler import Outbox, Sample, Scheduler
 from groupwise.engines.native.steps import DecodeSteps
 from groupwise.engines.native.threads import SMALL_BYTES, StepThreads
 from groupwise.errors import EngineError
-from groupwise.model.forward import packed_scores
+from groupwise.model.forward import depends_on_length, packed_scores
 from groupwise.model.linear import ordered_weights
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packing import pack
@@ -98,20 +98,29 @@ class NativeEngine:
         """Step until nothing is left; other tasks (rewards) run between steps."""
         if self._threads.most != torch.get_num_threads():
             self._threads = StepThreads(torch.get_num_threads())
-        with ordered_weights(self._model):
-            while self._scheduler.busy:
-                try:
-                    with torch.inference_mode():
-                        self._step()
-                except BaseException as error:
-                    failed = self._scheduler.find(None)
-                    self._scheduler.remove(failed)
-                    for sample in failed:
-                        sample.outbox.put_nowait(error)
-                    raise
-                await asyncio.sleep(0)
+        while self._scheduler.busy:
+            version = self._version
+            with ordered_weights(self._model):  # those of one version: they must not change meanwhile
+                while self._scheduler.busy and self._version == version:
+                    self._step_or_fail()
+                    if self._scheduler.busy:
+                        await asyncio.sleep(0)
+
+    def _step_or_fail(self) -> None:
+        """One step; whatever it raises goes to every caller, and the engine is empty afterwards."""
+        try:
+            with torch.inference_mode():
+                self._step()
+        except BaseException as error:
+            for sample in self._scheduler.find(None):
+                sample.outbox.put_nowait(error)
+            self._scheduler.clear()
+            self._steps.forget()
+            raise
 
     def _step(self) -> None:
+        if not self._scheduler.running:  # caches may be made anew, and the old ones must be free then
+            self._steps.forget()
         admitted = self._scheduler.admit()
         if admitted:
             self._prefill(admitted)
@@ -139,8 +148,9 @@ class NativeEngine:
 
     def _release(self, ended: list[tuple[Sample, FinishReason]]) -> None:
         for sample, reason in ended:
+            completion = self._completion(sample, reason)
             self._scheduler.release(sample)
-            sample.outbox.put_nowait(self._completion(sample, reason))
+            sample.outbox.put_nowait(completion)
 
     def _completion(self, sample: Sample, reason: FinishReason) -> Completion:
         return Completion(
@@ -175,6 +185,7 @@ class NativeEngine:
             raise EngineError("an engine cannot sleep while samples are running")
         self._scheduler.drop_caches()
         self._steps.forget()
+        self._steps.forget_graphs()
         self._draws = None
 
     async def wake(self) -> None:
@@ -194,8 +205,6 @@ def _cache_shape(loaded: LoadedModel) -> CacheShape:
     heads = settings.get("num_key_value_heads") or config.num_attention_heads
     size = settings.get("head_dim") or config.hidden_size // config.num_attention_heads
     on_gpu = loaded.device.type == "cuda"
-    # A step of these must know its longest sequence, which a graph cannot ask for.
-    asks = any("dynamic" in str(getattr(module, "rope_type", "")) for module in loaded.model.modules())
     return CacheShape(
         config.num_hidden_layers,
         heads,
@@ -203,7 +212,7 @@ def _cache_shape(loaded: LoadedModel) -> CacheShape:
         loaded.model.dtype,
         loaded.device,
         fixed=loaded.batch_invariant or on_gpu,
-        graphs=on_gpu and not asks,
+        graphs=on_gpu and not any(map(depends_on_length, loaded.model.modules())),  # a graph cannot ask for it
     )
 
 

@@ -75,7 +75,7 @@ class Scheduler:
         max_bytes: most memory of both caches.
 
     Attributes:
-        changes: counts the changes of both lists. While it stands still, lanes and caches' lanes do too.
+        changes: counts the changes of running samples and prompts. While it stands still, their lanes stay.
     """
 
     def __init__(self, shape: CacheShape, *, max_samples: int, max_bytes: int) -> None:
@@ -94,6 +94,13 @@ class Scheduler:
         self.prompts.clear()
         self.prompt_cache = make_cache(self.shape)
         self.sample_cache = make_cache(self.shape)
+
+    def clear(self) -> None:
+        """Forget every sample, and what the caches hold."""
+        self.waiting.clear()
+        self.running.clear()
+        self.changes += 1
+        self.drop_caches()
 
     @property
     def busy(self) -> bool:
@@ -115,11 +122,17 @@ class Scheduler:
             self.running.append(sample)
             admitted.append(sample)
         if self.waiting and not self.running:
-            self._refuse(self.waiting[0])
+            if not live:
+                self._refuse(self.waiting[0])
+            # A prompt that was kept stands in the way of larger caches; it will be computed again.
+            self.prompts.clear()
+            self.changes += 1
+            return self.admit()
         if admitted:
             self.changes += 1
             needed = self._needed()
-            if not live and any(self._grown(cache, demand) for cache, demand in zip(self._caches, needed, strict=True)):
+            grown = sum(self._grown(cache, demand).size for cache, demand in zip(self._caches, needed, strict=True))
+            if not live and (grown > self._max_tokens or (self.shape.fixed and grown > self._held)):
                 self.prompt_cache, self.sample_cache = make_cache(self.shape), make_cache(self.shape)
             # A cache that keeps its address is made long enough from the start.
             self.make_room(needed[1].tokens if self.shape.fixed else 0)
@@ -136,16 +149,20 @@ class Scheduler:
         """Whether the caches would stay under the bound with this sample.
 
         Args:
-            live: they hold something. An arena that grows then exists twice for a moment.
+            live: they hold something, so they cannot begin anew. An arena that grows then exists twice for a moment.
         """
         needed = self._needed(sample)
-        if sum(demand.size for demand in needed) > self._max_tokens:
-            return False
         if not live:
-            return True
-        held = sum(cache.lanes * cache.tokens for cache in self._caches)
+            return sum(demand.size for demand in needed) <= self._max_tokens
         grown = [self._grown(cache, demand) for cache, demand in zip(self._caches, needed, strict=True)]
-        return not self.shape.fixed or not any(grown) or held + sum(grown) <= self._max_tokens
+        total = sum(demand.size for demand in grown)
+        if self.shape.fixed and total > self._held:
+            total = self._held + sum(
+                demand.size
+                for cache, demand in zip(self._caches, grown, strict=True)
+                if demand.size > cache.lanes * cache.tokens
+            )
+        return total <= self._max_tokens
 
     def _needed(self, sample: Sample | None = None) -> tuple[_Demand, _Demand]:
         """What prompts and samples need of their caches, with `sample` among them."""
@@ -155,23 +172,26 @@ class Scheduler:
             prompts.append(len(sample.request.prompt.token_ids))
         longest = max(sample.request.sampling.max_tokens for sample in samples)
         return (
-            _Demand(self.shape.prompts_for(len(prompts)), self.shape.room(max(prompts))),
-            _Demand(self.shape.lanes_for(len(samples)), self.shape.room(longest)),
+            _Demand(self.shape.prompts_for(len(prompts)), self.shape.capacity(max(prompts))),
+            _Demand(self.shape.lanes_for(len(samples)), self.shape.capacity(longest)),
         )
 
     @property
     def _caches(self) -> tuple[KeyCache, KeyCache]:
         return self.prompt_cache, self.sample_cache
 
-    def _grown(self, cache: KeyCache, demand: _Demand) -> int:
-        """Tokens of the cache that would take the place of this one; 0 if it serves. It never shrinks."""
-        lanes = max(cache.lanes, demand.lanes)
-        tokens = max(cache.tokens, demand.tokens)
-        return 0 if (lanes, tokens) == (cache.lanes, cache.tokens) else lanes * tokens
+    @property
+    def _held(self) -> int:
+        """Tokens of both caches."""
+        return sum(cache.lanes * cache.tokens for cache in self._caches)
+
+    def _grown(self, cache: KeyCache, demand: _Demand) -> _Demand:
+        """What the cache would hold: it never shrinks."""
+        return _Demand(max(cache.lanes, demand.lanes), max(cache.tokens, demand.tokens))
 
     def _refuse(self, sample: Sample) -> None:
         request, gib = sample.request, self.shape.bytes_per_token / 2**30
-        tokens = self.shape.room(request.sampling.max_tokens) + self.shape.room(len(request.prompt.token_ids))
+        tokens = self.shape.capacity(request.sampling.max_tokens) + self.shape.capacity(len(request.prompt.token_ids))
         raise EngineError(
             f"one sample of {len(request.prompt.token_ids)} prompt and {request.sampling.max_tokens} completion tokens "
             f"needs {tokens * gib:.2f} GiB of keys and values, but rollout.kv_cache_gib allows "

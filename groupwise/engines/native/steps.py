@@ -1,4 +1,4 @@
-"""Prompts and decode steps, to hidden states: eager on a CPU, replayed CUDA graphs on a GPU.
+"""Prompts and decode steps, to hidden states: eager on a CPU, on a GPU replayed CUDA graphs where the model allows.
 
 A graph fixes sizes and addresses. So sizes are rounded up to a few values, inputs are copied into tensors that stay,
 and graphs are thrown away when a cache is replaced. The model's weights change in place and keep their addresses.
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from groupwise.engines.native.cache import ArenaCache, CacheShape, KeyCache, round_up
+from groupwise.engines.native.cache import ArenaCache, CacheShape, KeyCache
 from groupwise.engines.native.decoding import DecodeLayout, StepInputs, StepShape
 from groupwise.engines.native.invariant import InvariantDecodeLayout
 from groupwise.engines.native.scheduler import PromptLane, Sample, Scheduler
 from groupwise.model.forward import hidden_states, packed_hidden_states
 from groupwise.model.loading import LoadedModel
-from groupwise.model.packing import ROW_MULTIPLE, Segment, pack_prompts
+from groupwise.model.packing import ROW_MULTIPLE, Segment, pack_prompts, round_up
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ class DecodeSteps:
     def forget(self) -> None:
         """Let go of the caches' memory."""
         self._roster = self._layout = None
+
+    def forget_graphs(self) -> None:
         if self._graphs is not None:
             self._graphs.clear()
 
@@ -212,7 +214,7 @@ class _Graphs:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         pool = next((c.graph.pool() for c in self._captured.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=side):
             hidden = run_step(self._loaded, make_layout(self._loaded, scheduler, shape), inputs=kept)
         logger.debug("captured a decode graph of shape %s", shape)
         return _Captured(graph, kept, hidden)

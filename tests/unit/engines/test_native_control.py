@@ -339,3 +339,40 @@ def test_one_engine_serves_event_loop_after_event_loop(lab: Lab, loaded: LoadedM
 
     asyncio.run(left_open())
     assert lab.run(engine, requests) == lab.run(lab.engine(loaded), requests)
+
+
+def test_weights_that_change_in_the_callers_turn_are_the_ones_sampled_from(lab: Lab, loaded: LoadedModel) -> None:
+    engine = lab.engine(loaded)
+    sampling = [SamplingParams(max_tokens=8)] * 2
+
+    async def both() -> dict[str, Completion]:
+        async for _ in engine.generate(lab.requests([lab.prompt("a", 5)], sampling)):
+            pass
+        with torch.no_grad():
+            for weight in loaded.model.parameters():
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+        await engine.update_weights(1)
+        requests = lab.requests([lab.prompt("a", 5)], sampling, 1)
+        return {completion.request_id: completion async for completion in engine.generate(requests)}
+
+    found = asyncio.run(both())
+    lab.assert_no_mismatch(loaded, lab.requests([lab.prompt("a", 5)], sampling, 1), found)
+
+
+def test_a_completion_that_cannot_be_made_fails_its_caller(
+    lab: Lab, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = lab.engine(loaded)
+
+    def broken(*_: object) -> Completion:
+        raise TypeError("no text")
+
+    monkeypatch.setattr(engine, "_completion", broken)
+
+    async def collect() -> object:
+        requests = lab.requests([lab.prompt("a", 5)], [SamplingParams(max_tokens=3)])
+        return await asyncio.wait_for(lab.collect(engine, requests), 20)
+
+    with pytest.raises(TypeError, match="no text"):
+        asyncio.run(collect())
+    assert_idle(engine)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from groupwise.model import buckets
 from groupwise.model.forward import packed_hidden_states
 from groupwise.model.head import LanguageHead, TokenScores, token_scores
 from groupwise.model.loading import wrap_model
@@ -18,6 +19,14 @@ from groupwise.types import TrainingRow
 MakeModel = Callable[..., PreTrainedModel]
 MakeRows = Callable[..., list[TrainingRow]]
 Eager = Callable[[PreTrainedModel], PreTrainedModel]
+
+
+@pytest.fixture(autouse=True, params=[1, 512], ids=["runs", "pools"])
+def run_tokens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Every segment is read where it lies, or short ones are gathered."""
+    monkeypatch.setattr(buckets, "_RUN_TOKENS", request.param)
+    return request.param
+
 
 # Prompts and completions of one token, on both sides of a block's edge, and longer than two blocks.
 SHAPE = [(1, [1, 63]), (63, [1]), (64, [64, 2, 1]), (65, [65, 66]), (5, [129]), (129, [3, 65, 64])]
