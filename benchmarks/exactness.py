@@ -77,6 +77,9 @@ class DenseSteps:
         self._cache[:, :, :, :, :width] = self._prompt[:, :, owner]
         self._mask = _bias(torch.arange(most) >= missing[owner][:, None], shape.dtype)[:, None, None]
 
+    def forget(self) -> None:
+        """Nothing to let go: what the next prompts need takes the place of the old."""
+
     def hidden(self, running: Sequence[Sample], prompts: Sequence[PromptLane]) -> Tensor:
         assert len(running) == self._cache.shape[2], "a sample ended before the others, or joined them"
         self._column = self._width + len(running[0].tokens) - 1
