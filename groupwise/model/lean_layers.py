@@ -200,8 +200,10 @@ class LeanDecoder(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=parts.norm(hidden))
 
     def order(self) -> Sequence[nn.Module]:
-        """Flat layers until `forget_order`."""
+        """Flat layers until `forget_order`, unless somebody watches a module's calls."""
         parts = cast(Any, self)
+        if any(map(_is_watched, parts.layers.modules())):
+            return []
         self.flat = _Flat([_flat(layer) for layer in parts.layers], flat_norm(parts.norm))
         return [linear for layer in parts.layers for linear in _linears(layer)]
 
@@ -219,6 +221,10 @@ class _Flat:
         for layer in self.layers:
             hidden = layer(hidden, turn, layout)
         return self.norm(hidden)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _linears(layer: Any) -> list[nn.Module]:
