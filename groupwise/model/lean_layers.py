@@ -202,7 +202,7 @@ class LeanDecoder(nn.Module):
     def order(self) -> Sequence[nn.Module]:
         """Flat layers until `forget_order`, unless somebody watches a module's calls."""
         parts = cast(Any, self)
-        if any(map(_is_watched, parts.layers.modules())):
+        if any(map(_is_watched, self.modules())):
             return []
         self.flat = _Flat([_flat(layer) for layer in parts.layers], flat_norm(parts.norm))
         return [linear for layer in parts.layers for linear in _linears(layer)]

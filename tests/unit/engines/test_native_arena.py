@@ -191,7 +191,7 @@ def test_old_caches_are_free_before_new_ones_are_made(fixed: bool, lab: Any, mon
     assert alive[0] == 0
 
 
-def test_caches_that_serve_are_kept(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_that_serve_are_kept(lab: Any) -> None:
     engine = lab.engine(replace(lab.model(), stop_token_ids=()))
     sampling = [SamplingParams(max_tokens=200, stop_token_ids=tuple(range(200)))] * 4
     lab.run(engine, lab.requests([lab.prompt("a", 5)], sampling))

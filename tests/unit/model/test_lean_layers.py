@@ -134,17 +134,18 @@ def test_a_norm_that_computes_otherwise_stays_itself() -> None:
     assert torch.equal(flat_norm(plain)(x), plain(x))
 
 
-def test_hooks_on_a_layer_are_called_while_samples_are_drawn(make_model: Callable[..., PreTrainedModel]) -> None:
+@pytest.mark.parametrize("name", ["model.layers.0.mlp", "model.layers.1.self_attn.o_proj", "model.norm"])
+def test_hooks_are_called_while_samples_are_drawn(name: str, make_model: Callable[..., PreTrainedModel]) -> None:
     lean = prepared(make_model("qwen3"), lean=True)
     rows = packed()
     with torch.no_grad():
         wanted = packed_hidden_states(lean, rows)
         called: list[str] = []
-        hook = lean.get_submodule("model.layers.0.mlp").register_forward_hook(lambda *_: called.append("mlp"))
+        hook = lean.get_submodule(name).register_forward_hook(lambda *_: called.append(name))
         with ordered_weights(lean):
             assert torch.equal(packed_hidden_states(lean, rows), wanted)
-        assert called == ["mlp"]
+        assert called == [name]
         hook.remove()
         with ordered_weights(lean):
             assert torch.equal(packed_hidden_states(lean, rows), wanted)
-        assert called == ["mlp"]
+        assert called == [name]
