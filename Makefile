@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_EXTRAS ?= .venv-extras
+VENV_NEWEST ?= .venv-newest
 # More arguments for pip, e.g. PIP_ARGS="--extra-index-url URL" for a CPU-only build of torch.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
@@ -10,9 +11,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 BIN_EXTRAS := $(VENV_EXTRAS)/bin
 PIP_EXTRAS := $(BIN_EXTRAS)/python -m pip install --quiet --disable-pip-version-check -c constraints-extras.txt $(PIP_ARGS)
+BIN_NEWEST := $(VENV_NEWEST)/bin
 FAST := not slow and not gpu
 
-.PHONY: help demo test test-slow test-all test-extras check check-deps format docs clean
+.PHONY: help demo test test-slow test-all test-extras test-newest check check-deps format docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,10 +23,11 @@ help:
 	@echo "make test-slow the slow tests that need no GPU"
 	@echo "make test-all  all tests that need no GPU"
 	@echo "make test-extras  the tests with the real trackers, llama.cpp and Triton, in $(VENV_EXTRAS) (2 GB; compiles for minutes)"
+	@echo "make test-newest  the fast tests with the newest releases that pyproject.toml allows, in $(VENV_NEWEST)"
 	@echo "make check     lint, format, types, import layers"
 	@echo "make format    mend lint and format"
 	@echo "make docs      write the generated pages"
-	@echo "make clean     remove $(VENV), $(VENV_EXTRAS) and caches"
+	@echo "make clean     remove $(VENV), $(VENV_EXTRAS), $(VENV_NEWEST) and caches"
 
 %/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -79,6 +82,18 @@ test-extras: $(VENV_EXTRAS)/.installed
 	fi; \
 	$(BIN_EXTRAS)/python -m pytest -q --extras --timeout 600 -m "$$tests" $(PYTEST_ARGS)
 
+# What a plain `pip install -e .` brings today. It is made anew each time, since the newest releases change; torch
+# alone is that of the constraints, whose newest build is several GB of CUDA.
+test-newest:
+	@rm -rf $(VENV_NEWEST)
+	@$(MAKE) --no-print-directory $(VENV_NEWEST)/.python
+	@echo "== installing the newest releases"
+	@$(BIN_NEWEST)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) torch
+	@$(BIN_NEWEST)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e . pytest pytest-timeout hypothesis gguf
+	@$(BIN_NEWEST)/python -m pip check --disable-pip-version-check
+	@$(BIN_NEWEST)/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|peft|tokenizers|datasets|numpy|pydantic) '
+	@$(BIN_NEWEST)/python -m pytest -q -m "$(FAST)" $(PYTEST_ARGS)
+
 check: $(VENV)/.installed-dev
 	@echo "== ruff check"
 	@$(BIN)/ruff check .
@@ -98,5 +113,5 @@ docs: $(VENV)/.installed
 	@mv docs/config.md.new docs/config.md
 
 clean:
-	rm -rf $(VENV) $(VENV_EXTRAS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV_EXTRAS) $(VENV_NEWEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

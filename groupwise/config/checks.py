@@ -14,6 +14,7 @@ from pathlib import Path
 from groupwise.config import Config, LoraConfig, ModelConfig, OptimConfig
 from groupwise.config.lora import ADAPTER_FILE, read_adapter_file
 from groupwise.errors import ConfigError
+from groupwise.installed import adapter_problems, version_problems
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -160,7 +161,9 @@ def _common(config: Config, provided: Collection[str]) -> list[str]:
 
 def _method_problems(config: Config) -> list[str]:
     """Settings of LoRA and the optimiser that would not act."""
-    lora, optim, found = config.lora, config.optim, list[str]()
+    lora, optim, found = config.lora, config.optim, list(version_problems())
+    if lora.rank or (Path(config.model.path) / ADAPTER_FILE).is_file():
+        found += adapter_problems()
     if lora.rank == 0 and lora != LoraConfig():  # type: ignore[call-arg]
         named = ", ".join(f"lora.{name}" for name, value in lora if value != LoraConfig.model_fields[name].default)
         found.append(f"{named}: got a setting of LoRA, but lora.rank = 0 trains all weights; set lora.rank, e.g. to 16")

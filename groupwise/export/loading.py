@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from groupwise.errors import ConfigError, ExportError
 from groupwise.export.source import Source
+from groupwise.installed import require_adapters, require_versions
 
 PROBE = "The quick brown fox, 3.14159 and 日本語: does 12 + 30 make 42?\n\nYes — it does."
 LOGIT_TOLERANCE = 1e-4
@@ -48,6 +49,9 @@ def load_tokenizer(source: Source) -> Any:
 
 def load_base(source: Source, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """The model's weights, without the adapter."""
+    require_versions()
+    if source.is_adapter:
+        require_adapters()
     place = source.base or str(source.folder)
     transformers_logging.disable_progress_bar()
     with _as_config_error(place):

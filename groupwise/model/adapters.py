@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from groupwise.config import LoraConfig
 from groupwise.config.lora import AdapterFile, AdapterShape, check_plain
 from groupwise.errors import ConfigError
+from groupwise.installed import require_adapters
 
 if TYPE_CHECKING:
     import peft
@@ -99,6 +100,7 @@ def adopt_adapter(model: PreTrainedModel) -> None:
     """
     import peft
 
+    require_adapters()
     configs: dict[str, Any] = model.peft_config
     if list(configs) != [_NAME]:
         raise ConfigError(f"the model has the adapters {', '.join(configs)}; expected one, named {_NAME!r}")
@@ -175,6 +177,7 @@ def dropout_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _inject(model: PreTrainedModel, config: peft.LoraConfig) -> None:
+    require_adapters()
     linears = _linears_without(model)
     model.requires_grad_(False)
     try:

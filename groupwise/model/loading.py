@@ -16,6 +16,7 @@ from groupwise.config import LoraConfig, ModelConfig
 from groupwise.config.checks import require_batch_invariance, require_bitsandbytes
 from groupwise.config.lora import AdapterFile, read_adapter_file
 from groupwise.errors import ConfigError
+from groupwise.installed import require_adapters, require_versions
 from groupwise.model.adapters import adapter_of, add_adapter, continue_adapter, load_adapter
 from groupwise.model.attention import ATTENTION_NAME
 from groupwise.model.evenly import make_activations_even
@@ -130,9 +131,11 @@ def load_model(config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> Lo
         require_batch_invariance(config)
         require_gpu(resolve_device(config.device))
     adapter = read_adapter_file(Path(config.path))
+    require_versions()
     if adapter is None:
         model = _load_weights(config)
         return wrap_model(model, tokenizer or load_tokenizer(config), batch_invariant=config.batch_invariant)
+    require_adapters()
     _check_base(adapter)
     model = _load_weights(config.model_copy(update={"path": adapter.base}))
     load_adapter(model, adapter)

@@ -22,6 +22,7 @@ from groupwise.compat.trl.arguments import Arguments
 from groupwise.config import ModelConfig
 from groupwise.config.values import literal
 from groupwise.errors import ConfigError
+from groupwise.installed import require_adapters
 from groupwise.model.adapters import has_adapter_layers
 from groupwise.model.borrowing import borrow
 from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, resolve_device
@@ -94,6 +95,8 @@ def hold_model(
     Raises:
         ConfigError: it is no causal language model, or cannot get that adapter.
     """
+    if peft_config is not None:
+        require_adapters()
     if isinstance(model, str | Path):
         settings = ModelConfig.model_validate({**config, "path": str(model)})
         held = HeldModel(module := _load(settings), module, tokenizer or load_tokenizer(settings))
