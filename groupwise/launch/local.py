@@ -19,8 +19,10 @@ from groupwise.config import Config
 from groupwise.config.checks import check_trainable, sampling_remark
 from groupwise.data import PromptSampler, PromptSet, check_rows, load_prompts, read_rows
 from groupwise.data.files import Source
+from groupwise.empty_steps import EmptySteps
 from groupwise.engines import build_engine, check_engine
 from groupwise.errors import CheckpointError
+from groupwise.evaluation.counted import counted_remarks, counted_rewards
 from groupwise.evaluation.evaluator import Evaluator, eval_sampling
 from groupwise.evaluation.report import EvalReport
 from groupwise.files import append_rows, write_json_atomic
@@ -40,6 +42,8 @@ from groupwise.weight_sync import InProcessSync
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_REMEDY = "Mend what it names: the reward, the columns that it reads, or the limits on completions"
+_WHERE = ". Every sample is in trajectories/ with its text and cause"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +139,10 @@ def run_training(
             scorer=scorer,
             weight_sync=InProcessSync(policy, engine),
             evaluator=_evaluator(config, given, data, engine, reports=reports),
-            trackers=_trackers(config, run, steps=steps),
+            trackers=_trackers(config, run, steps=steps, accuracy_of=_counted(data, scorer)),
             run=run,
             num_steps=steps,
+            empty=EmptySteps(config.train.stop_after_empty_steps, remedy=_REMEDY + _WHERE * config.train.trajectories),
             stop=stop,
             watcher=given.watcher or Unwatched(),
         )
@@ -273,8 +278,24 @@ def _buffer(config: Config) -> Buffer:
     )
 
 
-def _trackers(config: Config, run: RunDirectory, *, steps: int) -> Trackers:
-    return build_trackers(config.tracking, run_name=run.path.name, total_steps=steps, resumed_step=_resumed_step(run))
+def _trackers(config: Config, run: RunDirectory, *, steps: int, accuracy_of: str) -> Trackers:
+    return build_trackers(
+        config.tracking,
+        run_name=run.path.name,
+        total_steps=steps,
+        resumed_step=_resumed_step(run),
+        accuracy_of=accuracy_of,
+    )
+
+
+def _counted(data: _Data, scorer: RewardScorer) -> str:
+    """The reward that accuracy counts, with a warning where another weighs more."""
+    if data.eval is None:
+        return ""
+    sources = dict.fromkeys(prompt.data_source for prompt in data.eval.prompts)
+    for remark in counted_remarks(scorer, sources):
+        logger.warning(remark)
+    return counted_rewards(scorer, sources)
 
 
 def _policy(config: Config, loaded: LoadedModel, objective: Objective, *, run: RunDirectory, steps: int) -> Policy:
