@@ -90,7 +90,8 @@ def run_sft(
     run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
     run.record(config)
     with run.logging(), catch_interrupts() as stop:
-        logger.info("supervised data: %s", data.describe())
+        level = logging.WARNING if data.num_too_long else logging.INFO
+        logger.log(level, "supervised data: %s", data.describe())
         policy = Policy(
             loaded,
             SupervisedLoss(),

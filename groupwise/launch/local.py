@@ -117,7 +117,7 @@ def run_training(
     run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
     run.record(config)
     with run.logging(), catch_interrupts() as stop:
-        logger.info("training data: %s", data.train.describe())
+        _describe(data)
         if remark := sampling_remark(config):
             logger.warning(remark)
         adaptive = None if algorithm.entropy_control is None else AdaptiveEntropy(algorithm, algorithm.entropy_control)
@@ -224,6 +224,14 @@ def _load_data(config: Config, given: Given, scorer: RewardScorer) -> _Data:
     if data.eval is not None:
         scorer.check_prompts(data.eval.prompts)
     return data
+
+
+def _describe(data: _Data) -> None:
+    """What there is to learn from and to evaluate on; a warning where rows are left out."""
+    for name, found in (("training", data.train), ("evaluation", data.eval)):
+        if found is not None and found.prompts:
+            level = logging.WARNING if found.num_too_long else logging.INFO
+            logger.log(level, "%s data: %s", name, found.describe())
 
 
 def _num_steps(config: Config, num_prompts: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
@@ -171,3 +172,21 @@ def test_supervised_steps_without_a_learned_token_end_the_run(
     rows = read_jsonl(run / "metrics.jsonl")
     assert [(row["loss"], row["empty_steps"]) for row in rows] == [(0, 1), (0, 2), (0, 3)]
     assert not (run / "final").exists()
+
+
+def test_rows_that_are_left_out_are_told_of(task: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {"max_prompt_tokens": 9}
+    run_training(task.config(tmp_path / "run", data=data, train={"steps": 1}))
+    [told] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: training data")]
+    assert told.endswith("of 10 rows: over 9 tokens")
+
+
+def test_in_a_notebook_s_running_loop_warnings_are_seen_too(
+    task: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def cell() -> None:
+        run_training(task.config(tmp_path / "run", reward=[]), given=Given(rewards=[failing]))
+
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        asyncio.run(cell())
+    assert capsys.readouterr().err.count("warning: step 2 has not one usable sample") == 1

@@ -197,7 +197,7 @@ class CallbackWatcher:
     def _collected(self) -> dict[str, float]:
         """The means since the last log, under TRL's names."""
         logs = {trl_name(name): value for name, value in _means(self._since).items()}
-        logs |= {name: math.fsum(values) / len(values) for name, values in self._reported.items()}
+        logs |= _means([{name: value} for name, values in self._reported.items() for value in values])
         logs["num_tokens"] = self._tokens
         if "completions/mean_length" in logs:
             logs = {**dict.fromkeys(_TERMINATED, 0.0), **logs}
