@@ -117,9 +117,7 @@ def run_training(
     run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
     run.record(config)
     with run.logging(), catch_interrupts() as stop:
-        _describe(data)
-        if remark := sampling_remark(config):
-            logger.warning(remark)
+        _describe(data, config)
         adaptive = None if algorithm.entropy_control is None else AdaptiveEntropy(algorithm, algorithm.entropy_control)
         policy = _policy(config, loaded, adaptive or algorithm, run=run, steps=steps)
         engine = build_engine(config.rollout, loaded, reserved_bytes=policy.bytes_to_come)
@@ -142,7 +140,7 @@ def run_training(
             trackers=_trackers(config, run, steps=steps, accuracy_of=_counted(data, scorer)),
             run=run,
             num_steps=steps,
-            empty=EmptySteps(config.train.stop_after_empty_steps, remedy=_REMEDY + _WHERE * config.train.trajectories),
+            empty=_empty_steps(config),
             stop=stop,
             watcher=given.watcher or Unwatched(),
         )
@@ -226,12 +224,14 @@ def _load_data(config: Config, given: Given, scorer: RewardScorer) -> _Data:
     return data
 
 
-def _describe(data: _Data) -> None:
-    """What there is to learn from and to evaluate on; a warning where rows are left out."""
+def _describe(data: _Data, config: Config) -> None:
+    """What there is to learn from and to evaluate on; with warnings where some of it does not act."""
     for name, found in (("training", data.train), ("evaluation", data.eval)):
         if found is not None and found.prompts:
             level = logging.WARNING if found.num_too_long else logging.INFO
             logger.log(level, "%s data: %s", name, found.describe())
+    if remark := sampling_remark(config):
+        logger.warning(remark)
 
 
 def _num_steps(config: Config, num_prompts: int) -> int:
@@ -355,6 +355,11 @@ def _evaluator(config: Config, given: Given, data: _Data, engine: Engine, *, rep
         sampling=eval_sampling(config.eval, config.rollout, seed=config.train.seed),
         on_report=reports.add,
     )
+
+
+def _empty_steps(config: Config) -> EmptySteps:
+    where = _WHERE if config.train.trajectories else ""
+    return EmptySteps(config.train.stop_after_empty_steps, remedy=_REMEDY + where)
 
 
 def _summary(config: Config, reports: _Reports, *, steps: int, seconds: float) -> dict[str, Any]:
