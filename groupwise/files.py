@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.errors import DataError
+from groupwise.texts import encodable
 
 
 def json_safe(value: Any) -> Any:
-    """The same value with NaN and infinities as None: JSON has no word for them, and strict readers refuse the file."""
+    """The same value as every strict reader takes it: NaN and infinities, for which JSON has no word, become None, and
+    texts are `encodable`."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
+    if isinstance(value, str):
+        return encodable(value)
     if isinstance(value, Mapping):
-        return {str(key): json_safe(item) for key, item in value.items()}
+        return {encodable(str(key)): json_safe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [json_safe(item) for item in value]
     return value
@@ -54,7 +58,8 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    write_bytes_atomic(path, text.encode("utf-8"))
+    """Write the text as UTF-8, and what UTF-8 cannot say written out (`encodable`)."""
+    write_bytes_atomic(path, encodable(text).encode("utf-8"))
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

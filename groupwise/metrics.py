@@ -100,5 +100,5 @@ def merge(*parts: Metrics) -> dict[str, Metric]:
 
 
 def resolve(metrics: Metrics) -> dict[str, float]:
-    """The plain numbers, in the order in which the metrics came."""
-    return {name: metric.value for name, metric in metrics.items()}
+    """The plain numbers, in the order in which the metrics came. A mean of nothing is no number, and is left out."""
+    return {name: metric.value for name, metric in metrics.items() if not isinstance(metric, Mean) or metric.weight}

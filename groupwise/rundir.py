@@ -29,6 +29,7 @@ from groupwise.config.loading import config_json, settings
 from groupwise.config.values import literal
 from groupwise.errors import ConfigError
 from groupwise.files import append_rows, truncate_rows, write_json_atomic, write_text_atomic
+from groupwise.notices import logged_to
 
 KNOWN_NAMES = frozenset(
     {
@@ -49,7 +50,14 @@ KNOWN_NAMES = frozenset(
     }
 )
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "bitsandbytes")
-FREE_ON_RESUME = ("data.eval", "train.output", "train.save_every", "train.keep_checkpoints", "train.trajectories")
+FREE_ON_RESUME = (
+    "data.eval",
+    "train.output",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.trajectories",
+    "train.stop_after_empty_steps",
+)
 FREE_SECTIONS_ON_RESUME = ("eval.", "tracking.")
 _STEP_FILE = re.compile(r".*_(\d+)\.jsonl(?:\.gz)?")
 _TEMPORARY = re.compile(r"\..+\.tmp")
@@ -168,21 +176,9 @@ class RunDirectory:
 
     @contextmanager
     def logging(self, level: int = logging.INFO) -> Iterator[None]:
-        """Within it, records of the `groupwise` loggers from `level` up are appended to log.txt."""
-        logger = logging.getLogger("groupwise")
-        handler = logging.FileHandler(self.log_file, encoding="utf-8", errors="backslashreplace", delay=True)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        handler.setLevel(level)
-        before = logger.level
-        logger.addHandler(handler)
-        if logger.getEffectiveLevel() > level:
-            logger.setLevel(level)
-        try:
+        """Within it, the package's log records from `level` up, and Python's warnings, are appended to log.txt."""
+        with logged_to(self.log_file, level):
             yield
-        finally:
-            logger.setLevel(before)
-            logger.removeHandler(handler)
-            handler.close()
 
 
 def check_place(path: str | Path, *, resume: bool, overwrite: bool) -> list[str]:

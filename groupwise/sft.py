@@ -19,6 +19,7 @@ from groupwise.config.checks import check_supervised
 from groupwise.data import check_supervised_rows, load_supervised, read_rows
 from groupwise.data.files import Source
 from groupwise.data.sampler import epoch_order
+from groupwise.empty_steps import EmptySteps, Usable
 from groupwise.errors import CheckpointError, Interrupted
 from groupwise.files import write_json_atomic
 from groupwise.interrupt import StopRequest, catch_interrupts
@@ -39,6 +40,8 @@ from groupwise.types import Denominators, Stateful, TrainingRow, Unwatched, Watc
 
 logger = logging.getLogger(__name__)
 
+_REMEDY = "Raise sft.max_tokens, or look at the rows: each needs an answer within it"
+
 
 @dataclass(frozen=True, slots=True)
 class SupervisedLoss:
@@ -48,7 +51,7 @@ class SupervisedLoss:
     needs_entropy: bool = False
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        return LossOutput(-(inputs.logprobs * inputs.mask).sum() / inputs.denominators.tokens, {})
+        return LossOutput(-(inputs.logprobs * inputs.mask).sum() / max(inputs.denominators.tokens, 1.0), {})
 
 
 def run_sft(
@@ -87,7 +90,8 @@ def run_sft(
     run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
     run.record(config)
     with run.logging(), catch_interrupts() as stop:
-        logger.info("supervised data: %s", data.describe())
+        level = logging.WARNING if data.num_too_long else logging.INFO
+        logger.log(level, "supervised data: %s", data.describe())
         policy = Policy(
             loaded,
             SupervisedLoss(),
@@ -97,7 +101,8 @@ def run_sft(
             gradient_checkpointing=config.model.gradient_checkpointing,
         )
         policy.bundles = BundleWriter(run, config, supervised=True)
-        job = _Job(config, run, policy, rows=data.rows, steps=steps, watcher=watcher or Unwatched())
+        empty = EmptySteps(config.train.stop_after_empty_steps, remedy=_REMEDY)
+        job = _Job(config, run, policy, rows=data.rows, steps=steps, watcher=watcher or Unwatched(), empty=empty)
         try:
             done, losses = job.train(stop)
             policy.save_pretrained(run.final)
@@ -127,6 +132,7 @@ class _Job:
     rows: Sequence[TrainingRow]
     steps: int
     watcher: Watcher
+    empty: EmptySteps
 
     def train(self, stop: StopRequest) -> tuple[int, list[float]]:
         """All steps from the newest checkpoint, or the first; returns the last step, and the losses."""
@@ -149,6 +155,7 @@ class _Job:
                 wish = self.watcher.logged(step + 1, found)
                 last = wish.stop or step + 1 == self.steps
                 self._maybe_save(step + 1, last=last, stopping=bool(stop), asked=wish.save)
+                self.empty.check(step + 1, last=last)
                 if last:
                     break
         finally:
@@ -164,6 +171,7 @@ class _Job:
         microbatches = split_rows(rows, self.config.train.micro_batch_tokens, lanes=lanes)
         learned = self.policy.learn(microbatches, denominators)
         learned.append(self.policy.optim_step())
+        learned.append(self.empty.after(step + 1, Usable(int(tokens), ("the row has no token to learn",) * len(rows))))
         return metrics.resolve(metrics.merge(*learned) | {"num_tokens": Last(tokens)} | clock.metrics())
 
     def _maybe_save(self, step: int, *, last: bool, stopping: bool, asked: bool) -> None:
@@ -186,7 +194,7 @@ class _Job:
 
     @property
     def _stateful(self) -> dict[str, Stateful]:
-        return {"policy": self.policy}
+        return {"policy": self.policy, "empty": self.empty}
 
     def _restore(self) -> int:
         latest = find_latest(self.run.checkpoints)

@@ -13,6 +13,7 @@ from groupwise.algorithms.base import Algorithm
 from groupwise.checkpoint import save_checkpoint
 from groupwise.clock import Clock
 from groupwise.config import Config
+from groupwise.empty_steps import EmptySteps
 from groupwise.errors import Interrupted
 from groupwise.evaluation.evaluator import Evaluator
 from groupwise.files import append_rows
@@ -22,7 +23,7 @@ from groupwise.policy import Policy
 from groupwise.policy.upkeep import Upkeep
 from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, LogprobPass, Producer, Selection, build_batch
-from groupwise.rollout.batch import BatchShape
+from groupwise.rollout.batch import BatchShape, usable_samples
 from groupwise.rollout.records import ledger_rows, trajectory_rows
 from groupwise.rundir import RunDirectory
 from groupwise.tracking import Trackers
@@ -36,6 +37,7 @@ class TrainParts:
 
     Attributes:
         num_steps: training steps of the whole run, those before a resume included.
+        empty: judges steps without one usable sample.
         stop: becomes true when the user asks the run to end.
         watcher: follows the run, and may end it.
     """
@@ -54,6 +56,7 @@ class TrainParts:
     trackers: Trackers
     run: RunDirectory
     num_steps: int
+    empty: EmptySteps
     stop: StopRequest
     watcher: Watcher
 
@@ -66,6 +69,7 @@ class TrainParts:
             "producer": self.producer,
             "buffer": self.buffer,
             "evaluator": self.evaluator,
+            "empty": self.empty,
         }
 
 
@@ -74,6 +78,7 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
 
     Raises:
         Interrupted: the user asked to stop; the step was finished and a checkpoint saved.
+        TrainingError: too many steps in a row had not one usable sample; everything of them is written.
     """
     weights = parts.scorer.weights
     shape = BatchShape(
@@ -102,6 +107,7 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
                 await parts.weight_sync.wait()
                 learned.append(parts.policy.optim_step())
         learned.append(parts.upkeep.after(step + 1, learned))
+        learned.append(parts.empty.after(step + 1, usable_samples((*groups, *chosen.dropped), parts.algorithm)))
         _record(parts, batch, step + 1)
         parts.trackers.samples(step + 1, batch)
         await parts.weight_sync.publish(step + 1)
@@ -114,6 +120,7 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
         wish = _log(parts, step + 1, found | clock.metrics() | _throughput(batch, clock))
         last = wish.stop or step + 1 == parts.num_steps
         _maybe_save(parts, step + 1, now=last or stopping or wish.save)
+        parts.empty.check(step + 1, last=last)
         if last:
             return step + 1
         if stopping:

@@ -113,6 +113,7 @@ class Rollout:
         token_ids, loss_mask, logprobs, policy_versions: each `[T]`; `loss_mask` is 1 where the model wrote the token.
         rewards: each reward function's raw value by name; None where the function does not apply.
         reward: the weighted sum, or None when no function gave a value.
+        cause: why it failed; with the status `ok`, why each of its rewards is the 0 of `on_error = "zero"`.
         old_logprobs, ref_logprobs: `[T]`, by the policy before the step's first update, and by the reference; None
             where the algorithm does not ask for them.
 

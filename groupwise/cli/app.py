@@ -9,8 +9,10 @@ from collections.abc import Sequence
 
 from groupwise import __version__
 from groupwise.cli.commands import chat, data, evaluate, export, generate, info, model, quickstart, train, xtuner
+from groupwise.cli.output import take_any_text, tell
 from groupwise.cli.parsing import Command, nearest
 from groupwise.errors import EXIT_FAILURE, EXIT_INTERRUPTED, ConfigError, GroupwiseError, Interrupted
+from groupwise.notices import once_each
 
 COMMANDS: tuple[Command, ...] = (
     quickstart.QUICKSTART,
@@ -36,17 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        _dispatch(arguments)
+        take_any_text()
+        with once_each():
+            _dispatch(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tell("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output (`| head`) has enough; the interpreter's own flush at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
     except Interrupted as error:
-        print(error, file=sys.stderr)
+        tell(str(error))
         return EXIT_INTERRUPTED
     except GroupwiseError as error:
         return _fail(error, str(error), code=error.exit_code, debug="--debug" in arguments)
@@ -59,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fail(error: Exception, message: str, *, code: int, debug: bool) -> int:
     if debug:
-        traceback.print_exception(error, file=sys.stderr)
-    print(f"error: {message}", file=sys.stderr)
+        tell("".join(traceback.format_exception(error)).rstrip())
+    tell(f"error: {message}")
     return code
 
 

@@ -23,4 +23,9 @@ class TrainConfig(Section):
         0, ge=0, description="steps between checkpoints; 0 saves only when interrupted and at the end"
     )
     keep_checkpoints: int = Field(2, ge=1)
+    stop_after_empty_steps: int = Field(
+        3,
+        ge=0,
+        description="end the run, as failed, after so many steps in a row without one usable sample; 0 never does",
+    )
     trajectories: bool = Field(True, description="write every rollout to trajectories/")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from groupwise.config import EvalConfig, RolloutConfig
+from groupwise.empty_steps import commonest
 from groupwise.errors import DataError, EngineError
 from groupwise.evaluation.report import EvalReport, EvalRow, EvalSample, build_report
 from groupwise.metrics import Metrics
 from groupwise.types import Completion, Engine, Prompt, SampleRequest, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 class Score(Protocol):
@@ -65,7 +69,8 @@ async def evaluate(
     """Draw `config.samples` completions of each of the first `config.limit` prompts and score them.
 
     A completion is correct when its first reward (the raw value of the first function that applies) is above
-    `config.threshold`. One that the engine or a reward failed on, or that has no reward, is wrong and is counted.
+    `config.threshold`. One that the engine or a reward failed on, or that has no reward, is wrong and is counted, and a
+    warning tells of it. Where every one failed nothing was measured, and there is no accuracy.
     With the same weights, prompts and `sampling.seed`, a seeded engine gives the same report.
 
     Raises:
@@ -100,7 +105,17 @@ async def evaluate(
     finally:
         for task in tasks.values():
             task.cancel()
-    return build_report(rows, version=version)
+    report = build_report(rows, version=version)
+    if report.causes:
+        logger.warning(
+            "evaluation of version %d: %d of %d samples failed, %s: %s",
+            version,
+            len(report.causes),
+            len(requests),
+            "so there is no accuracy" if report.nothing_measured else "and count as wrong",
+            commonest(report.causes),
+        )
+    return report
 
 
 async def _judge(scorer: Scorer, prompt: Prompt, completions: Sequence[Completion], *, threshold: float) -> EvalRow:
@@ -116,9 +131,9 @@ async def _judge(scorer: Scorer, prompt: Prompt, completions: Sequence[Completio
 
 
 def _scored(completion: Completion, score: Score, *, threshold: float) -> EvalSample:
-    first = next((value for value in score.rewards.values() if value is not None), None)
+    name, first = next(((n, value) for n, value in score.rewards.items() if value is not None), ("", None))
     valid = first is not None and math.isfinite(first) and score.reward is not None and math.isfinite(score.reward)
-    failed = score.failed or not valid
+    failed = score.failed or bool(score.cause) or not valid
     return EvalSample(
         sample_index=completion.sample_index,
         text=completion.text,
@@ -127,6 +142,7 @@ def _scored(completion: Completion, score: Score, *, threshold: float) -> EvalSa
         rewards=score.rewards,
         reward=score.reward,
         correct=not failed and first is not None and first > threshold,
+        counted="" if failed else name,
         failed=failed,
         cause=(score.cause or "no reward function gave a finite value") if failed else "",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +22,11 @@ class EvalSample:
         num_tokens: T, the stop token included.
         rewards: each reward function's raw value by name; None where it does not apply.
         reward: the weighted sum, None when no function gave a value.
+        counted: the name of the reward that decided `correct`; "" where none did.
 
     Example:
         EvalSample(sample_index=0, text="#### 4", num_tokens=5, finish_reason="stop", rewards={"gsm8k": 1.0},
-                   reward=1.0, correct=True)
+                   reward=1.0, correct=True, counted="gsm8k")
     """
 
     sample_index: int
@@ -34,6 +36,7 @@ class EvalSample:
     rewards: Mapping[str, float | None] = field(default_factory=dict)
     reward: float | None = None
     correct: bool = False
+    counted: str = ""
     failed: bool = False
     cause: str = ""
 
@@ -55,9 +58,11 @@ class EvalReport:
     """Scores of one policy version.
 
     Attributes:
-        accuracy: mean over rows of the mean over samples; failed samples count as wrong.
+        accuracy: mean over rows of the mean over samples; failed samples count as wrong. NaN where every sample failed:
+            then nothing was measured.
+        accuracy_of: names of the rewards that decided what is correct, the most frequent first.
         ci_low, ci_high: 95 % confidence interval of `accuracy`.
-        pass_at_k: k = 1, 2, 4, … up to the samples per row.
+        pass_at_k: k = 1, 2, 4, … up to the samples per row; empty where every sample failed.
         num_failed: rows of which at least one sample failed.
         mean_reward: mean weighted reward of the samples that have one; None when none has.
         mean_length: tokens per completion, over samples that did not fail in the engine.
@@ -67,6 +72,7 @@ class EvalReport:
 
     version: int
     accuracy: float
+    accuracy_of: tuple[str, ...]
     ci_low: float
     ci_high: float
     pass_at_k: Mapping[int, float]
@@ -76,6 +82,16 @@ class EvalReport:
     mean_length: float
     clipped_ratio: float
     rows: tuple[EvalRow, ...]
+
+    @property
+    def causes(self) -> list[str]:
+        """Why samples failed, one text for each that did."""
+        return [sample.cause for row in self.rows for sample in row.samples if sample.failed]
+
+    @property
+    def nothing_measured(self) -> bool:
+        """Whether every sample failed."""
+        return math.isnan(self.accuracy)
 
     def values_of_rewards(self) -> dict[str, list[float]]:
         """Each reward function's values, over the samples that it applies to."""
@@ -89,7 +105,7 @@ class EvalReport:
 
     def metrics(self) -> dict[str, Metric]:
         """`eval/…` readings. `eval/pass@k` starts at 2, since pass@1 is the accuracy."""
-        readings: dict[str, Metric] = {"eval/accuracy": Last(self.accuracy)}
+        readings: dict[str, Metric] = {} if self.nothing_measured else {"eval/accuracy": Last(self.accuracy)}
         readings |= {f"eval/pass@{k}": Last(value) for k, value in self.pass_at_k.items() if k > 1}
         if self.mean_reward is not None:
             readings["eval/reward"] = Last(self.mean_reward)
@@ -122,9 +138,10 @@ class EvalReport:
         """The numbers as JSON values, without the samples."""
         return {
             "version": self.version,
-            "accuracy": self.accuracy,
-            "ci_low": self.ci_low,
-            "ci_high": self.ci_high,
+            "accuracy": None if self.nothing_measured else self.accuracy,
+            "accuracy_of": list(self.accuracy_of),
+            "ci_low": None if self.nothing_measured else self.ci_low,
+            "ci_high": None if self.nothing_measured else self.ci_high,
             "pass_at_k": {str(k): value for k, value in self.pass_at_k.items()},
             "num_rows": self.num_rows,
             "num_failed": self.num_failed,
@@ -161,17 +178,21 @@ def build_report(rows: Sequence[EvalRow], *, version: int) -> EvalReport:
         ValueError: no rows, or a row without samples.
     """
     outcomes = [[sample.correct for sample in row.samples] for row in rows]
+    samples = [sample for row in rows for sample in row.samples]
+    measured = not all(sample.failed for sample in samples)
     score = accuracy(outcomes)
     interval = confidence_interval(outcomes)
-    samples = [sample for row in rows for sample in row.samples]
+    depths = _powers_of_two(min(map(len, outcomes))) if measured else []
+    counted = Counter(sample.counted for sample in samples if sample.counted)
     rewards = [sample.reward for sample in samples if sample.reward is not None and not sample.failed]
     generated = [sample for sample in samples if sample.finish_reason in ("stop", "length")]
     return EvalReport(
         version=version,
-        accuracy=score,
-        ci_low=interval.low,
-        ci_high=interval.high,
-        pass_at_k={k: mean_pass_at_k(outcomes, k) for k in _powers_of_two(min(map(len, outcomes)))},
+        accuracy=score if measured else math.nan,
+        accuracy_of=tuple(name for name, _ in counted.most_common()),
+        ci_low=interval.low if measured else math.nan,
+        ci_high=interval.high if measured else math.nan,
+        pass_at_k={k: mean_pass_at_k(outcomes, k) for k in depths},
         num_rows=len(rows),
         num_failed=sum(row.failed for row in rows),
         mean_reward=sum(rewards) / len(rewards) if rewards else None,

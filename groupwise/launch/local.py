@@ -19,8 +19,10 @@ from groupwise.config import Config
 from groupwise.config.checks import check_trainable, sampling_remark
 from groupwise.data import PromptSampler, PromptSet, check_rows, load_prompts, read_rows
 from groupwise.data.files import Source
+from groupwise.empty_steps import EmptySteps
 from groupwise.engines import build_engine, check_engine
 from groupwise.errors import CheckpointError
+from groupwise.evaluation.counted import counted_remarks, counted_rewards
 from groupwise.evaluation.evaluator import Evaluator, eval_sampling
 from groupwise.evaluation.report import EvalReport
 from groupwise.files import append_rows, write_json_atomic
@@ -40,6 +42,8 @@ from groupwise.weight_sync import InProcessSync
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_REMEDY = "Mend what it names: the reward, the columns that it reads, or the limits on completions"
+_WHERE = ". Every sample is in trajectories/ with its text and cause"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +117,7 @@ def run_training(
     run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
     run.record(config)
     with run.logging(), catch_interrupts() as stop:
-        logger.info("training data: %s", data.train.describe())
-        if remark := sampling_remark(config):
-            logger.warning(remark)
+        _describe(data, config)
         adaptive = None if algorithm.entropy_control is None else AdaptiveEntropy(algorithm, algorithm.entropy_control)
         policy = _policy(config, loaded, adaptive or algorithm, run=run, steps=steps)
         engine = build_engine(config.rollout, loaded, reserved_bytes=policy.bytes_to_come)
@@ -135,9 +137,10 @@ def run_training(
             scorer=scorer,
             weight_sync=InProcessSync(policy, engine),
             evaluator=_evaluator(config, given, data, engine, reports=reports),
-            trackers=_trackers(config, run, steps=steps),
+            trackers=_trackers(config, run, steps=steps, accuracy_of=_counted(data, scorer)),
             run=run,
             num_steps=steps,
+            empty=_empty_steps(config),
             stop=stop,
             watcher=given.watcher or Unwatched(),
         )
@@ -221,6 +224,16 @@ def _load_data(config: Config, given: Given, scorer: RewardScorer) -> _Data:
     return data
 
 
+def _describe(data: _Data, config: Config) -> None:
+    """What there is to learn from and to evaluate on; with warnings where some of it does not act."""
+    for name, found in (("training", data.train), ("evaluation", data.eval)):
+        if found is not None and found.prompts:
+            level = logging.WARNING if found.num_too_long else logging.INFO
+            logger.log(level, "%s data: %s", name, found.describe())
+    if remark := sampling_remark(config):
+        logger.warning(remark)
+
+
 def _num_steps(config: Config, num_prompts: int) -> int:
     if config.train.steps is not None:
         return config.train.steps
@@ -273,8 +286,24 @@ def _buffer(config: Config) -> Buffer:
     )
 
 
-def _trackers(config: Config, run: RunDirectory, *, steps: int) -> Trackers:
-    return build_trackers(config.tracking, run_name=run.path.name, total_steps=steps, resumed_step=_resumed_step(run))
+def _trackers(config: Config, run: RunDirectory, *, steps: int, accuracy_of: str) -> Trackers:
+    return build_trackers(
+        config.tracking,
+        run_name=run.path.name,
+        total_steps=steps,
+        resumed_step=_resumed_step(run),
+        accuracy_of=accuracy_of,
+    )
+
+
+def _counted(data: _Data, scorer: RewardScorer) -> str:
+    """The reward that accuracy counts, with a warning where another weighs more."""
+    if data.eval is None:
+        return ""
+    sources = dict.fromkeys(prompt.data_source for prompt in data.eval.prompts)
+    for remark in counted_remarks(scorer, sources):
+        logger.warning(remark)
+    return counted_rewards(scorer, sources)
 
 
 def _policy(config: Config, loaded: LoadedModel, objective: Objective, *, run: RunDirectory, steps: int) -> Policy:
@@ -326,6 +355,11 @@ def _evaluator(config: Config, given: Given, data: _Data, engine: Engine, *, rep
         sampling=eval_sampling(config.eval, config.rollout, seed=config.train.seed),
         on_report=reports.add,
     )
+
+
+def _empty_steps(config: Config) -> EmptySteps:
+    where = _WHERE if config.train.trajectories else ""
+    return EmptySteps(config.train.stop_after_empty_steps, remedy=_REMEDY + where)
 
 
 def _summary(config: Config, reports: _Reports, *, steps: int, seconds: float) -> dict[str, Any]:

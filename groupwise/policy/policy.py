@@ -135,7 +135,12 @@ class Policy:
         return self.learn((batch,), denominators)[0]
 
     def learn(self, batches: Sequence[MicroBatch], denominators: Denominators) -> list[Metrics]:
-        """`forward_backward` of each micro-batch; on several lanes if there are some. Gradients are added in order."""
+        """`forward_backward` of each micro-batch; on several lanes if there are some. Gradients are added in order.
+
+        Without one there is nothing to learn, and the loss is 0.
+        """
+        if not batches:
+            return [{"loss": Sum(0.0)}]
         packs = [pack(batch.rows).to(self.loaded.device) for batch in batches]
         passes = [
             _Pass(len(self._learned) + place, *each)

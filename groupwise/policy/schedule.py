@@ -13,6 +13,10 @@ def learning_rate(config: OptimConfig, update: int, total_updates: int) -> float
     It rises linearly to `lr` over the first `warmup_ratio` of all updates, or the first `warmup_steps`, then stays, or
     falls to `min_lr_ratio * lr` at the last update: in a line, or along half a cosine (Loshchilov & Hutter 2017,
     equation 5, without restarts).
+
+    Update u of a warm-up of W has the rate lr·(u + 1)/W, so every update learns. transformers' `get_scheduler` has
+    lr·u/W: its first update has the rate 0, and each one of the warm-up the rate of the one before it here. After the
+    warm-up both are the same.
     """
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_updates)
     if update < warmup:

@@ -86,7 +86,7 @@ class Upkeep:
             return {}
         acted = self._entropy.coef
         entropy = merge(*learned).get("entropy")
-        if isinstance(entropy, Mean) and entropy.weight:
+        if isinstance(entropy, Mean) and math.isfinite(entropy.value):
             self._entropy.adapt(entropy.value)
         return {"entropy_coef": Last(acted)}
 

@@ -32,7 +32,8 @@ class Score:
         reward: the weighted sum of all values that are not None; None when there is none, and when `failed`.
         rewards: each reward's raw value by name, None where it does not apply or failed.
         failed: a reward with `on_error = "fail"` failed for this completion.
-        cause: which reward failed and how, or "".
+        cause: which reward failed and how, or "". Where nothing `failed`: why each value is the 0 of
+            `on_error = "zero"`, and none is a reward of the completion's own.
 
     Example:
         Score(reward=1.5, rewards={"gsm8k": 1.0, "format": 1.0}, failed=False, cause="")  # format has weight 0.5
@@ -145,6 +146,10 @@ class RewardScorer:
         """Each reward's factor in the weighted sum, by name."""
         return {entry.name: entry.config.weight for entry in self._entries}
 
+    def weights_of(self, data_source: str) -> dict[str, float]:
+        """Those of the rewards that score rows of this source, the first first."""
+        return {entry.name: entry.config.weight for entry in self._covering(data_source)}
+
     def check_sources(self, sources: Iterable[str]) -> None:
         """Check that every data source has a reward.
 
@@ -229,7 +234,7 @@ class RewardScorer:
         )
 
     async def _grade(self, entry: _Entry, prompt: Prompt, completions: Sequence[Completion]) -> Graded:
-        """One reward's answers; on return, `problems` holds those that make the rollout fail."""
+        """One reward's answers; `problems` tell what failed, also where `on_error = "zero"` put a 0 in its place."""
         loaded, size = entry.loaded, len(completions)
         arguments = group_arguments(
             loaded.signature, prompt, completions=completions, args=loaded.args, name=entry.name
@@ -250,7 +255,7 @@ class RewardScorer:
             if problem:
                 entry.tally.errors += 1
                 values[index] = 0.0 if entry.config.on_error == "zero" else None
-                problems[index] = "" if entry.config.on_error == "zero" else f"reward {entry.name!r} failed: {problem}"
+                problems[index] = f"reward {entry.name!r} failed: {problem}"
             value = values[index]
             if value is not None:
                 entry.tally.add(value)
@@ -270,14 +275,18 @@ class RewardScorer:
     @staticmethod
     def _combine(entries: Sequence[_Entry], graded: Sequence[Graded], index: int) -> Score:
         rewards = {entry.name: answer.values[index] for entry, answer in zip(entries, graded, strict=True)}
-        cause = "; ".join(answer.problems[index] for answer in graded if answer.problems[index])
+        passed = [entry.config.on_error == "zero" for entry in entries]
+        problems = [answer.problems[index] for answer in graded]
+        cause = "; ".join(problem for problem, zero in zip(problems, passed, strict=True) if problem and not zero)
         weighted = [entry.config.weight * value for entry in entries if (value := rewards[entry.name]) is not None]
         total = sum(weighted)
         if not cause and not math.isfinite(total):
             cause = f"the weighted sum of {rewards} is {total}; use smaller rewards or weights"
         if cause:
             return Score(reward=None, rewards=rewards, failed=True, cause=cause)
-        return Score(reward=total if weighted else None, rewards=rewards)
+        own = [value for value, problem in zip(rewards.values(), problems, strict=True) if not problem]
+        judged = any(value is not None for value in own)
+        return Score(total if weighted else None, rewards, cause="" if judged else "; ".join(filter(None, problems)))
 
 
 def _with_row(error: ConfigError | DataError, prompt: Prompt) -> ConfigError | DataError:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from groupwise.algorithms.base import AdvantageInputs, Algorithm
 from groupwise.algorithms.kl import kl_in_reward, kl_penalty
+from groupwise.empty_steps import Usable
 from groupwise.metrics import Max, Mean, Metric, Min, Sum
 from groupwise.rollout.microbatches import split_rows
 from groupwise.types import Denominators, MiniBatch, Rollout, RolloutGroup, TrainingBatch, TrainingRow
@@ -150,6 +151,24 @@ def _rows(group: RolloutGroup, advantages: Sequence[float], algorithm: Algorithm
 def is_learnable(rollout: Rollout) -> bool:
     """Whether it has tokens, and a reward for them."""
     return rollout.reward is not None and bool(rollout.token_ids)
+
+
+def usable_samples(groups: Sequence[RolloutGroup], algorithm: Algorithm) -> Usable:
+    """How many of the groups' rollouts could be learned from, were their rewards not equal, and why the others not."""
+    causes = [_why_unusable(rollout, algorithm) for group in groups for rollout in group.rollouts]
+    return Usable(causes.count(""), [cause for cause in causes if cause])
+
+
+def _why_unusable(rollout: Rollout, algorithm: Algorithm) -> str:
+    if rollout.cause:
+        return rollout.cause
+    if rollout.reward is None:
+        return "no reward function gave a value"
+    if not any(rollout.loss_mask):
+        return "it has no token to learn"
+    if algorithm.masks_truncated and rollout.finish_reason == "length":
+        return 'it was cut off at rollout.max_completion_tokens, and algorithm.overlong = "mask" leaves such out'
+    return ""
 
 
 def _minibatch(rows: Sequence[TrainingRow], shape: BatchShape, algorithm: Algorithm) -> MiniBatch:

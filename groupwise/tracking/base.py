@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from groupwise.texts import one_line, printable
+
+LONGEST_TEXT = 20_000
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -29,7 +33,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class SampleTable:
-    """Samples of one step as columns and rows; the rewards of several functions stand in columns of their own."""
+    """Samples of one step as columns and rows; the rewards of several functions stand in columns of their own.
+
+    It is made for people: texts have nothing in them that acts on a terminal or that no UTF-8 takes, and are cut at
+    `LONGEST_TEXT` characters.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str | float | None, ...], ...]
@@ -38,10 +46,18 @@ class SampleTable:
     def of(cls, step: int, samples: Sequence[Sample]) -> SampleTable:
         names = tuple(dict.fromkeys(name for sample in samples for name in sample.rewards))
         rows = tuple(
-            (step, s.prompt, s.completion, s.reward, *(s.rewards.get(name) for name in names), s.advantage)
+            (
+                step,
+                printable(s.prompt, limit=LONGEST_TEXT),
+                printable(s.completion, limit=LONGEST_TEXT),
+                s.reward,
+                *(s.rewards.get(name) for name in names),
+                s.advantage,
+            )
             for s in samples
         )
-        columns = ("step", "prompt", "completion", "reward", *(f"rewards/{name}" for name in names), "advantage")
+        shown = (f"rewards/{one_line(name)}" for name in names)
+        columns = ("step", "prompt", "completion", "reward", *shown, "advantage")
         return cls(columns, rows)
 
 

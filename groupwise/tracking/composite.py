@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from groupwise.files import json_safe
+from groupwise.texts import one_line
 from groupwise.tracking.background import Background
 from groupwise.tracking.base import Sample, Tracker
 from groupwise.types import TrainingBatch
@@ -39,10 +41,12 @@ class Trackers:
         return tuple(self._trackers)
 
     def start(self, config: Mapping[str, Any], run_dir: Path) -> None:
-        self._each(lambda tracker: tracker.start(config, run_dir))
+        clean = json_safe(config)  # third-party trackers and their servers take no lone surrogates
+        self._each(lambda tracker: tracker.start(clean, run_dir))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._each(lambda tracker: tracker.log(step, metrics))
+        clean = {one_line(name): value for name, value in metrics.items()}  # user code names rewards
+        self._each(lambda tracker: tracker.log(step, clean))
 
     def samples(self, step: int, batch: TrainingBatch) -> None:
         """Show some of the batch's completions, if a table is due."""

@@ -19,6 +19,7 @@ class RunFacts:
 
     Attributes:
         total_steps: of the whole run, those before a resume included.
+        accuracy_of: the reward that `eval/accuracy` counts.
         resumed_step: last step of the checkpoint that the run continues from; None in a new run.
         mode: `auto` is online where the user is logged in.
         folder: for trackers' local files; None is a folder of the run directory.
@@ -30,6 +31,7 @@ class RunFacts:
     resumed_step: int | None = None
     mode: Literal["auto", "online", "local"] = "auto"
     folder: Path | None = None
+    accuracy_of: str = ""
 
     @property
     def title(self) -> str:

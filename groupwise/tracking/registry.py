@@ -8,6 +8,7 @@ from pathlib import Path
 
 from groupwise.config import TrackingConfig
 from groupwise.errors import ConfigError
+from groupwise.texts import one_line
 from groupwise.tracking.background import Background
 from groupwise.tracking.base import Tracker
 from groupwise.tracking.composite import Trackers
@@ -21,7 +22,9 @@ from groupwise.tracking.trackio import TrackioTracker
 from groupwise.tracking.wandb import WandbTracker
 
 BUILDERS: Mapping[str, Callable[[RunFacts], Tracker]] = {
-    "console": lambda run: ConsoleTracker(title=run.title, total_steps=run.total_steps, resumed_step=run.resumed_step),
+    "console": lambda run: ConsoleTracker(
+        title=run.title, total_steps=run.total_steps, resumed_step=run.resumed_step, accuracy_of=run.accuracy_of
+    ),
     "jsonl": lambda run: JsonlTracker(resumed_step=run.resumed_step),
     "tensorboard": lambda run: TensorBoardTracker(title=run.title, resumed_step=run.resumed_step),
     "wandb": lambda run: Background("wandb", WandbTracker(run)),
@@ -32,7 +35,12 @@ BUILDERS: Mapping[str, Callable[[RunFacts], Tracker]] = {
 
 
 def build_trackers(
-    config: TrackingConfig, *, run_name: str, total_steps: int | None = None, resumed_step: int | None = None
+    config: TrackingConfig,
+    *,
+    run_name: str,
+    total_steps: int | None = None,
+    resumed_step: int | None = None,
+    accuracy_of: str = "",
 ) -> Trackers:
     """The trackers that the config names; nothing is opened before `start`.
 
@@ -40,18 +48,20 @@ def build_trackers(
         run_name: used when `config.run_name` is None: the run directory's name.
         total_steps: of the whole run, those before a resume included; None when it is not known.
         resumed_step: last step of the checkpoint that the run continues from; None in a new run.
+        accuracy_of: the reward that `eval/accuracy` counts.
 
     Raises:
         ConfigError: a name is unknown, or stands twice.
     """
     check_backends(config)
     facts = RunFacts(
-        config.project,
-        config.run_name or run_name,
+        one_line(config.project),
+        one_line(config.run_name or run_name),
         total_steps=total_steps,
         resumed_step=resumed_step,
         mode=config.mode,
         folder=Path(config.folder) if config.folder else None,
+        accuracy_of=accuracy_of,
     )
     built = {name: BUILDERS[name](facts) for name in config.backends}
     return Trackers(built, samples_every=config.samples_every, samples=config.samples)

@@ -195,7 +195,8 @@ def test_a_program_gives_objects_in_place_of_names(task: Any, tmp_path: Path, re
 def test_a_run_outlives_a_reward_that_always_fails(task: Any, tmp_path: Path, read_jsonl: ReadRows, name: str) -> None:
     run = tmp_path / "run"
     reward = {"name": task.reward(name), "timeout": 0.3}
-    summary = run_training(task.config(run, reward=[reward], rollout={"prompts_per_step": 2}, train={"steps": 2}))
+    train = {"steps": 2, "stop_after_empty_steps": 0}
+    summary = run_training(task.config(run, reward=[reward], rollout={"prompts_per_step": 2}, train=train))
     assert summary["steps"] == 2
     rows = read_jsonl(run / "metrics.jsonl")
     assert [row["rollout/failed"] for row in rows] == [8, 8]
@@ -210,7 +211,8 @@ def test_a_run_outlives_a_reward_that_always_fails(task: Any, tmp_path: Path, re
 
 def test_a_reward_that_never_applies_is_no_failure(task: Any, tmp_path: Path, read_jsonl: ReadRows) -> None:
     run = tmp_path / "run"
-    run_training(task.config(run, reward=[{"name": task.reward("nothing")}], train={"steps": 2}))
+    train = {"steps": 2, "stop_after_empty_steps": 0}
+    run_training(task.config(run, reward=[{"name": task.reward("nothing")}], train=train))
     rows = read_jsonl(run / "metrics.jsonl")
     assert [row["rollout/failed"] for row in rows] == [0, 0]
     assert all("reward" not in row for row in rows)

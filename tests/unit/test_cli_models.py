@@ -179,8 +179,7 @@ def test_eval_counts_what_the_reward_says(folder: Path, capsys: pytest.CaptureFi
     assert report["ci_high"] == 1.0
     assert 0.5 < float(str(report["ci_low"])) < 0.7
     assert report["pass_at_k"] == {"1": 1.0}
-    report = evaluated(capsys, folder, "--reward", f"{folder / 'rewards.py'}:broken")
-    assert (report["accuracy"], report["num_failed"], report["mean_reward"]) == (0.0, 5, None)
+    assert report["accuracy_of"] == ["one"]
     report = evaluated(capsys, folder, "--reward", f"{folder / 'rewards.py'}:one", "--eval.threshold", 1)
     assert report["accuracy"] == 0.0
 
@@ -206,10 +205,23 @@ def test_eval_of_a_run_takes_its_settings(folder: Path, capsys: pytest.CaptureFi
     report = json.loads(output(capsys, "eval", folder / "run", "--json"))
     assert (report["num_rows"], report["accuracy"], report["model"]) == (3, 1.0, str(folder / "run" / "final"))
     assert report["mean_length"] <= 4
-    text = output(capsys, "eval", folder / "run", "--limit", 2, "--reward", f"{folder / 'rewards.py'}:broken")
-    assert "accuracy     0.0000" in text
-    assert "rows         2, 2 failed" in text
-    assert "ValueError" in text
+    text = output(capsys, "eval", folder / "run", "--limit", 2, "--reward", f"{folder / 'rewards.py'}:one")
+    assert "accuracy     1.0000  (95 % interval 0.3424 to 1.0000, counts one)" in text
+
+
+def test_an_evaluation_in_which_every_reward_failed_is_a_failure(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", str(folder / "data.jsonl"), "--reward", f"{folder / 'rewards.py'}:broken"]
+    assert main(["eval", str(folder / "model"), *flags]) == 1
+    done = capsys.readouterr()
+    assert "accuracy     not measured: every sample failed" in done.out
+    assert "rows         5, 5 failed" in done.out
+    assert "error: not one of 5 samples could be judged" in done.err
+    assert "ValueError" in done.err
+    assert main(["eval", str(folder / "model"), *flags, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["accuracy"], report["num_failed"], report["mean_reward"]) == (None, 5, None)
 
 
 def test_a_run_is_told_from_a_model(folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from groupwise.cli.models import (
     sampling_config,
     sampling_of,
 )
+from groupwise.cli.output import say, tell
 from groupwise.cli.parsing import Command, Parser
+from groupwise.texts import encodable
 
 if TYPE_CHECKING:
     from groupwise.types import Message, SamplingParams
@@ -35,7 +37,7 @@ def _arguments(parser: Parser) -> None:
 def _chat(args: argparse.Namespace) -> None:
     config = sampling_config(args)
     talker = Talker(config)
-    system: list[Message] = [] if args.system is None else [{"role": "system", "content": args.system}]
+    system: list[Message] = [] if args.system is None else [{"role": "system", "content": encodable(args.system)}]
     sampling = sampling_of(config.rollout, seed=config.train.seed)
     print(_HELP, file=sys.stderr)
     # One runner for all turns, because the engine's work belongs to one event loop.
@@ -47,7 +49,7 @@ def _chat(args: argparse.Namespace) -> None:
             if line == "/clear":
                 messages = list(system)
             elif line.startswith("/"):
-                print(f"unknown command {line.split()[0]}; {_HELP}", file=sys.stderr)
+                tell(f"unknown command {line.split()[0]}; {_HELP}")
             elif line:
                 messages.append({"role": "user", "content": line})
                 # A seed of its own per turn, so that turns do not draw alike; after /clear the same again.
@@ -67,7 +69,7 @@ def _reply(runner: asyncio.Runner, talker: Talker, messages: list[Message], *, s
         runner.run(talker.engine.abort())
         print("(reply ended)", file=sys.stderr)
         return None
-    print(completion.text, flush=True)
+    say(completion.text)
     if completion.finish_reason == "length":
         print(f"(cut off after {len(completion.token_ids)} tokens; --max-tokens allows more)", file=sys.stderr)
     return completion.text

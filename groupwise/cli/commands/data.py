@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from groupwise.cli.output import say
 from groupwise.cli.parsing import Command, Parser, set_key
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def _stats(args: argparse.Namespace) -> None:
         tokenizer = cast("Tokenizer", load_tokenizer(config.model))
     from groupwise.data import data_stats
 
-    print(data_stats(args.file, config.data, tokenizer).render())
+    say(data_stats(args.file, config.data, tokenizer).render())
 
 
 GSM8K = Command(

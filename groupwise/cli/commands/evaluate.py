@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import sys
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from groupwise.cli.models import ENGINE_SETTINGS, MODEL_SETTINGS, is_run, model_path, quiet_loading
+from groupwise.cli.output import say, tell
 from groupwise.cli.parsing import Command, Parser, set_key, set_rewards
-from groupwise.errors import ConfigError
+from groupwise.empty_steps import commonest
+from groupwise.errors import ConfigError, RewardError
+from groupwise.files import json_line
 
 if TYPE_CHECKING:
     from groupwise.config import Config
     from groupwise.evaluation import EvalReport
     from groupwise.types import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def _arguments(parser: Parser) -> None:
@@ -44,9 +48,14 @@ def _eval(args: argparse.Namespace) -> None:
         _save(report, Path(args.save))
     if args.json:
         where = {"model": config.model.path, "data": config.data.eval, "settings": config.eval.model_dump(mode="json")}
-        print(json.dumps(where | report.summary() | {"seconds": seconds}, ensure_ascii=False, allow_nan=False))
+        say(json_line(where | report.summary() | {"seconds": seconds}).rstrip())
     else:
-        print(_describe(report, seconds=seconds))
+        say(_describe(report, seconds=seconds))
+    if report.nothing_measured:
+        raise RewardError(
+            f"not one of {len(report.causes):,} samples could be judged, so nothing was measured; most frequent cause: "
+            f"{commonest(report.causes)}. Mend the reward or the data"
+        )
 
 
 def _config(args: argparse.Namespace) -> Config:
@@ -82,13 +91,14 @@ def _evaluate(config: Config, *, quiet: bool) -> EvalReport:
     from groupwise.data import check_rows, load_prompts, read_rows
     from groupwise.engines import build_engine, check_engine
     from groupwise.evaluation import eval_sampling, evaluate
+    from groupwise.evaluation.counted import counted_remarks
     from groupwise.rewards import RewardScorer
 
     check_engine(config.rollout.engine)
     scorer = RewardScorer(config.reward)
     check_rows(read_rows(config.data.eval, limit=config.eval.limit), config.data)
     if not quiet:
-        print(f"evaluating {config.model.path} on {config.data.eval}", file=sys.stderr)
+        tell(f"evaluating {config.model.path} on {config.data.eval}")
 
     from groupwise.model.loading import load_model, load_tokenizer
 
@@ -97,28 +107,32 @@ def _evaluate(config: Config, *, quiet: bool) -> EvalReport:
     found = load_prompts(config.data.eval, config.data, cast("Tokenizer", tokenizer), limit=config.eval.limit)
     scorer.check_sources([prompt.data_source for prompt in found.prompts])
     if found.num_too_long:
-        print(f"warning: {found.describe()}", file=sys.stderr)
+        logger.warning("%s", found.describe())
+    for remark in counted_remarks(scorer, (prompt.data_source for prompt in found.prompts)):
+        logger.warning("%s", remark)
     engine = build_engine(config.rollout, load_model(config.model, tokenizer=tokenizer))
     sampling = eval_sampling(config.eval, config.rollout, seed=config.train.seed)
     return asyncio.run(evaluate(engine, found.prompts, scorer, config=config.eval, sampling=sampling, version=0))
 
 
 def _describe(report: EvalReport, *, seconds: float) -> str:
-    lines = [f"accuracy     {report.accuracy:.4f}  (95 % interval {report.ci_low:.4f} to {report.ci_high:.4f})"]
+    interval = f"95 % interval {report.ci_low:.4f} to {report.ci_high:.4f}, counts {', '.join(report.accuracy_of)}"
+    lines = [f"accuracy     {report.accuracy:.4f}  ({interval})"]
+    if report.nothing_measured:
+        lines = ["accuracy     not measured: every sample failed"]
     lines += [f"pass@{k:<7} {value:.4f}" for k, value in report.pass_at_k.items() if k > 1]
     if report.mean_reward is not None:
         lines.append(f"reward       {report.mean_reward:.4f}")
     lines.append(f"length       {report.mean_length:.1f} tokens, {report.clipped_ratio:.1%} cut off")
     lines.append(f"rows         {report.num_rows}, {report.num_failed} failed")
     lines.append(f"time         {seconds:.1f} s, loading included")
-    causes = [sample.cause for row in report.rows for sample in row.samples if sample.failed]
-    if causes:
-        lines.append(f"first failure: {causes[0]}")
+    if report.causes:
+        lines.append(f"first failure: {report.causes[0]}")
     return "\n".join(lines)
 
 
 def _save(report: EvalReport, path: Path) -> None:
-    from groupwise.files import json_line, write_text_atomic
+    from groupwise.files import write_text_atomic
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

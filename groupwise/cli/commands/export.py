@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from groupwise.cli.models import quiet_loading
+from groupwise.cli.output import say
 from groupwise.cli.parsing import Command, Parser, whole_number
 from groupwise.errors import ConfigError
 
@@ -129,7 +130,7 @@ def _push(args: argparse.Namespace) -> None:
     from groupwise.export.push import plan_push, push
 
     plan = plan_push(args.folder, args.repo, private=args.private, endpoint=args.endpoint)
-    print(plan.describe())
+    say(plan.describe())
     if args.dry_run:
         print("nothing was sent (--dry-run)")
         return
@@ -153,7 +154,7 @@ def _verify(args: argparse.Namespace) -> None:
         raise ConfigError("--base has no effect without --source; leave it out")
     source = find_source(args.source, base=args.base) if args.source else None
     verdict = verify(args.path, source=source, base_gguf=args.base_gguf, max_tokens=args.max_tokens)
-    print(verdict.describe())
+    say(verdict.describe())
 
 
 def _need_gguf() -> None:

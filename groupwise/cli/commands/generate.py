@@ -15,8 +15,10 @@ from groupwise.cli.models import (
     sampling_config,
     sampling_of,
 )
+from groupwise.cli.output import say
 from groupwise.cli.parsing import Command, Parser, whole_number
 from groupwise.errors import ConfigError, EngineError
+from groupwise.texts import encodable
 
 if TYPE_CHECKING:
     from groupwise.types import Completion, Engine, Prompt, SamplingParams
@@ -34,19 +36,19 @@ def _arguments(parser: Parser) -> None:
 def _generate(args: argparse.Namespace) -> None:
     if args.raw and args.system is not None:
         raise ConfigError("--system has no place in --raw text; leave one of them out")
-    text: str = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = encodable(sys.stdin.read() if args.prompt == "-" else args.prompt)
     if not text:
         raise ConfigError("the prompt is empty; give --prompt some text")
     config = sampling_config(args)
     talker = Talker(config)
-    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    system = [] if args.system is None else [{"role": "system", "content": encodable(args.system)}]
     prompt = talker.raw_prompt(text) if args.raw else talker.chat_prompt([*system, {"role": "user", "content": text}])
     sampling = sampling_of(config.rollout, seed=config.train.seed)
     replies = asyncio.run(sample(talker.engine, prompt, sampling=sampling, count=args.n))
     for reply in replies:
         if len(replies) > 1:
             print(f"--- {reply.sample_index + 1} of {len(replies)} ({len(reply.token_ids)} tokens)")
-        print(reply.text)
+        say(reply.text)
         if reply.finish_reason == "length":
             print(f"(cut off after {len(reply.token_ids)} tokens; --max-tokens allows more)", file=sys.stderr)
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from groupwise.cli.output import say
 from groupwise.cli.parsing import Command, Parser, set_key, set_rewards
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _train(args: argparse.Namespace) -> None:
 
     loaded = _with_known_reward(_load(args))
     if args.dry_run:
-        print(render_resolved(loaded), end="", flush=True)
+        say(render_resolved(loaded).rstrip("\n"))
     check_trainable(loaded.config)
     if args.dry_run:
         _check_parts(loaded.config)
@@ -119,7 +120,7 @@ def _sft(args: argparse.Namespace) -> None:
 
     loaded = _load(args)
     if args.dry_run:
-        print(render_resolved(loaded), end="", flush=True)
+        say(render_resolved(loaded).rstrip("\n"))
     check_supervised(loaded.config)
     if args.dry_run:
         _check_files(loaded.config, supervised=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from groupwise.cli.output import say
 from groupwise.cli.parsing import Command, Parser
 
 
@@ -24,7 +25,7 @@ def _xtuner(args: argparse.Namespace) -> None:
         args.config, backend=args.backend, model=args.model, train=args.train, evaluation=args.evaluation
     ) as trainer:
         if args.dry_run:
-            print(render_resolved(trainer.to_config()), end="")
+            say(render_resolved(trainer.to_config()).rstrip("\n"))
         else:
             trainer.build().fit()
 

@@ -72,7 +72,8 @@ class CallbackWatcher:
         self._handler, self._state, self._course = handler, state, course
         self.control = TrainerControl()
         self._since: list[Mapping[str, float]] = []
-        self._losses: list[float] = []
+        self._losses: list[float] = []  # what is not finite has no place in a mean
+        self._done = 0
         self._tokens = 0.0
         self._num_steps = 0
         self._reported: dict[str, list[float]] = {}
@@ -136,8 +137,8 @@ class CallbackWatcher:
         """
         if not self._num_steps:
             self._begin(summary["steps"], summary["steps"])
-        seconds, done, batch = time.perf_counter() - self._started, len(self._losses), self._course.batch
-        loss = math.fsum(self._losses) / done if done else math.nan
+        seconds, done, batch = time.perf_counter() - self._started, self._done, self._course.batch
+        loss = math.nan if done and not self._losses else math.fsum(self._losses) / max(1, len(self._losses))
         logs = {
             "train_runtime": round(seconds, 4),
             "train_samples_per_second": round(done * batch.size / seconds, 3),
@@ -180,21 +181,23 @@ class CallbackWatcher:
             if evaluation:
                 self._remember(self._named(evaluation, metrics.get("time/eval")))
         self._losses.clear()
+        self._done = 0
 
     def _count(self, step: int) -> None:
         self._state.global_step, self._state.epoch = step * self._course.batch.updates, self._course.epoch(step)
 
     def _collect(self, own: Mapping[str, float]) -> None:
         # Every optimiser step's loss is in the sum; TRL logs their mean.
-        loss = own.get("loss", math.nan) / self._course.batch.updates
-        self._losses.append(loss)
+        loss = own.get("loss", 0.0) / self._course.batch.updates
+        self._losses += [loss] if math.isfinite(loss) else []
+        self._done += 1
         self._since.append({**own, "loss": loss})
         self._tokens += own.get("num_tokens", 0.0)
 
     def _collected(self) -> dict[str, float]:
         """The means since the last log, under TRL's names."""
         logs = {trl_name(name): value for name, value in _means(self._since).items()}
-        logs |= {name: math.fsum(values) / len(values) for name, values in self._reported.items()}
+        logs |= _means([{name: value} for name, values in self._reported.items() for value in values])
         logs["num_tokens"] = self._tokens
         if "completions/mean_length" in logs:
             logs = {**dict.fromkeys(_TERMINATED, 0.0), **logs}

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from groupwise.config import EvalConfig, RolloutConfig
+from groupwise.config import EvalConfig, RewardConfig, RolloutConfig
 from groupwise.errors import DataError, EngineError
 from groupwise.evaluation import EvalReport, Evaluator, eval_sampling, evaluate
+from groupwise.evaluation.counted import counted_remarks, counted_rewards
 from groupwise.metrics import resolve
+from groupwise.rewards import RewardScorer
 from groupwise.types import Completion, EngineCaps, FinishReason, Prompt, SampleRequest, SamplingParams
 
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=8, seed=3)
@@ -157,11 +159,57 @@ def test_one_failed_sample_leaves_the_row_its_others() -> None:
     assert report.num_failed == 1
 
 
-def test_everything_failed_has_no_mean_reward() -> None:
-    report = run([prompt("a", "!error"), prompt("b", "!raise")])
-    assert (report.accuracy, report.mean_reward, report.num_failed) == (0.0, None, 2)
-    assert "eval/reward" not in report.metrics()
-    json.dumps(report.summary(), allow_nan=False)
+def test_where_everything_failed_nothing_was_measured(caplog: pytest.LogCaptureFixture) -> None:
+    report = run([prompt("a", "!error"), prompt("b", "!raise"), prompt("c", "!raise")])
+    assert report.nothing_measured
+    assert (report.mean_reward, report.num_failed, report.accuracy_of, report.pass_at_k) == (None, 3, (), {})
+    assert {"eval/reward", "eval/accuracy"}.isdisjoint(report.metrics())
+    assert json.loads(json.dumps(report.summary(), allow_nan=False))["accuracy"] is None
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "evaluation of version 7: 3 of 3 samples failed, so there is no accuracy: gsm8k raised ValueError (2 of 3)"
+    )
+
+
+def test_some_failures_are_told_of_and_none_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    run([prompt("a", "right")])
+    assert not caplog.records
+    run([prompt("a", "right"), prompt("b", "!raise")])
+    assert "1 of 2 samples failed, and count as wrong: gsm8k raised ValueError (1 of 1)" in caplog.text
+
+
+def test_values_that_stand_for_errors_are_failures() -> None:
+    class Zeros(TextScorer):
+        def _one(self, text: str) -> FakeScore:
+            return FakeScore(0.0, {"gsm8k": 0.0}, cause="reward 'gsm8k' failed: KeyError")
+
+    config = EvalConfig.model_validate({"threshold": -1.0})
+    work = evaluate(ScriptedEngine(), [prompt("a", "x")], Zeros(), config=config, sampling=SAMPLING, version=0)
+    report = asyncio.run(work)
+    assert report.nothing_measured
+    assert report.rows[0].samples[0].cause == "reward 'gsm8k' failed: KeyError"
+
+
+def test_accuracy_names_the_rewards_that_it_counts() -> None:
+    report = run([prompt("a", "styled"), prompt("b", "other"), prompt("c", "half"), prompt("d", "!raise")])
+    assert report.accuracy_of == ("gsm8k", "format")
+    assert report.summary()["accuracy_of"] == ["gsm8k", "format"]
+    assert [row.samples[0].counted for row in report.rows] == ["gsm8k", "format", "gsm8k", ""]
+
+
+def test_a_first_reward_that_is_not_the_heaviest_is_told_of() -> None:
+    def scorer(*rewards: dict[str, object]) -> RewardScorer:
+        return RewardScorer([RewardConfig.model_validate(each) for each in rewards])
+
+    light = {"name": "format", "weight": 0.2}
+    assert counted_remarks(scorer(light, {"name": "gsm8k"}), ["openai/gsm8k"]) == [
+        "accuracy counts the first reward, 'format' (weight 0.2), and 'gsm8k' weighs more (1); name 'gsm8k' first to "
+        "count that"
+    ]
+    assert counted_remarks(scorer({"name": "gsm8k"}, light), ["openai/gsm8k"]) == []
+    routed = scorer({**light, "data_source": ["a"]}, {"name": "gsm8k", "data_source": ["b"]})
+    assert counted_remarks(routed, ["a", "b"]) == []
+    assert counted_rewards(routed, ["b", "a", "b"]) == "gsm8k, format"
 
 
 def test_correct_is_the_first_reward_that_applies_not_the_sum() -> None:

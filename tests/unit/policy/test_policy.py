@@ -394,3 +394,9 @@ def test_gradient_checkpointing_changes_no_gradient(make_model: Any) -> None:
         assert not policy.loaded.model.training
     for name, expected in found[0].items():
         assert torch.equal(found[1][name], expected), name
+
+
+def test_without_a_micro_batch_the_loss_is_zero(make_model: Any) -> None:
+    policy = make_policy(make_model())
+    [learned] = policy.learn((), Denominators(0.0, 0.0, 8.0))
+    assert resolve(learned) == {"loss": 0.0}

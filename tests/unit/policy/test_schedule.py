@@ -6,8 +6,10 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import get_scheduler
 
 from groupwise.config import OptimConfig
 from groupwise.policy.schedule import learning_rate
@@ -89,3 +91,20 @@ def test_warm_up_in_steps_does_not_depend_on_the_total() -> None:
         assert [learning_rate(config, update, total) for update in range(6)] == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
     with pytest.raises(ValueError, match="both say how long the rate rises"):
         optim(warmup_steps=4, warmup_ratio=0.1)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_transformers_schedule_is_the_same_with_a_warm_up_one_update_later(schedule: str, warmup: int) -> None:
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    theirs = get_scheduler(name, torch.optim.SGD([parameter], lr=0.5), num_warmup_steps=warmup, num_training_steps=10)
+    expected = []
+    for _ in range(11):
+        expected.append(theirs.get_last_lr()[0])
+        theirs.optimizer.step()
+        theirs.step()
+    found = rates(optim(schedule=schedule, warmup_steps=warmup), 10)
+    assert found[:warmup] == pytest.approx(expected[1 : warmup + 1], rel=1e-12)
+    assert found[warmup:] == pytest.approx(expected[warmup:10], rel=1e-12)
+    assert expected[0] == (0 if warmup else 0.5)

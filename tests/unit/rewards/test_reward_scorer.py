@@ -162,6 +162,15 @@ def test_bad_rewards(user: Callable[..., RewardConfig], body: str, cause: str, k
     assert resolve(failing.metrics())["rewards/reward/errors"] == 2
 
 
+def test_zeros_that_stand_for_errors_keep_their_cause(user: Callable[..., RewardConfig]) -> None:
+    broken = user("raise ValueError('x')", on_error="zero")
+    (alone,) = score(RewardScorer([broken]), "#### 4")
+    assert (alone.reward, alone.rewards, alone.failed) == (0.0, {"reward": 0.0}, False)
+    assert alone.cause.startswith("reward 'reward' failed: ValueError: x")
+    (beside,) = score(RewardScorer([config("gsm8k"), broken]), "#### 4")
+    assert (beside.reward, beside.cause) == (1.0, "")  # gsm8k's value is the completion's own
+
+
 def test_on_error_zero_and_stop(user: Callable[..., RewardConfig]) -> None:
     zero = RewardScorer([config("gsm8k"), user("raise ValueError('x')", on_error="zero")])
     scores = score(zero, "#### 4", "x")

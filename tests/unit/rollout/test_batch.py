@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 
 from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig
-from groupwise.metrics import resolve
-from groupwise.rollout.batch import BatchShape, build_batch, teaches
+from groupwise.metrics import Mean, resolve
+from groupwise.rollout.batch import BatchShape, build_batch, teaches, usable_samples
 from groupwise.rollout.records import ledger_rows, trajectory_rows
 from groupwise.types import RolloutGroup, TrainingBatch, TrainingRow
 
@@ -230,3 +231,26 @@ def test_length_metrics(make_group: Any) -> None:
     assert found["completions/clipped_ratio"] == 0.25
     assert found["completions/mean_terminated_length"] == 2.5
     assert found["reward_std"] == pytest.approx(0.5)
+
+
+def test_usable_samples_are_those_that_could_be_learned_from(make_group: Any) -> None:
+    group = make_group(0, [1.0, "failed", None, 0.0, 0.0], [2, 3, 4, 6, 2])
+    rollouts = (*group.rollouts[:4], replace(group.rollouts[4], cause="reward 'r' failed: KeyError"))
+    groups = [replace(group, rollouts=rollouts), make_group(1, [0.0, 0.0], [2, 2])]
+    found = usable_samples(groups, build_algorithm(AlgorithmConfig.model_validate({})))
+    assert found.count == 4  # equal rewards teach nothing, and are no failure
+    assert found.causes == [
+        "engine: out of memory",
+        "no reward function gave a value",
+        "reward 'r' failed: KeyError",
+    ]
+    masked = usable_samples(groups, build_algorithm(AlgorithmConfig.model_validate({"overlong": "mask"})))
+    assert masked.count == 3
+    assert [cause for cause in masked.causes if "cut off at rollout.max_completion_tokens" in cause]
+
+
+def test_a_mean_of_nothing_is_left_out(make_group: Any) -> None:
+    batch = build([make_group(0, [None, None])], kl_coef=0.1, kl_in="reward")
+    assert "reward_kl_penalty" in batch.metrics
+    assert "reward_kl_penalty" not in resolve(batch.metrics)
+    assert resolve({"a": Mean(0.0, 0.0), "b": Mean(math.nan, 1.0)}).keys() == {"b"}

@@ -236,3 +236,65 @@ def test_unknown_backend(name: str, hint: str):
 def test_backend_named_twice():
     with pytest.raises(ConfigError, match="twice"):
         build_trackers(TrackingConfig(backends=("jsonl", "jsonl")), run_name="one")
+
+
+ACTING = "\x1b[2J\x00\udcff\u202e"
+WRITTEN = r"\x1b[2J\x00\udcff\u202e"
+
+
+def test_texts_are_clean_before_they_reach_any_tracker(tmp_path: Path):
+    """Third-party trackers and their servers fail on them; a terminal obeys them."""
+    from groupwise.tracking.base import SampleTable
+
+    class Keeps(Recorder):
+        def start(self, config, run_dir) -> None:
+            self.config = config
+
+        def log(self, step, metrics) -> None:
+            self.metrics = metrics
+
+    kept = Keeps()
+    trackers = Trackers({"x": kept})
+    trackers.start({"model": {"path": f"a{ACTING}"}}, tmp_path)
+    trackers.log(1, {f"rewards/{ACTING}/mean": 1.0})
+    assert json.dumps(kept.config, ensure_ascii=False).encode()
+    assert kept.metrics == {f"rewards/{WRITTEN}/mean": 1.0}
+    table = SampleTable.of(1, [Sample(f"q{ACTING}", "a" * 10_000_000 + ACTING, 1.0, {ACTING: 1.0}, 0.0)])
+    assert table.columns == ("step", "prompt", "completion", "reward", f"rewards/{WRITTEN}", "advantage")
+    assert table.rows[0][1] == f"q{WRITTEN}"
+    assert len(str(table.rows[0][2])) < 21_000
+
+
+def test_hostile_samples_reach_every_tracker_of_ours(tmp_path: Path):
+    file = Terminal()
+    sample = Sample(ACTING, f"[bold]{ACTING}", None, {ACTING: None}, 0.0)
+    trackers = Trackers(
+        {
+            "console": ConsoleTracker(title=f"t{ACTING}", accuracy_of=ACTING, file=file),
+            "jsonl": JsonlTracker(),
+            "tensorboard": TensorBoardTracker(title="t"),
+        },
+        samples_every=1,
+    )
+    trackers.start({"name": ACTING}, tmp_path)
+    for tracker in trackers._trackers.values():
+        tracker.samples(1, [sample])
+    trackers.log(1, {f"rewards/{ACTING}/mean": 1.0, "eval/accuracy": 1.0})
+    trackers.close()
+    assert trackers.names == ("console", "jsonl", "tensorboard")
+    assert "\x1b[2J" not in file.getvalue().replace("\x1b[2K", "")
+    assert "\x00" not in file.getvalue()
+    [row] = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(row)["prompt"] == "\x1b[2J\x00\\udcff\u202e"
+
+
+def test_a_file_of_lines_takes_any_text(tmp_path: Path):
+    from groupwise.files import append_rows, write_json_atomic, write_text_atomic
+
+    append_rows(tmp_path / "a", [{ACTING: [ACTING, {"deep": ACTING}]}])
+    write_json_atomic(tmp_path / "b", {ACTING: ACTING})
+    write_text_atomic(tmp_path / "c", ACTING)
+    for name in "abc":
+        assert r"\udcff" in (tmp_path / name).read_text(encoding="utf-8")
+    text = (tmp_path / "a").read_text(encoding="utf-8")
+    assert list(json.loads(text)) == ["\x1b[2J\x00\\udcff\u202e"]
