@@ -162,6 +162,7 @@ def _acquire(folder: Path) -> FolderLock:
         with suppress(OSError):  # some shared disks have none: a help, not the lock
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         number = _link(folder, aside)
+        descriptor = _same_file(descriptor, folder / f".lock.{number}")
     except BaseException as error:
         os.close(descriptor)
         if isinstance(error, OSError):
@@ -180,7 +181,7 @@ def _link(folder: Path, aside: Path) -> int:
         if newest is not None and (alive := _why_alive(folder / f".lock.{number}", newest[1], clock=aside)):
             raise refusal(folder, alive)
         try:
-            os.link(aside, folder / f".lock.{number + 1}")
+            _create_once(aside, folder / f".lock.{number + 1}")
         except FileExistsError:
             continue
         if max(_numbers(folder)) > number + 1:  # it was seen dead, taken and cleaned up before this one came
@@ -196,8 +197,31 @@ def _link(folder: Path, aside: Path) -> int:
     raise ConfigError(f"{folder}: other processes take and leave the run directory all the time; try again later")
 
 
+def _create_once(aside: Path, file: Path) -> None:
+    """Raises FileExistsError if the file is there."""
+    try:
+        os.link(aside, file)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without links: the file is there before its content is, for which readers wait
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(aside.read_bytes())
+
+
+def _same_file(descriptor: int, file: Path) -> int:
+    """The descriptor that the kernel's lock is held by: of the file itself, if it is no link to the one aside."""
+    if os.path.sameopenfile(descriptor, opened := os.open(file, os.O_RDWR)):
+        os.close(opened)
+        return descriptor
+    os.close(descriptor)
+    with suppress(OSError):
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return opened
+
+
 def _newest(folder: Path) -> tuple[int, Owner] | None:
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS):
         numbers = _numbers(folder)
         if not numbers:
             return None
@@ -207,6 +231,9 @@ def _newest(folder: Path) -> tuple[int, Owner] | None:
         except FileNotFoundError:
             continue  # its successor is there now
         except (OSError, ValueError, TypeError) as error:
+            if attempt + 1 < _ATTEMPTS:
+                time.sleep(0.01)
+                continue
             raise ConfigError(
                 f"{file}: cannot be read ({error}), so whether a run is live there is not known; "
                 "remove it if there is none"

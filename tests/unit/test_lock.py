@@ -119,6 +119,20 @@ def test_an_owner_that_was_taken_for_dead_writes_nothing_more(tmp_path: Path):
             lock.confirm()
 
 
+def test_a_disk_without_links(tmp_path: Path, me: Owner, monkeypatch: pytest.MonkeyPatch):
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    leave(tmp_path / "run", replace(me, started="1"))
+    with hold(tmp_path / "run") as lock:
+        assert lock.number == 2
+        assert locks._is_locked(lock.file)
+        with pytest.raises(ConfigError, match="a live run"), hold(tmp_path / "run"):
+            pass
+    assert holder(tmp_path / "run") is None
+
+
 def test_a_lock_that_cannot_be_read_is_named(tmp_path: Path):
     (tmp_path / ".lock.3").write_text("{")
     with pytest.raises(ConfigError, match=r"\.lock\.3: cannot be read"):
