@@ -3,6 +3,7 @@
 runs/NAME/
   config.json  versions.json  log.txt  metrics.jsonl  ledger.jsonl  summary.json
   samples.jsonl  trajectories/  checkpoints/  final/  bundles/  tensorboard/  tracking/
+  .lock.1  who holds it, or held it
   report.html
 """
 
