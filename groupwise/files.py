@@ -100,6 +100,17 @@ def truncate_rows(path: Path, step: int) -> int:
     return len(lines) - len(kept)
 
 
+def last_step(path: Path) -> int:
+    """The highest `step` of the whole lines of a JSON Lines file; 0 where there is none, or a damaged one."""
+    if not path.exists():
+        return 0
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    try:
+        return max((_step_of(line, where=f"{path}") for line in lines), default=0)
+    except DataError:
+        return 0
+
+
 def _step_of(line: bytes, *, where: str) -> int:
     try:
         row = json.loads(line)

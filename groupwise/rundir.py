@@ -3,6 +3,7 @@
 runs/NAME/
   config.json  versions.json  log.txt  metrics.jsonl  ledger.jsonl  summary.json
   samples.jsonl  trajectories/  checkpoints/  final/  bundles/  tensorboard/  tracking/
+  .lock.1  who holds it, or held it
   report.html
 """
 
@@ -13,7 +14,6 @@ import logging
 import os
 import platform
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,42 +25,25 @@ from pydantic import ValidationError
 
 from groupwise import __version__
 from groupwise.config import Config
-from groupwise.config.loading import config_json, settings
+from groupwise.config.loading import config_json
 from groupwise.config.values import literal
 from groupwise.errors import ConfigError
 from groupwise.files import append_rows, truncate_rows, write_json_atomic, write_text_atomic
 from groupwise.notices import logged_to
+from groupwise.place import Place
 
-KNOWN_NAMES = frozenset(
-    {
-        "config.json",
-        "versions.json",
-        "log.txt",
-        "metrics.jsonl",
-        "samples.jsonl",
-        "ledger.jsonl",
-        "summary.json",
-        "report.html",
-        "trajectories",
-        "checkpoints",
-        "final",
-        "bundles",
-        "tensorboard",
-        "tracking",
-    }
-)
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "bitsandbytes")
 FREE_ON_RESUME = (
     "data.eval",
     "train.output",
     "train.save_every",
+    "train.save_every_minutes",
     "train.keep_checkpoints",
     "train.trajectories",
     "train.stop_after_empty_steps",
 )
 FREE_SECTIONS_ON_RESUME = ("eval.", "tracking.")
 _STEP_FILE = re.compile(r".*_(\d+)\.jsonl(?:\.gz)?")
-_TEMPORARY = re.compile(r"\..+\.tmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,21 +109,21 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> RunDirectory:
-        """Make a new run directory, or open an old one.
+        """Make a new run directory, or open an old one. The caller holds the folder, see `groupwise.lock`.
 
         Args:
-            resume: the directory must hold a checkpoint to go on from.
+            resume: go on from the directory's checkpoint; a run that ended before its first one begins again.
             overwrite: what an earlier run left there is removed first; nothing else ever is.
 
         Raises:
             ConfigError: the directory holds something and neither flag is given, both are, there is nothing to
                 resume, or there is something in it that no run writes.
         """
-        entries = check_place(path, resume=resume, overwrite=overwrite)
-        folder = Path(path)
-        if entries and not resume:
-            _remove_run(folder, entries)
+        place = check_place(path, resume=resume, overwrite=overwrite, mine=True)
+        folder, resume = place.folder, resume and place.has_checkpoint
         try:
+            if not resume:
+                place.clear()
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             (folder / "trajectories").mkdir(exist_ok=True)
         except OSError as error:
@@ -148,13 +131,7 @@ class RunDirectory:
         return cls(folder, resumed=resume)
 
     def record(self, config: Config) -> None:
-        """Write config.json and versions.json; in a resumed run, first refuse a config that would change its maths.
-
-        Raises:
-            ConfigError: lists every setting that differs and must not.
-        """
-        if self.resumed:
-            check_resume(read_run_config(self.path), config)
+        """Write config.json and versions.json."""
         write_text_atomic(self.config_file, config_json(config))
         write_json_atomic(self.versions_file, versions())
 
@@ -181,8 +158,11 @@ class RunDirectory:
             yield
 
 
-def check_place(path: str | Path, *, resume: bool, overwrite: bool) -> list[str]:
-    """Everything that `RunDirectory.create` refuses, without changing anything; returns the names that are there.
+def check_place(path: str | Path, *, resume: bool, overwrite: bool, mine: bool = False) -> Place:
+    """Everything that `RunDirectory.create` refuses, without changing anything.
+
+    Args:
+        mine: this process holds the folder; otherwise one that a live process holds is refused.
 
     Raises:
         ConfigError: as `RunDirectory.create`.
@@ -192,17 +172,18 @@ def check_place(path: str | Path, *, resume: bool, overwrite: bool) -> list[str]
         raise ConfigError("got both --resume and --overwrite; expected one: go on with the old run, or replace it")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"train.output = {str(folder)!r}: got a file; expected a folder, new or of an earlier run")
-    entries = sorted(entry.name for entry in folder.iterdir() if _holds_something(entry)) if folder.is_dir() else []
+    place = Place.of(folder)
+    if not mine:
+        place.check_free()
     if resume:
-        _check_resumable(folder, entries)
-    elif entries and not overwrite:
-        raise ConfigError(
-            f"{folder}: the run directory is not empty; use --resume to continue from its last checkpoint, "
-            "--overwrite to replace it, or another --output"
-        )
-    elif entries:
-        _check_removable(folder, entries)
-    return entries
+        place.check_resumable()
+        if place.has_checkpoint:
+            read_run_config(folder)
+    elif overwrite:
+        place.check_removable()
+    else:
+        place.check_new()
+    return place
 
 
 def versions() -> dict[str, Any]:
@@ -245,86 +226,24 @@ def read_run_config(path: Path) -> Config:
         raise ConfigError(f"{file}: got text that is not JSON ({error}); expected a run's config") from None
 
 
-def check_resume(before: Config, now: Config) -> None:
-    """Refuse to go on with a run under settings that would have made it another run.
+def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The settings that would make a run another one, with their old and new values as text.
 
     Evaluation, tracking, saving and the place of the run are free. So is `train.steps` where the learning rate does
     not depend on it.
 
-    Raises:
-        ConfigError: lists each setting with its old and new value.
+    Args:
+        before, now: all settings, by dotted name.
     """
-    old, new = settings(before), settings(now)
-    names = [name for name in {**old, **new} if old.get(name, "absent") != new.get(name, "absent")]
-    fixed = [name for name in names if not _free(name, before)]
-    if not fixed:
-        return
-    lines = [f"  {name}: was {_shown(old, name)}, now {_shown(new, name)}" for name in fixed]
-    if "train.steps" in fixed:
-        lines.append("  (train.steps decides the learning rate here: optim.schedule or optim.warmup_ratio is set)")
-    raise ConfigError(
-        "--resume continues the same run, and these settings would change it:\n"
-        + "\n".join(lines)
-        + "\nset them back, or start a new run with another --output"
-    )
+    names = [name for name in {**before, **now} if before.get(name, "absent") != now.get(name, "absent")]
+    return {name: (_shown(before, name), _shown(now, name)) for name in names if not _free(name, before)}
 
 
-def _free(name: str, before: Config) -> bool:
+def _free(name: str, before: Mapping[str, Any]) -> bool:
     if name == "train.steps":
-        return before.optim.schedule == "constant" and before.optim.warmup_ratio == 0
+        return before.get("optim.schedule") == "constant" and not before.get("optim.warmup_ratio")
     return name in FREE_ON_RESUME or name.startswith(FREE_SECTIONS_ON_RESUME)
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:
     return literal(values[name]) if name in values else "absent"
-
-
-def _holds_something(entry: Path) -> bool:
-    """Empty folders do not count: a run that failed before its first write leaves them."""
-    return not entry.is_dir() or entry.is_symlink() or any(entry.iterdir())
-
-
-def _check_resumable(folder: Path, entries: list[str]) -> None:
-    if not entries:
-        raise ConfigError(
-            f"{folder}: got an empty or missing run directory; there is nothing to --resume; leave it out"
-        )
-    read_run_config(folder)
-    if not any(folder.glob("checkpoints/*step_*/manifest.json")):
-        raise ConfigError(
-            f"{folder}: the run saved no checkpoint, so there is nothing to --resume; start it again with --overwrite "
-            "(train.save_every sets how often it saves)"
-        )
-
-
-def _check_removable(folder: Path, entries: list[str]) -> None:
-    foreign = [name for name in entries if name not in KNOWN_NAMES and not _TEMPORARY.fullmatch(name)]
-    if foreign:
-        raise ConfigError(
-            f"{folder}: --overwrite removes only what a run writes; it also holds {', '.join(foreign[:8])}: "
-            "move that away or choose another --output"
-        )
-    if not _is_ours(folder / "config.json"):
-        raise ConfigError(
-            f"{folder}: --overwrite removes only run directories, and there is no config.json of a run in it; "
-            "remove the folder yourself or choose another --output"
-        )
-
-
-def _remove_run(folder: Path, entries: list[str]) -> None:
-    # config.json goes last: a removal that is cut short can be repeated.
-    for name in sorted(entries, key=lambda name: name == "config.json"):
-        entry = folder / name
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def _is_ours(config_file: Path) -> bool:
-    """A model folder has a config.json too; only a run's has these sections."""
-    try:
-        content = json.loads(config_file.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and {"model", "data", "reward", "rollout", "train"} <= set(content)

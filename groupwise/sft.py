@@ -12,16 +12,17 @@ from typing import Any
 
 from groupwise import metrics
 from groupwise.algorithms.base import LossInputs, LossOutput
-from groupwise.checkpoint import find_latest, load_checkpoint, save_checkpoint
+from groupwise.checkpoint.saver import Saver
 from groupwise.clock import Clock
 from groupwise.config import Config
 from groupwise.config.checks import check_supervised
-from groupwise.data import check_supervised_rows, load_supervised, read_rows
+from groupwise.data import SupervisedSet, check_supervised_rows, load_supervised, read_rows
 from groupwise.data.files import Source
 from groupwise.data.sampler import epoch_order
 from groupwise.empty_steps import EmptySteps, Usable
-from groupwise.errors import CheckpointError, Interrupted
+from groupwise.errors import Interrupted
 from groupwise.files import write_json_atomic
+from groupwise.fingerprint import machine_facts, model_facts, supervised_facts
 from groupwise.interrupt import StopRequest, catch_interrupts
 from groupwise.metrics import Last
 from groupwise.model.loading import (
@@ -29,14 +30,17 @@ from groupwise.model.loading import (
     given_or_loaded,
     load_tokenizer,
     prepare_device,
+    resolve_device,
+    resolve_dtype,
     with_adapter,
 )
 from groupwise.policy import Policy
 from groupwise.policy.bundle import BundleWriter
+from groupwise.resume import Identity, Start, describe_start, find_start, hold_place, open_run
 from groupwise.rollout.microbatches import split_rows
-from groupwise.rundir import RunDirectory, check_place
+from groupwise.rundir import RunDirectory
 from groupwise.tracking import build_trackers, check_backends
-from groupwise.types import Denominators, Stateful, TrainingRow, Unwatched, Watcher
+from groupwise.types import Denominators, Stateful, Tokenizer, TrainingRow, Unwatched, Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,7 @@ def run_sft(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    accept_changes: bool = False,
     loaded: LoadedModel | None = None,
     train_data: Source | None = None,
     watcher: Watcher | None = None,
@@ -66,6 +71,7 @@ def run_sft(
     """Train on worked answers as `config` says; returns what `summary.json` holds.
 
     Args:
+        accept_changes: resume also where something that decides the result has changed; it is recorded.
         loaded, train_data: instead of `model.path` and `data.train`.
         watcher: follows the run, and may end it.
 
@@ -85,37 +91,71 @@ def run_sft(
         source, config.data, tokenizer, max_tokens=config.sft.max_tokens, text_column=config.sft.text_column
     )
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(data.rows) / config.sft.rows_per_step))
-    check_place(_output(config), resume=resume, overwrite=overwrite)
-    loaded = with_adapter(given_or_loaded(loaded, config.model), config.lora, seed=config.train.seed)
-    run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
-    run.record(config)
-    with run.logging(), catch_interrupts() as stop:
-        level = logging.WARNING if data.num_too_long else logging.INFO
-        logger.log(level, "supervised data: %s", data.describe())
-        policy = Policy(
-            loaded,
-            SupervisedLoss(),
-            optim=config.optim,
-            train=config.train,
-            total_updates=steps,
-            gradient_checkpointing=config.model.gradient_checkpointing,
-        )
-        policy.bundles = BundleWriter(run, config, supervised=True)
-        empty = EmptySteps(config.train.stop_after_empty_steps, remedy=_REMEDY)
-        job = _Job(config, run, policy, rows=data.rows, steps=steps, watcher=watcher or Unwatched(), empty=empty)
-        try:
-            done, losses = job.train(stop)
-            policy.save_pretrained(run.final)
-        finally:
-            policy.release()
-        summary = {
-            "steps": done,
-            "seconds": round(time.perf_counter() - started, 1),
-            "seed": config.train.seed,
-            "loss": losses[-1] if losses else None,
-        }
-        write_json_atomic(run.summary_file, summary)
+    identity = _identity(config, loaded, data, tokenizer)
+    place = _output(config)
+    with hold_place(place, resume=resume, overwrite=overwrite) as lock, catch_interrupts() as stop:
+        start = find_start(place, identity, resume=resume, accept=accept_changes)
+        loaded = with_adapter(given_or_loaded(loaded, config.model), config.lora, seed=config.train.seed)
+        run = open_run(config, identity, place, resume=resume, overwrite=overwrite)
+        with run.logging():
+            describe_start(run, start, identity, resume=resume)
+            level = logging.WARNING if data.num_too_long else logging.INFO
+            logger.log(level, "supervised data: %s", data.describe())
+            policy = _policy(config, run, loaded, steps=steps)
+            progress, watcher = _Progress(), watcher or Unwatched()
+            empty = EmptySteps(config.train.stop_after_empty_steps, remedy=_REMEDY)
+            saved: dict[str, Stateful] = {"policy": policy, "progress": progress, "empty": empty}
+            saver = Saver(
+                run.checkpoints, saved, config.train, record=identity, confirm=lock.confirm, saved=watcher.saved
+            )
+            job = _Job(
+                config, run, policy, saver, rows=data.rows, steps=steps, watcher=watcher, progress=progress, empty=empty
+            )
+            try:
+                done = job.train(stop, start)
+                policy.save_pretrained(run.final)
+            finally:
+                policy.release()
+            seconds = time.perf_counter() - started
+            summary = _summary(config, identity, steps=done, seconds=seconds, loss=progress.loss)
+            write_json_atomic(run.summary_file, summary)
     return summary
+
+
+def _policy(config: Config, run: RunDirectory, loaded: LoadedModel, *, steps: int) -> Policy:
+    policy = Policy(
+        loaded,
+        SupervisedLoss(),
+        optim=config.optim,
+        train=config.train,
+        total_updates=steps,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+    )
+    policy.bundles = BundleWriter(run, config, supervised=True)
+    return policy
+
+
+def _summary(config: Config, identity: Identity, *, steps: int, seconds: float, loss: float | None) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "seed": config.train.seed,
+        "loss": loss,
+    }
+    if identity.accepted:
+        summary["accepted_changes"] = identity.accepted
+    return summary
+
+
+def _identity(config: Config, given: LoadedModel | None, data: SupervisedSet, tokenizer: Tokenizer) -> Identity:
+    device = resolve_device(config.model.device)
+    module = None if given is None else given.model
+    return Identity.of(
+        config,
+        supervised_facts(data.rows, num_rows=data.num_rows)
+        | model_facts(config, tokenizer, module, compared=False)
+        | machine_facts(str(device), str(resolve_dtype(config.model.dtype, device))),
+    )
 
 
 def _output(config: Config) -> Path:
@@ -123,44 +163,61 @@ def _output(config: Config) -> Path:
     return Path(config.train.output) if config.train.output else Path("runs") / name
 
 
+@dataclass(slots=True)
+class _Progress:
+    """The last step's loss, for the summary."""
+
+    loss: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loss = state["loss"]
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     config: Config
     run: RunDirectory
     policy: Policy
+    saver: Saver
     _: KW_ONLY
     rows: Sequence[TrainingRow]
     steps: int
     watcher: Watcher
+    progress: _Progress
     empty: EmptySteps
 
-    def train(self, stop: StopRequest) -> tuple[int, list[float]]:
-        """All steps from the newest checkpoint, or the first; returns the last step, and the losses."""
-        start = self._restore() if self.run.resumed else 0
+    def train(self, stop: StopRequest, start: Start) -> int:
+        """All steps from the checkpoint to start from, or the first; returns the last step."""
+        done = self._restore(start)
         trackers = build_trackers(
             self.config.tracking,
             run_name=self.run.path.name,
             total_steps=self.steps,
-            resumed_step=start if self.run.resumed else None,
+            resumed_step=start.step,
         )
         trackers.start(self.config.model_dump(mode="json"), self.run.path)
-        losses: list[float] = []
         try:
-            for step in range(start, self.steps):
+            for step in range(done, self.steps):
                 self.watcher.begins(step + 1, self.steps)
                 found = self._step(step)
-                losses.append(found["loss"])
+                done, self.progress.loss = step + 1, found["loss"]
                 trackers.log(step + 1, found)
                 self.watcher.updated(step + 1)
                 wish = self.watcher.logged(step + 1, found)
                 last = wish.stop or step + 1 == self.steps
-                self._maybe_save(step + 1, last=last, stopping=bool(stop), asked=wish.save)
+                stopping = bool(stop)  # read once: a request that comes after the save must wait for the next one
+                self.saver.after(step + 1, now=last or stopping or wish.save)
                 self.empty.check(step + 1, last=last)
                 if last:
                     break
+                if stopping:
+                    raise Interrupted(f"stopped after step {step + 1}; --resume goes on from there")
         finally:
             trackers.close()
-        return start + len(losses), losses
+        return done
 
     def _step(self, step: int) -> dict[str, float]:
         clock = Clock()
@@ -174,14 +231,6 @@ class _Job:
         learned.append(self.empty.after(step + 1, Usable(int(tokens), ("the row has no token to learn",) * len(rows))))
         return metrics.resolve(metrics.merge(*learned) | {"num_tokens": Last(tokens)} | clock.metrics())
 
-    def _maybe_save(self, step: int, *, last: bool, stopping: bool, asked: bool) -> None:
-        train = self.config.train
-        if last or stopping or asked or (train.save_every and step % train.save_every == 0):
-            save_checkpoint(self.run.checkpoints, step, self._stateful, keep=train.keep_checkpoints)
-            self.watcher.saved(step)
-        if stopping and not last:
-            raise Interrupted(f"stopped after step {step}; --resume goes on from there")
-
     def _rows_of(self, step: int) -> list[TrainingRow]:
         """The step's rows: every epoch has each row once, in an order of its own."""
         size, count = self.config.sft.rows_per_step, len(self.rows)
@@ -192,12 +241,10 @@ class _Job:
             chosen.append(self.rows[place if order is None else int(order[place])])
         return chosen
 
-    @property
-    def _stateful(self) -> dict[str, Stateful]:
-        return {"policy": self.policy, "empty": self.empty}
-
-    def _restore(self) -> int:
-        latest = find_latest(self.run.checkpoints)
-        if latest is None:
-            raise CheckpointError(f"{self.run.checkpoints} holds no complete checkpoint; start again with --overwrite")
-        return load_checkpoint(latest, self._stateful)
+    def _restore(self, start: Start) -> int:
+        if start.checkpoint is None:
+            return 0
+        step = start.checkpoint.load(self.saver.parts, optional=("progress", "empty"))
+        if start.changes:
+            self.saver.save(step)  # the next resume compares with what was accepted
+        return step

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from groupwise import metrics
 from groupwise.algorithms.base import Algorithm
-from groupwise.checkpoint import save_checkpoint
+from groupwise.checkpoint.saver import Saver
 from groupwise.clock import Clock
 from groupwise.config import Config
 from groupwise.empty_steps import EmptySteps
@@ -27,7 +27,7 @@ from groupwise.rollout.batch import BatchShape, usable_samples
 from groupwise.rollout.records import ledger_rows, trajectory_rows
 from groupwise.rundir import RunDirectory
 from groupwise.tracking import Trackers
-from groupwise.types import Stateful, TrainingBatch, Watcher, Wish
+from groupwise.types import TrainingBatch, Watcher, Wish
 from groupwise.weight_sync import InProcessSync
 
 
@@ -54,23 +54,12 @@ class TrainParts:
     weight_sync: InProcessSync
     evaluator: Evaluator
     trackers: Trackers
+    saver: Saver
     run: RunDirectory
     num_steps: int
     empty: EmptySteps
     stop: StopRequest
     watcher: Watcher
-
-    @property
-    def stateful(self) -> dict[str, Stateful]:
-        """What a checkpoint holds."""
-        return {
-            "policy": self.policy,
-            "upkeep": self.upkeep,
-            "producer": self.producer,
-            "buffer": self.buffer,
-            "evaluator": self.evaluator,
-            "empty": self.empty,
-        }
 
 
 async def train(parts: TrainParts, *, start: int = 0) -> int:
@@ -119,7 +108,7 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
         found = metrics.merge(*sampled, *learned, scores)
         wish = _log(parts, step + 1, found | clock.metrics() | _throughput(batch, clock))
         last = wish.stop or step + 1 == parts.num_steps
-        _maybe_save(parts, step + 1, now=last or stopping or wish.save)
+        parts.saver.after(step + 1, now=last or stopping or wish.save)
         parts.empty.check(step + 1, last=last)
         if last:
             return step + 1
@@ -139,13 +128,6 @@ def _record(parts: TrainParts, batch: TrainingBatch, step: int) -> None:
     if parts.config.train.trajectories:
         append_rows(parts.run.trajectory_file(step), trajectory_rows(batch, step=step))
     parts.run.append_ledger(ledger_rows(batch.groups, step=step, dropped=batch.dropped))
-
-
-def _maybe_save(parts: TrainParts, step: int, *, now: bool) -> None:
-    train = parts.config.train
-    if now or (train.save_every and step % train.save_every == 0):
-        save_checkpoint(parts.run.checkpoints, step, parts.stateful, keep=train.keep_checkpoints)
-        parts.watcher.saved(step)
 
 
 def _throughput(batch: TrainingBatch, clock: Clock) -> dict[str, Metric]:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from groupwise.checkpoint.store import (
     Manifest,
+    Verified,
     find_latest,
+    find_verified,
     list_checkpoints,
     load_checkpoint,
     read_manifest,
     save_checkpoint,
     step_of,
+    verify_checkpoint,
 )
 
 __all__ = [
     "Manifest",
+    "Verified",
     "find_latest",
+    "find_verified",
     "list_checkpoints",
     "load_checkpoint",
     "read_manifest",
     "save_checkpoint",
     "step_of",
+    "verify_checkpoint",
 ]

@@ -1,8 +1,9 @@
 """Checkpoints: any set of `Stateful` objects, saved atomically, verified on load, never pickled.
 
 A checkpoint is a folder `step_000100/` with a `<part>.json` for each part, a `<part>.safetensors` where the part has
-tensors, and a `manifest.json` with the size and BLAKE2b checksum of every file. It is written beside its place and
-renamed into it, so a folder of that name is always complete. `latest` is a text file that names the one to resume from.
+tensors, and a `manifest.json` with the size and BLAKE2b checksum of every file, and one of its own over the rest of
+itself. It is written beside its place and renamed into it, so a folder of that name is always complete. `latest` is a
+text file that names the one to resume from.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from groupwise.errors import CheckpointError
 from groupwise.files import sync_folder, write_json_atomic, write_text_atomic
 from groupwise.types import Stateful
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, 2)  # a manifest of format 1 has no checksum of its own
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _ASIDE = ".old-"
@@ -90,38 +92,123 @@ def save_checkpoint(root: Path, step: int, parts: Mapping[str, Stateful], *, kee
     return folder
 
 
-def load_checkpoint(path: Path, parts: Mapping[str, Stateful]) -> int:
+def load_checkpoint(path: Path, parts: Mapping[str, Stateful], *, optional: Collection[str] = ()) -> int:
     """Verify the whole checkpoint, then give each part its state; returns the step. No part changes if any file is bad.
 
     Parts of the checkpoint that are not asked for are verified and left alone.
+
+    Args:
+        optional: parts that stay as they are where the checkpoint, of an earlier version, has none.
 
     Raises:
         CheckpointError: a file is missing, cut short or altered, or a part is not in the checkpoint; it names the
             file and the older checkpoints that exist.
     """
+    return verify_checkpoint(path).load(parts, optional=optional)
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A checkpoint whose every file is as it was saved.
+
+    Attributes:
+        passed_over: what is wrong with the newer ones.
+
+    Example:
+        newest = find_verified(run.checkpoints)
+        if newest is not None:
+            step = newest.load({"policy": policy})
+    """
+
+    path: Path
+    manifest: Manifest
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    def state(self, part: str) -> dict[str, Any] | None:
+        """A part's state; None where the checkpoint has no such part."""
+        return _read_part(self.path, part, self.manifest) if part in self.manifest.parts else None
+
+    def load(self, parts: Mapping[str, Stateful], *, optional: Collection[str] = ()) -> int:
+        """Give each part its state; returns the step.
+
+        Raises:
+            CheckpointError: a part is not in the checkpoint, and not `optional`.
+        """
+        missing = sorted(set(parts) - set(self.manifest.parts) - set(optional))
+        if missing:
+            raise CheckpointError(
+                f"{self.path}: got parts {', '.join(self.manifest.parts)}; expected also {', '.join(missing)}; "
+                f"was it saved by another kind of run?{_remedy(self.path)}"
+            )
+        states = {name: self.state(name) for name in parts}
+        for name, part in parts.items():
+            if (state := states[name]) is not None:
+                part.load_state_dict(state)
+        return self.step
+
+
+def verify_checkpoint(path: Path) -> Verified:
+    """Read and check every file of it.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or altered; it names the file and the other checkpoints.
+    """
     manifest = read_manifest(path)
     for name, stored in manifest.files.items():
         _verify(path / name, stored)
-    missing = sorted(set(parts) - set(manifest.parts))
-    if missing:
-        raise CheckpointError(
-            f"{path}: got parts {', '.join(manifest.parts)}; expected also {', '.join(missing)}; "
-            f"was it saved by another kind of run?{_remedy(path)}"
-        )
-    states = {name: _read_part(path, name, manifest) for name in parts}
-    for name, part in parts.items():
-        part.load_state_dict(states[name])
-    return manifest.step
+    return Verified(path, manifest)
+
+
+def find_verified(root: Path) -> Verified | None:
+    """The checkpoint to resume from: the newest one, or where that is damaged the one before it.
+
+    None where there is none at all. Changes nothing on the disk.
+
+    Raises:
+        CheckpointError: there are some, and all are damaged.
+    """
+    problems: list[CheckpointError] = []
+    for path in _by_preference(root):
+        try:
+            found = verify_checkpoint(path)
+        except CheckpointError as error:
+            problems.append(error)
+            continue
+        return replace(found, passed_over=tuple(str(problem) for problem in problems))
+    if problems:
+        raise problems[0]
+    return None
+
+
+def _by_preference(root: Path) -> list[Path]:
+    """Every checkpoint, a damaged one without a manifest too: the newest first, those before it, those after it."""
+    complete = list_checkpoints(root)
+    names = {path.name for path in complete}
+    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    damaged = [path for path in folders if _STEP_FOLDER.fullmatch(path.name) and not (path / MANIFEST).is_file()]
+    found = [*complete, *(path for path in damaged if path.name.removeprefix(_ASIDE) not in names)]
+    named = [path for path in found if path.name.removeprefix(_ASIDE) == _pointer(root)]
+    newest = step_of(named[0]) if named else max(map(step_of, found), default=0)
+    return sorted(found, key=lambda path: (step_of(path) <= newest, step_of(path)), reverse=True)
+
+
+def _pointer(root: Path) -> str | None:
+    with suppress(OSError, UnicodeDecodeError):
+        return (root / LATEST).read_text(encoding="utf-8").strip()
+    return None
 
 
 def find_latest(root: Path) -> Path | None:
     """The checkpoint that `latest` names, else the newest one; None when there is none. Changes nothing on the disk."""
     complete = list_checkpoints(root)
-    with suppress(OSError, UnicodeDecodeError):
-        name = (root / LATEST).read_text(encoding="utf-8").strip()
-        for path in complete:
-            if path.name.removeprefix(_ASIDE) == name:
-                return path
+    name = _pointer(root)
+    for path in complete:
+        if path.name.removeprefix(_ASIDE) == name:
+            return path
     return complete[-1] if complete else None
 
 
@@ -158,13 +245,19 @@ def read_manifest(path: Path) -> Manifest:
         )
     try:
         content = json.loads((path / MANIFEST).read_bytes())
-        if content["format"] != FORMAT:
+        if content["format"] not in _READABLE:
             raise CheckpointError(
-                f"{path}: got checkpoint format {content['format']}; this version of groupwise reads {FORMAT}; "
+                f"{path}: got checkpoint format {content['format']}; this version of groupwise reads up to {FORMAT}; "
                 "resume with the version that wrote it"
             )
+        checksum = content.pop("blake2b", None)
+        if checksum != _checksum(content) and (checksum is not None or content["format"] != 1):
+            raise ValueError("its content has changed since it was saved")
         files = {name: StoredFile(**entry) for name, entry in content["files"].items()}
-        return Manifest(int(content["step"]), tuple(content["parts"]), files)
+        if content["step"] != step_of(path):
+            raise ValueError(f"it is of step {content['step']}, and the folder is named {path.name}")
+        _check_parts(content["parts"], files)
+        return Manifest(step_of(path), tuple(content["parts"]), files)
     except FileNotFoundError:
         raise CheckpointError(f"{path / MANIFEST}: the file is missing{_remedy(path)}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -180,8 +273,21 @@ def _write_parts(folder: Path, step: int, parts: Mapping[str, Stateful]) -> None
         if encoded.tensors:
             save_file(encoded.tensors, folder / f"{name}.safetensors")
     files = {path.name: asdict(_measure(path)) for path in sorted(folder.iterdir())}
-    write_json_atomic(folder / MANIFEST, {"format": FORMAT, "step": step, "parts": list(parts), "files": files})
+    content = {"format": FORMAT, "step": step, "parts": list(parts), "files": files}
+    write_json_atomic(folder / MANIFEST, {**content, "blake2b": _checksum(content)})
     sync_folder(folder)
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Of a manifest's meaning: spaces and the order of keys do not count."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
+
+
+def _check_parts(parts: list[str], files: Mapping[str, StoredFile]) -> None:
+    for name in parts:
+        if f"{name}.json" not in files:
+            raise ValueError(f"it names the part {name} and not its file")
 
 
 def _measure(path: Path) -> StoredFile:

@@ -20,7 +20,13 @@ class TrainConfig(Section):
     logprob_chunk_tokens: int = Field(1_024, ge=8, description="tokens whose logits exist at one time")
     max_off_policy_steps: int = Field(0, ge=0, le=0, description="0: every sample is drawn by the newest weights")
     save_every: int = Field(
-        0, ge=0, description="steps between checkpoints; 0 saves only when interrupted and at the end"
+        0, ge=0, description="steps between checkpoints, beside those by the clock; 0 saves at no count of steps"
+    )
+    save_every_minutes: float = Field(
+        10.0,
+        ge=0,
+        description="a checkpoint after the first step and then whenever so much time has passed, less often where a "
+        "save is slow; 0 saves by `save_every` alone, when interrupted and at the end",
     )
     keep_checkpoints: int = Field(2, ge=1)
     stop_after_empty_steps: int = Field(

@@ -36,6 +36,7 @@ class PromptSampler:
         prompts: `[n]`, at least one.
         seed: decides every epoch's order.
         shuffle: False keeps the data's order in every epoch.
+        same_data: a saved position of other data, or of another order, is refused.
 
     Raises:
         DataError: there are no prompts.
@@ -45,12 +46,13 @@ class PromptSampler:
         items = sampler.take(32)          # indices 0 to 31; the next call gives 32 to 63
     """
 
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool) -> None:
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool, same_data: bool = True) -> None:
         if not prompts:
             raise DataError("there are no prompts to sample from; expected at least one")
         self._prompts = tuple(prompts)
         self._seed = seed
         self._shuffle = shuffle
+        self._same_data = same_data
         self._position = 0
         self._fingerprint = _fingerprint(self._prompts)
         self._cached_epoch = -1
@@ -103,6 +105,11 @@ class PromptSampler:
         position = state.get("position")
         if not isinstance(position, int) or isinstance(position, bool) or position < 0:
             raise CheckpointError(f"the sampler's saved position is {position!r}; expected a whole number from 0 on")
+        if self._same_data:
+            self._check_same(state)
+        self._position = position
+
+    def _check_same(self, state: dict[str, Any]) -> None:
         if state.get("fingerprint") != self._fingerprint:
             raise CheckpointError(
                 f"the checkpoint was written with other data ({state.get('num_prompts')} prompts, now "
@@ -114,7 +121,6 @@ class PromptSampler:
                     f"the checkpoint was written with {name} = {state.get(name)!r}, but it is {now!r} now, which would "
                     "repeat and skip prompts; resume with the same setting, or start a new run"
                 )
-        self._position = position
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch != self._cached_epoch:

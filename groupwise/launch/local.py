@@ -6,38 +6,49 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from groupwise.algorithms import Algorithm, build_algorithm
-from groupwise.checkpoint import find_latest, load_checkpoint
+from groupwise.checkpoint.saver import Saver
 from groupwise.config import Config
 from groupwise.config.checks import check_trainable, sampling_remark
+from groupwise.config.train import TrainConfig
 from groupwise.data import PromptSampler, PromptSet, check_rows, load_prompts, read_rows
 from groupwise.data.files import Source
 from groupwise.empty_steps import EmptySteps
 from groupwise.engines import build_engine, check_engine
-from groupwise.errors import CheckpointError
 from groupwise.evaluation.counted import counted_remarks, counted_rewards
 from groupwise.evaluation.evaluator import Evaluator, eval_sampling
-from groupwise.evaluation.report import EvalReport
-from groupwise.files import append_rows, write_json_atomic
-from groupwise.interrupt import catch_interrupts
-from groupwise.model.loading import LoadedModel, given_or_loaded, load_tokenizer, prepare_device, with_adapter
+from groupwise.files import write_json_atomic
+from groupwise.fingerprint import machine_facts, model_facts, prompt_facts, reward_facts
+from groupwise.interrupt import StopRequest, catch_interrupts
+from groupwise.launch.record import Reports, restore, summarize
+from groupwise.lock import FolderLock
+from groupwise.model.loading import (
+    LoadedModel,
+    given_or_loaded,
+    load_tokenizer,
+    prepare_device,
+    resolve_device,
+    resolve_dtype,
+    with_adapter,
+)
 from groupwise.policy import Objective, Policy
 from groupwise.policy.bundle import BundleWriter
 from groupwise.policy.upkeep import AdaptiveEntropy, ReferenceSync, Upkeep
+from groupwise.resume import Identity, Start, describe_start, find_start, hold_place, open_run
 from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, LogprobPass, Producer, Selection
 from groupwise.rollout.batch import teaches
-from groupwise.rundir import RunDirectory, check_place
+from groupwise.rundir import RunDirectory
 from groupwise.tracking import Trackers, build_trackers, check_backends
 from groupwise.train import TrainParts, train
-from groupwise.types import Engine, RolloutGroup, SamplingParams, Unwatched, Watcher
+from groupwise.types import Engine, RolloutGroup, SamplingParams, Stateful, Tokenizer, Unwatched, Watcher
 from groupwise.weight_sync import InProcessSync
 
 logger = logging.getLogger(__name__)
@@ -79,24 +90,38 @@ class Given:
 class _Data:
     train: PromptSet
     eval: PromptSet | None
+    tokenizer: Tokenizer
 
 
-@dataclass(slots=True)
-class _Reports:
-    """Evaluations of one run, first to last; their rows go to trajectories."""
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """The run directory, held by this process, and what is in it."""
 
     run: RunDirectory
-    summaries: list[dict[str, Any]] = field(default_factory=list)
+    start: Start
+    identity: Identity
+    reports: Reports
+    lock: FolderLock
+    stop: StopRequest
 
-    def add(self, step: int, report: EvalReport) -> None:
-        self.summaries.append({"step": step, **report.summary()})
-        append_rows(self.run.trajectories / f"eval_{step:06d}.jsonl", report.records())
+    def saver(self, parts: Mapping[str, Stateful], config: TrainConfig, watcher: Watcher) -> Saver:
+        return Saver(
+            self.run.checkpoints, parts, config, record=self.identity, confirm=self.lock.confirm, saved=watcher.saved
+        )
 
 
 def run_training(
-    config: Config, *, resume: bool = False, overwrite: bool = False, given: Given | None = None
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    accept_changes: bool = False,
+    given: Given | None = None,
 ) -> dict[str, Any]:
     """Train as `config` says, from data to `final/`; returns what `summary.json` holds.
+
+    Args:
+        accept_changes: resume also where something that decides the result has changed; it is recorded.
 
     Raises:
         ConfigError, DataError: before a model is loaded, wherever that is possible.
@@ -111,47 +136,79 @@ def run_training(
     algorithm = build_algorithm(config.algorithm)
     scorer = _scorer(config, given)
     data = _load_data(config, given, scorer)
-    steps = _num_steps(config, len(data.train.prompts))
-    check_place(_output(config), resume=resume, overwrite=overwrite)
-    loaded = with_adapter(given_or_loaded(given.loaded, config.model), config.lora, seed=config.train.seed)
-    run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
-    run.record(config)
-    with run.logging(), catch_interrupts() as stop:
-        _describe(data, config)
-        adaptive = None if algorithm.entropy_control is None else AdaptiveEntropy(algorithm, algorithm.entropy_control)
-        policy = _policy(config, loaded, adaptive or algorithm, run=run, steps=steps)
-        engine = build_engine(config.rollout, loaded, reserved_bytes=policy.bytes_to_come)
-        reports = _Reports(run)
-        buffer = _buffer(config)
-        producer = _producer(config, data, engine, scorer, buffer=buffer, steps=steps)
-        keep = partial(teaches, algorithm=algorithm, reward_weights=scorer.weights)
-        parts = TrainParts(
-            config=config,
-            algorithm=algorithm,
-            policy=policy,
-            upkeep=_upkeep(config, policy, adaptive),
-            producer=producer,
-            buffer=buffer,
-            selection=_selection(config, buffer, producer, keep=keep),
-            logprobs=_logprobs(config, policy, algorithm),
-            scorer=scorer,
-            weight_sync=InProcessSync(policy, engine),
-            evaluator=_evaluator(config, given, data, engine, reports=reports),
-            trackers=_trackers(config, run, steps=steps, accuracy_of=_counted(data, scorer)),
-            run=run,
-            num_steps=steps,
-            empty=_empty_steps(config),
-            stop=stop,
-            watcher=given.watcher or Unwatched(),
-        )
-        try:
-            done = run_async(_run(parts))
-            policy.save_pretrained(run.final)
-        finally:
-            policy.release()
-        summary = _summary(config, reports, steps=done, seconds=time.perf_counter() - started)
-        write_json_atomic(run.summary_file, summary)
+    identity = _identity(config, given, data, algorithm)
+    place = _output(config)
+    with hold_place(place, resume=resume, overwrite=overwrite) as lock, catch_interrupts() as stop:
+        start = find_start(place, identity, resume=resume, accept=accept_changes)
+        loaded = with_adapter(given_or_loaded(given.loaded, config.model), config.lora, seed=config.train.seed)
+        run = open_run(config, identity, place, resume=resume, overwrite=overwrite)
+        opened = _Opened(run, start, identity, Reports(run), lock, stop)
+        with run.logging():
+            describe_start(run, start, identity, resume=resume)
+            _describe(data, config)
+            parts = _build(config, given, data, algorithm=algorithm, scorer=scorer, loaded=loaded, opened=opened)
+            try:
+                done = run_async(_run(parts, start))
+                parts.policy.save_pretrained(run.final)
+            finally:
+                parts.policy.release()
+            seconds = time.perf_counter() - started
+            summary = summarize(config, opened.reports, identity, steps=done, seconds=seconds)
+            write_json_atomic(run.summary_file, summary)
     return summary
+
+
+def _build(
+    config: Config,
+    given: Given,
+    data: _Data,
+    *,
+    algorithm: Algorithm,
+    scorer: RewardScorer,
+    loaded: LoadedModel,
+    opened: _Opened,
+) -> TrainParts:
+    """Every component of the run."""
+    run, start, reports = opened.run, opened.start, opened.reports
+    steps = _num_steps(config, len(data.train.prompts))
+    adaptive = None if algorithm.entropy_control is None else AdaptiveEntropy(algorithm, algorithm.entropy_control)
+    policy = _policy(config, loaded, adaptive or algorithm, run=run, steps=steps)
+    engine = build_engine(config.rollout, loaded, reserved_bytes=policy.bytes_to_come)
+    buffer = _buffer(config)
+    producer = _producer(config, _sampler(config, data, start), engine, scorer, buffer=buffer, steps=steps)
+    upkeep = _upkeep(config, policy, adaptive)
+    evaluator = _evaluator(config, given, data, engine, reports=reports)
+    watcher, empty = given.watcher or Unwatched(), _empty_steps(config)
+    saved: dict[str, Stateful] = {
+        "policy": policy,
+        "upkeep": upkeep,
+        "producer": producer,
+        "buffer": buffer,
+        "evaluator": evaluator,
+        "reports": reports,
+        "empty": empty,
+    }
+    keep = partial(teaches, algorithm=algorithm, reward_weights=scorer.weights)
+    return TrainParts(
+        config=config,
+        algorithm=algorithm,
+        policy=policy,
+        upkeep=upkeep,
+        producer=producer,
+        buffer=buffer,
+        selection=_selection(config, buffer, producer, keep=keep),
+        logprobs=_logprobs(config, policy, algorithm),
+        scorer=scorer,
+        weight_sync=InProcessSync(policy, engine),
+        evaluator=evaluator,
+        trackers=_trackers(config, run, steps=steps, start=start, accuracy_of=_counted(data, scorer)),
+        saver=opened.saver(saved, config.train, watcher),
+        run=run,
+        num_steps=steps,
+        empty=empty,
+        stop=opened.stop,
+        watcher=watcher,
+    )
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
@@ -170,33 +227,27 @@ def _is_in_loop() -> bool:
     return True
 
 
-async def _run(parts: TrainParts) -> int:
-    start = _restore(parts) if parts.run.resumed else 0
+async def _run(parts: TrainParts, start: Start) -> int:
+    first = restore(parts, start)
     parts.trackers.start(parts.config.model_dump(mode="json"), parts.run.path)
     try:
-        return await train(parts, start=start)
+        return await train(parts, start=first)
     finally:
         parts.trackers.close()
         await parts.producer.close()
 
 
-def _restore(parts: TrainParts) -> int:
-    """Load the newest checkpoint, and forget what was written after it."""
-    latest = find_latest(parts.run.checkpoints)
-    if latest is None:
-        raise CheckpointError(f"{parts.run.checkpoints} holds no complete checkpoint; start again with --overwrite")
-    step = load_checkpoint(latest, parts.stateful)
-    parts.producer.rewind(parts.buffer.next_index)
-    parts.run.truncate_after(step)
-    logger.info("resumed from %s", latest)
-    return step
-
-
-def _resumed_step(run: RunDirectory) -> int | None:
-    from groupwise.checkpoint.store import step_of
-
-    latest = find_latest(run.checkpoints) if run.resumed else None
-    return None if latest is None else step_of(latest)
+def _identity(config: Config, given: Given, data: _Data, algorithm: Algorithm) -> Identity:
+    device = resolve_device(config.model.device)
+    module = None if given.loaded is None else given.loaded.model
+    compared = algorithm.needs_reference
+    return Identity.of(
+        config,
+        prompt_facts(data.train.prompts, num_rows=data.train.num_rows)
+        | model_facts(config, data.tokenizer, module, compared=compared)
+        | reward_facts(config, given.rewards)
+        | machine_facts(str(device), str(resolve_dtype(config.model.dtype, device))),
+    )
 
 
 def _scorer(config: Config, given: Given) -> RewardScorer:
@@ -217,6 +268,7 @@ def _load_data(config: Config, given: Given, scorer: RewardScorer) -> _Data:
     data = _Data(
         train=load_prompts(train_rows, config.data, tokenizer),
         eval=None if eval_rows is None else load_prompts(eval_rows, config.data, tokenizer, limit=config.eval.limit),
+        tokenizer=tokenizer,
     )
     scorer.check_prompts(data.train.prompts)
     if data.eval is not None:
@@ -265,10 +317,18 @@ def training_sampling(config: Config) -> SamplingParams:
     )
 
 
+def _sampler(config: Config, data: _Data, start: Start) -> PromptSampler:
+    return PromptSampler(
+        data.train.prompts,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        same_data=not start.changes,  # or the difference was accepted
+    )
+
+
 def _producer(
-    config: Config, data: _Data, engine: Engine, scorer: RewardScorer, *, buffer: Buffer, steps: int
+    config: Config, sampler: PromptSampler, engine: Engine, scorer: RewardScorer, *, buffer: Buffer, steps: int
 ) -> Producer:
-    sampler = PromptSampler(data.train.prompts, seed=config.train.seed, shuffle=config.data.shuffle)
     return Producer(
         engine,
         scorer,
@@ -286,12 +346,12 @@ def _buffer(config: Config) -> Buffer:
     )
 
 
-def _trackers(config: Config, run: RunDirectory, *, steps: int, accuracy_of: str) -> Trackers:
+def _trackers(config: Config, run: RunDirectory, *, steps: int, start: Start, accuracy_of: str) -> Trackers:
     return build_trackers(
         config.tracking,
         run_name=run.path.name,
         total_steps=steps,
-        resumed_step=_resumed_step(run),
+        resumed_step=start.step,
         accuracy_of=accuracy_of,
     )
 
@@ -345,7 +405,7 @@ def _upkeep(config: Config, policy: Policy, adaptive: AdaptiveEntropy | None) ->
     return Upkeep(entropy=adaptive, sync=ReferenceSync(reference, config.algorithm.reference_sync_every, alpha))
 
 
-def _evaluator(config: Config, given: Given, data: _Data, engine: Engine, *, reports: _Reports) -> Evaluator:
+def _evaluator(config: Config, given: Given, data: _Data, engine: Engine, *, reports: Reports) -> Evaluator:
     """With a scorer of its own, so that training's reward metrics hold training's rewards alone."""
     return Evaluator(
         engine,
@@ -360,10 +420,3 @@ def _evaluator(config: Config, given: Given, data: _Data, engine: Engine, *, rep
 def _empty_steps(config: Config) -> EmptySteps:
     where = _WHERE if config.train.trajectories else ""
     return EmptySteps(config.train.stop_after_empty_steps, remedy=_REMEDY + where)
-
-
-def _summary(config: Config, reports: _Reports, *, steps: int, seconds: float) -> dict[str, Any]:
-    summary: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 1), "seed": config.train.seed}
-    if reports.summaries:
-        summary["eval"] = reports.summaries
-    return summary

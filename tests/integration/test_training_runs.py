@@ -53,7 +53,7 @@ def test_a_run_directory_is_complete(task: Any, tmp_path: Path, read_jsonl: Read
     config = task.config(run, tracking={"backends": ["jsonl", "tensorboard", "console"]}, train={"save_every": 2})
     summary = run_training(config)
     names = {path.name for path in run.iterdir()}
-    files = ["config.json", "versions.json", "log.txt", "metrics.jsonl", "ledger.jsonl", "summary.json"]
+    files = ["config.json", "versions.json", "log.txt", "metrics.jsonl", "ledger.jsonl", "summary.json", ".lock.1"]
     assert names == {*files, "trajectories", "checkpoints", "final", "tensorboard"}
     assert json.loads((run / "summary.json").read_text()) == summary
     assert summary["steps"] == 4

@@ -41,6 +41,7 @@ def load(monkeypatch: pytest.MonkeyPatch):
         ("algorithms", "--warm-up-steps"),
         ("head_memory", "--plain-tokens"),
         ("exactness", "--rounds"),
+        ("chaos", "--kills"),
     ],
 )
 def test_help_lists_the_options(load, capsys: pytest.CaptureFixture[str], script: str, option: str) -> None:

@@ -273,8 +273,8 @@ def test_no_part_changes_unless_all_can(tmp_path: Path):
 
 def test_another_format_is_refused(tmp_path: Path):
     manifest = save(tmp_path, 1) / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(CheckpointError, match="format 2"):
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(CheckpointError, match="format 3"):
         read_manifest(manifest.parent)
 
 

@@ -47,21 +47,32 @@ def _add_shared(parser: Parser) -> None:
     parser.add_argument("--output", metavar="DIR", help="run directory (train.output)")
     parser.add_argument("--seed", metavar="N", help="of everything random (train.seed)")
     start = parser.add_mutually_exclusive_group()
-    parser.flags += ["--resume", "--overwrite"]
+    parser.flags += ["--resume", "--overwrite", "--accept-changes"]
     start.add_argument(
         "--resume", action="store_true", help="go on from the run directory's newest checkpoint; needs no recipe then"
     )
     start.add_argument("--overwrite", action="store_true", help="begin anew in a run directory that holds a run")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="with --resume: go on although what decides the result has changed; what was accepted is recorded",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the settings, do not train")
 
 
 def _load(args: argparse.Namespace) -> LoadedConfig:
     """The recipe, or when a run is resumed without one, the run's own config; under the flags."""
     from groupwise.config.loading import load_config
+    from groupwise.errors import ConfigError
 
     recipe: str | None = args.recipe
     if recipe is None and args.resume and args.output is not None:
         own = Path(args.output, "config.json")
+        if not own.is_file() and args.model is None:
+            raise ConfigError(
+                f"{args.output}: got no config.json of a run there, so --resume knows no settings; give the recipe or "
+                "the flags that the run is started with"
+            )
         recipe = str(own) if own.is_file() else None
     return load_config(recipe, _overrides(args))
 
@@ -111,7 +122,7 @@ def _train(args: argparse.Namespace) -> None:
         return
     from groupwise.launch.local import run_training
 
-    run_training(loaded.config, resume=args.resume, overwrite=args.overwrite)
+    run_training(loaded.config, resume=args.resume, overwrite=args.overwrite, accept_changes=args.accept_changes)
 
 
 def _sft(args: argparse.Namespace) -> None:
@@ -127,7 +138,7 @@ def _sft(args: argparse.Namespace) -> None:
         return
     from groupwise.sft import run_sft
 
-    run_sft(loaded.config, resume=args.resume, overwrite=args.overwrite)
+    run_sft(loaded.config, resume=args.resume, overwrite=args.overwrite, accept_changes=args.accept_changes)
 
 
 def _check_parts(config: Config) -> None:

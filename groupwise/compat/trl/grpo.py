@@ -73,11 +73,14 @@ class GRPOTrainer(Trainer):
         self._check(values, model)
         super().__init__(model, self.args, options=options, batch=batch, rows=rows, values=values)
 
-    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: bool | str | Path | None = None, *, accept_changes: bool = False
+    ) -> TrainOutput:
         """Train in place; the run directory is `run` in `output_dir`.
 
         Args:
             resume_from_checkpoint: true goes on from the newest checkpoint of `output_dir`.
+            accept_changes: goes on where data, model or code are others than then, which is refused otherwise.
         """
         resume = self._start(self.args, resume_from_checkpoint)
         watcher = self._watch(self.args)
@@ -90,7 +93,9 @@ class GRPOTrainer(Trainer):
                 reward_weights=[weight for _, weight in self._functions],
                 watcher=watcher,
             )
-            summary = run_training(self.config, resume=resume, overwrite=not resume, given=given)
+            summary = run_training(
+                self.config, resume=resume, overwrite=not resume, accept_changes=accept_changes, given=given
+            )
         return watcher.ended(summary)
 
     def evaluate(

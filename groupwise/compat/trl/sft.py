@@ -68,7 +68,9 @@ class SFTTrainer(Trainer):
         if column is not None and column not in rows[0].values:
             self._rows = [_rendered(row, self._held.tokenizer) for row in rows]
 
-    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: bool | str | Path | None = None, *, accept_changes: bool = False
+    ) -> TrainOutput:
         """Train in place; as `GRPOTrainer.train`."""
         resume = self._start(self.args, resume_from_checkpoint)
         watcher = self._watch(self.args)
@@ -77,6 +79,7 @@ class SFTTrainer(Trainer):
                 self.config,
                 resume=resume,
                 overwrite=not resume,
+                accept_changes=accept_changes,
                 loaded=loaded,
                 train_data=self._rows,
                 watcher=watcher,

@@ -190,6 +190,7 @@ def _shared(args: Arguments, batch: Batch, *, num_rows: int) -> Values:
         "tracking.run_name": args.run_name or Path(args.output_dir).resolve().name,
         "train.output": str(Path(args.output_dir) / RUN_FOLDER),
         "train.save_every": _every(args, "save", args.save_steps, batch=batch, num_rows=num_rows),
+        "train.save_every_minutes": 0.0,  # saves are where save_strategy and save_steps put them
         "train.keep_checkpoints": ALL if keep is None or keep <= 0 else keep,
     }
 

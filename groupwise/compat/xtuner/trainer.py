@@ -110,8 +110,11 @@ class _Trainer(Names):
         """
         return self._translate().loaded
 
-    def fit(self) -> dict[str, Any]:
+    def fit(self, *, accept_changes: bool = False) -> dict[str, Any]:
         """Train; returns what `summary.json` holds. The run directory is a new folder in `work_dir`, named by the time.
+
+        Args:
+            accept_changes: `auto_resume` goes on where data, model or code are others than then.
 
         Raises:
             ConfigError, DataError: before a model is loaded, wherever that is possible.
@@ -125,7 +128,8 @@ class _Trainer(Names):
             logger.warning(line)
         given = Given(rewards=program.rewards.functions, watcher=TrajectoryLinks(program.output.folder))
         try:
-            return run_training(config, resume=program.output.resume, given=given)
+            resume = program.output.resume
+            return run_training(config, resume=resume, accept_changes=accept_changes and resume, given=given)
         except ConfigError as error:
             raise _in_this_programs_words(error, program.loaded) from error
 
