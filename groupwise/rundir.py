@@ -1,8 +1,8 @@
 """The run directory: what is where, who may write into it, and what a resumed run may change.
 
 runs/NAME/
-  config.json  versions.json  log.txt  metrics.jsonl  ledger.jsonl  summary.json
-  samples.jsonl  trajectories/  checkpoints/  final/  bundles/  tensorboard/  tracking/
+  config.json  versions.json  trust.json  log.txt  metrics.jsonl  ledger.jsonl  summary.json
+  samples.jsonl  trajectories/  checkpoints/  base/  final/  bundles/  tensorboard/  tracking/
   report.html
 """
 
@@ -34,6 +34,7 @@ KNOWN_NAMES = frozenset(
     {
         "config.json",
         "versions.json",
+        "trust.json",
         "log.txt",
         "metrics.jsonl",
         "samples.jsonl",
@@ -42,6 +43,7 @@ KNOWN_NAMES = frozenset(
         "report.html",
         "trajectories",
         "checkpoints",
+        "base",
         "final",
         "bundles",
         "tensorboard",
@@ -49,7 +51,10 @@ KNOWN_NAMES = frozenset(
     }
 )
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "bitsandbytes")
-FREE_ON_RESUME = ("data.eval", "train.output", "train.save_every", "train.keep_checkpoints", "train.trajectories")
+FREE_ON_RESUME = (
+    *("data.eval", "train.output", "train.trajectories"),
+    *("train.save_every", "train.keep_checkpoints", "train.keep_best"),
+)
 FREE_SECTIONS_ON_RESUME = ("eval.", "tracking.")
 _STEP_FILE = re.compile(r".*_(\d+)\.jsonl(?:\.gz)?")
 _TEMPORARY = re.compile(r"\..+\.tmp")
@@ -207,6 +212,22 @@ def check_place(path: str | Path, *, resume: bool, overwrite: bool) -> list[str]
     elif entries:
         _check_removable(folder, entries)
     return entries
+
+
+def check_same_run(path: Path, config: Config) -> None:
+    """Refuse to resume the run in `path` with a config that would change its maths; as `RunDirectory.record`.
+
+    Raises:
+        ConfigError: lists every setting that differs and must not.
+    """
+    check_resume(read_run_config(path), config)
+
+
+def describe_place(path: Path, *, resume: bool) -> str:
+    """What a run that passed `check_place` would find there, in one line."""
+    if not resume:
+        return f"{path}: {'a run is replaced' if path.is_dir() and any(path.iterdir()) else 'a new run'}"
+    return f"{path}: the run goes on from {max(p.parent.name for p in path.glob('checkpoints/step_*/manifest.json'))}"
 
 
 def versions() -> dict[str, Any]:

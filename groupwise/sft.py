@@ -14,15 +14,17 @@ from groupwise import metrics
 from groupwise.algorithms.base import LossInputs, LossOutput
 from groupwise.checkpoint import find_latest, load_checkpoint, save_checkpoint
 from groupwise.clock import Clock
-from groupwise.config import Config
+from groupwise.config import Config, ModelConfig
 from groupwise.config.checks import check_supervised
-from groupwise.data import check_supervised_rows, load_supervised, read_rows
+from groupwise.config.model_name import short_name
+from groupwise.data import SupervisedSet, check_supervised_rows, load_supervised, read_rows
 from groupwise.data.files import Source
 from groupwise.data.sampler import epoch_order
 from groupwise.errors import CheckpointError, Interrupted
 from groupwise.files import write_json_atomic
-from groupwise.interrupt import StopRequest, catch_interrupts
+from groupwise.interrupt import StopRequest, catch_interrupts, interrupted
 from groupwise.metrics import Last
+from groupwise.model.checkpoints import keep_base, settle_model
 from groupwise.model.loading import (
     LoadedModel,
     given_or_loaded,
@@ -30,11 +32,13 @@ from groupwise.model.loading import (
     prepare_device,
     with_adapter,
 )
+from groupwise.model.outline import check_model
 from groupwise.policy import Policy
 from groupwise.policy.bundle import BundleWriter
 from groupwise.rollout.microbatches import split_rows
-from groupwise.rundir import RunDirectory, check_place
+from groupwise.rundir import RunDirectory, check_place, check_same_run, describe_place
 from groupwise.tracking import build_trackers, check_backends
+from groupwise.trust import prove
 from groupwise.types import Denominators, Stateful, TrainingRow, Unwatched, Watcher
 
 logger = logging.getLogger(__name__)
@@ -49,6 +53,60 @@ class SupervisedLoss:
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         return LossOutput(-(inputs.logprobs * inputs.mask).sum() / inputs.denominators.tokens, {})
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSft:
+    """A run that passed every check that needs no weights; `config` and `model` as in GRPO's."""
+
+    config: Config
+    model: ModelConfig
+    data: SupervisedSet
+    steps: int
+    output: Path
+
+    def describe(self, *, resume: bool) -> str:
+        """What `--dry-run` says of it."""
+        rows = self.config.sft.rows_per_step
+        return (
+            f"# {self.config.data.train}: {self.data.describe()}\n# {self.steps:,} steps of {rows} rows\n"
+            f"# {describe_place(self.output, resume=resume)}"
+        )
+
+
+def prepare_sft(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    loaded: LoadedModel | None = None,
+    train_data: Source | None = None,
+) -> PreparedSft:
+    """Check all that a run of this config needs and that can be known without weights. Nothing is written.
+
+    Raises:
+        ConfigError, DataError: what the run would be refused for.
+    """
+    provided = [name for name, value in (("model.path", loaded), ("data.train", train_data)) if value is not None]
+    begun = settle_model(config, _output(config), resume=resume, given=loaded)
+    config, model = begun.config, begun.model
+    check_supervised(config, provided=[*provided, *begun.provided])
+    check_backends(config.tracking)
+    prepare_device(config.model.device)
+    source = read_rows(config.data.train if train_data is None else train_data)
+    check_supervised_rows(source, config.data, text_column=config.sft.text_column)
+    tokenizer = load_tokenizer(model) if loaded is None else loaded.tokenizer
+    data = load_supervised(
+        source, config.data, tokenizer, max_tokens=config.sft.max_tokens, text_column=config.sft.text_column
+    )
+    steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(data.rows) / config.sft.rows_per_step))
+    output = _output(config)
+    check_place(output, resume=resume, overwrite=overwrite)
+    if resume:
+        check_same_run(output, config)
+    if loaded is None:
+        check_model(model, config.lora)
+    return PreparedSft(config, model, data, steps, output)
 
 
 def run_sft(
@@ -71,21 +129,14 @@ def run_sft(
         Interrupted: the user stopped the run, and a checkpoint was saved.
     """
     started = time.perf_counter()
-    provided = [name for name, value in (("model.path", loaded), ("data.train", train_data)) if value is not None]
-    check_supervised(config, provided=provided)
-    check_backends(config.tracking)
-    prepare_device(config.model.device)
-    source = read_rows(config.data.train if train_data is None else train_data)
-    check_supervised_rows(source, config.data, text_column=config.sft.text_column)
-    tokenizer = load_tokenizer(config.model) if loaded is None else loaded.tokenizer
-    data = load_supervised(
-        source, config.data, tokenizer, max_tokens=config.sft.max_tokens, text_column=config.sft.text_column
-    )
-    steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(data.rows) / config.sft.rows_per_step))
-    check_place(_output(config), resume=resume, overwrite=overwrite)
-    loaded = with_adapter(given_or_loaded(loaded, config.model), config.lora, seed=config.train.seed)
-    run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
+    ready = prepare_sft(config, resume=resume, overwrite=overwrite, loaded=loaded, train_data=train_data)
+    config, data, steps = ready.config, ready.data, ready.steps
+    loaded = given_or_loaded(loaded, ready.model)
+    run = RunDirectory.create(ready.output, resume=resume, overwrite=overwrite)
+    keep_base(loaded, ready.model, run.path)
+    loaded = with_adapter(loaded, config.lora, seed=config.train.seed)
     run.record(config)
+    prove(run.path)
     with run.logging(), catch_interrupts() as stop:
         logger.info("supervised data: %s", data.describe())
         policy = Policy(
@@ -114,7 +165,7 @@ def run_sft(
 
 
 def _output(config: Config) -> Path:
-    name = f"{Path(config.model.path).name or 'model'}-{Path(config.data.train).stem or 'data'}-sft"
+    name = f"{short_name(config.model.path)}-{Path(config.data.train).stem or 'data'}-sft"
     return Path(config.train.output) if config.train.output else Path("runs") / name
 
 
@@ -172,7 +223,7 @@ class _Job:
             save_checkpoint(self.run.checkpoints, step, self._stateful, keep=train.keep_checkpoints)
             self.watcher.saved(step)
         if stopping and not last:
-            raise Interrupted(f"stopped after step {step}; --resume goes on from there")
+            raise Interrupted(interrupted(self.run.path, step))
 
     def _rows_of(self, step: int) -> list[TrainingRow]:
         """The step's rows: every epoch has each row once, in an order of its own."""

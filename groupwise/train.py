@@ -16,7 +16,7 @@ from groupwise.config import Config
 from groupwise.errors import Interrupted
 from groupwise.evaluation.evaluator import Evaluator
 from groupwise.files import append_rows
-from groupwise.interrupt import StopRequest
+from groupwise.interrupt import StopRequest, interrupted
 from groupwise.metrics import Last, Metric, Metrics
 from groupwise.policy import Policy
 from groupwise.policy.upkeep import Upkeep
@@ -113,11 +113,11 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
         found = metrics.merge(*sampled, *learned, scores)
         wish = _log(parts, step + 1, found | clock.metrics() | _throughput(batch, clock))
         last = wish.stop or step + 1 == parts.num_steps
-        _maybe_save(parts, step + 1, now=last or stopping or wish.save)
+        _maybe_save(parts, step + 1, now=last or stopping or wish.save or parts.evaluator.best.step == step + 1)
         if last:
             return step + 1
         if stopping:
-            raise Interrupted(f"stopped after step {step + 1}; --resume goes on from there")
+            raise Interrupted(interrupted(parts.run.path, step + 1))
         parts.producer.admit(step + 1)
     return parts.num_steps
 
@@ -137,7 +137,8 @@ def _record(parts: TrainParts, batch: TrainingBatch, step: int) -> None:
 def _maybe_save(parts: TrainParts, step: int, *, now: bool) -> None:
     train = parts.config.train
     if now or (train.save_every and step % train.save_every == 0):
-        save_checkpoint(parts.run.checkpoints, step, parts.stateful, keep=train.keep_checkpoints)
+        best = parts.evaluator.best.step
+        save_checkpoint(parts.run.checkpoints, step, parts.stateful, keep=train.keep_checkpoints, best=best)
         parts.watcher.saved(step)
 
 

@@ -7,7 +7,9 @@ from groupwise.checkpoint.store import (
     find_latest,
     list_checkpoints,
     load_checkpoint,
+    mark_best,
     read_manifest,
+    read_part,
     save_checkpoint,
     step_of,
 )
@@ -17,7 +19,9 @@ __all__ = [
     "find_latest",
     "list_checkpoints",
     "load_checkpoint",
+    "mark_best",
     "read_manifest",
+    "read_part",
     "save_checkpoint",
     "step_of",
 ]

@@ -4,77 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
-from groupwise.algorithms import Algorithm, build_algorithm
-from groupwise.checkpoint import find_latest, load_checkpoint
+from groupwise.algorithms import Algorithm
+from groupwise.checkpoint import find_latest, load_checkpoint, mark_best
 from groupwise.config import Config
-from groupwise.config.checks import check_trainable, sampling_remark
-from groupwise.data import PromptSampler, PromptSet, check_rows, load_prompts, read_rows
-from groupwise.data.files import Source
-from groupwise.engines import build_engine, check_engine
+from groupwise.config.checks import sampling_remark
+from groupwise.data import PromptSampler, PromptSet
+from groupwise.engines import build_engine
 from groupwise.errors import CheckpointError
 from groupwise.evaluation.evaluator import Evaluator, eval_sampling
 from groupwise.evaluation.report import EvalReport
 from groupwise.files import append_rows, write_json_atomic
 from groupwise.interrupt import catch_interrupts
-from groupwise.model.loading import LoadedModel, given_or_loaded, load_tokenizer, prepare_device, with_adapter
+from groupwise.launch.preparation import Given, make_scorer, prepare
+from groupwise.model.checkpoints import keep_base
+from groupwise.model.loading import LoadedModel, given_or_loaded, with_adapter
 from groupwise.policy import Objective, Policy
 from groupwise.policy.bundle import BundleWriter
 from groupwise.policy.upkeep import AdaptiveEntropy, ReferenceSync, Upkeep
 from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, LogprobPass, Producer, Selection
 from groupwise.rollout.batch import teaches
-from groupwise.rundir import RunDirectory, check_place
-from groupwise.tracking import Trackers, build_trackers, check_backends
+from groupwise.rundir import RunDirectory
+from groupwise.tracking import Trackers, build_trackers
 from groupwise.train import TrainParts, train
-from groupwise.types import Engine, RolloutGroup, SamplingParams, Unwatched, Watcher
+from groupwise.trust import prove
+from groupwise.types import Engine, RolloutGroup, SamplingParams, Unwatched
 from groupwise.weight_sync import InProcessSync
 
+__all__ = ["Given", "prepare", "run_async", "run_training", "training_sampling"]
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What a Python program hands over as objects instead of naming it in the config.
-
-    Attributes:
-        loaded: instead of `model.path`.
-        train_data, eval_data: instead of `data.train` and `data.eval`: a `datasets.Dataset`, or rows.
-        rewards: functions beside those in the config, with `reward_weights` (all 1 when empty).
-        watcher: follows the run, and may end it.
-    """
-
-    loaded: LoadedModel | None = None
-    train_data: Source | None = None
-    eval_data: Source | None = None
-    rewards: Sequence[Callable[..., Any]] = ()
-    reward_weights: Sequence[float] = ()
-    watcher: Watcher | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        present = {
-            "model.path": self.loaded,
-            "data.train": self.train_data,
-            "data.eval": self.eval_data,
-            "reward": self.rewards or None,
-        }
-        return tuple(name for name, value in present.items() if value is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Data:
-    train: PromptSet
-    eval: PromptSet | None
 
 
 @dataclass(slots=True)
@@ -100,20 +66,16 @@ def run_training(
     """
     given = given or Given()
     started = time.perf_counter()
-    check_trainable(config, provided=given.names)
-    check_engine(config.rollout.engine)
-    check_backends(config.tracking)
-    prepare_device(config.model.device)
-    algorithm = build_algorithm(config.algorithm)
-    scorer = _scorer(config, given)
-    data = _load_data(config, given, scorer)
-    steps = _num_steps(config, len(data.train.prompts))
-    check_place(_output(config), resume=resume, overwrite=overwrite)
-    loaded = with_adapter(given_or_loaded(given.loaded, config.model), config.lora, seed=config.train.seed)
-    run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
+    ready = prepare(config, resume=resume, overwrite=overwrite, given=given)
+    config, algorithm, scorer, steps = ready.config, ready.algorithm, ready.scorer, ready.steps
+    loaded = given_or_loaded(given.loaded, ready.model)
+    run = RunDirectory.create(ready.output, resume=resume, overwrite=overwrite)
+    keep_base(loaded, ready.model, run.path)
+    loaded = with_adapter(loaded, config.lora, seed=config.train.seed)
     run.record(config)
+    prove(run.path)
     with run.logging(), catch_interrupts() as stop:
-        logger.info("training data: %s", data.train.describe())
+        logger.info("training data: %s", ready.train.describe())
         if remark := sampling_remark(config):
             logger.warning(remark)
         adaptive = None if algorithm.entropy_control is None else AdaptiveEntropy(algorithm, algorithm.entropy_control)
@@ -121,7 +83,7 @@ def run_training(
         engine = build_engine(config.rollout, loaded, reserved_bytes=policy.bytes_to_come)
         reports = _Reports(run)
         buffer = _buffer(config)
-        producer = _producer(config, data, engine, scorer, buffer=buffer, steps=steps)
+        producer = _producer(config, ready.train, engine, scorer, buffer=buffer, steps=steps)
         keep = partial(teaches, algorithm=algorithm, reward_weights=scorer.weights)
         parts = TrainParts(
             config=config,
@@ -134,7 +96,7 @@ def run_training(
             logprobs=_logprobs(config, policy, algorithm),
             scorer=scorer,
             weight_sync=InProcessSync(policy, engine),
-            evaluator=_evaluator(config, given, data, engine, reports=reports),
+            evaluator=_evaluator(config, given, ready.eval, engine, reports=reports),
             trackers=_trackers(config, run, steps=steps),
             run=run,
             num_steps=steps,
@@ -183,6 +145,7 @@ def _restore(parts: TrainParts) -> int:
     if latest is None:
         raise CheckpointError(f"{parts.run.checkpoints} holds no complete checkpoint; start again with --overwrite")
     step = load_checkpoint(latest, parts.stateful)
+    mark_best(parts.run.checkpoints, parts.evaluator.best.step)
     parts.producer.rewind(parts.buffer.next_index)
     parts.run.truncate_after(step)
     logger.info("resumed from %s", latest)
@@ -194,45 +157,6 @@ def _resumed_step(run: RunDirectory) -> int | None:
 
     latest = find_latest(run.checkpoints) if run.resumed else None
     return None if latest is None else step_of(latest)
-
-
-def _scorer(config: Config, given: Given) -> RewardScorer:
-    return RewardScorer(config.reward, functions=given.rewards, function_weights=given.reward_weights)
-
-
-def _load_data(config: Config, given: Given, scorer: RewardScorer) -> _Data:
-    """Check the rows' shape first: that needs no tokenizer. Then tokenize, and check that rewards can score them."""
-    train_source = config.data.train if given.train_data is None else given.train_data
-    eval_source = config.data.eval if given.eval_data is None else given.eval_data
-    train_rows = read_rows(train_source)
-    check_rows(train_rows, config.data)
-    # A program's own data is there for evaluations that its watcher asks for.
-    eval_rows = read_rows(eval_source) if config.eval.every or given.eval_data is not None else None
-    if eval_rows is not None:
-        check_rows(eval_rows, config.data)
-    tokenizer = given.loaded.tokenizer if given.loaded is not None else load_tokenizer(config.model)
-    data = _Data(
-        train=load_prompts(train_rows, config.data, tokenizer),
-        eval=None if eval_rows is None else load_prompts(eval_rows, config.data, tokenizer, limit=config.eval.limit),
-    )
-    scorer.check_prompts(data.train.prompts)
-    if data.eval is not None:
-        scorer.check_prompts(data.eval.prompts)
-    return data
-
-
-def _num_steps(config: Config, num_prompts: int) -> int:
-    if config.train.steps is not None:
-        return config.train.steps
-    return max(1, math.ceil(config.train.epochs * num_prompts / config.rollout.prompts_per_step))
-
-
-def _output(config: Config) -> Path:
-    if config.train.output:
-        return Path(config.train.output)
-    model = Path(config.model.path).name or "model"
-    data = Path(config.data.train).stem or "data"
-    return Path("runs") / f"{model}-{data}"
 
 
 def training_sampling(config: Config) -> SamplingParams:
@@ -253,9 +177,9 @@ def training_sampling(config: Config) -> SamplingParams:
 
 
 def _producer(
-    config: Config, data: _Data, engine: Engine, scorer: RewardScorer, *, buffer: Buffer, steps: int
+    config: Config, data: PromptSet, engine: Engine, scorer: RewardScorer, *, buffer: Buffer, steps: int
 ) -> Producer:
-    sampler = PromptSampler(data.train.prompts, seed=config.train.seed, shuffle=config.data.shuffle)
+    sampler = PromptSampler(data.prompts, seed=config.train.seed, shuffle=config.data.shuffle)
     return Producer(
         engine,
         scorer,
@@ -268,9 +192,7 @@ def _producer(
 
 
 def _buffer(config: Config) -> Buffer:
-    return Buffer(
-        prompts_per_step=config.rollout.prompts_per_step, max_off_policy_steps=config.train.max_off_policy_steps
-    )
+    return Buffer(prompts_per_step=config.rollout.prompts_per_step, max_off_policy_steps=0)
 
 
 def _trackers(config: Config, run: RunDirectory, *, steps: int) -> Trackers:
@@ -316,15 +238,16 @@ def _upkeep(config: Config, policy: Policy, adaptive: AdaptiveEntropy | None) ->
     return Upkeep(entropy=adaptive, sync=ReferenceSync(reference, config.algorithm.reference_sync_every, alpha))
 
 
-def _evaluator(config: Config, given: Given, data: _Data, engine: Engine, *, reports: _Reports) -> Evaluator:
+def _evaluator(config: Config, given: Given, data: PromptSet | None, engine: Engine, *, reports: _Reports) -> Evaluator:
     """With a scorer of its own, so that training's reward metrics hold training's rewards alone."""
     return Evaluator(
         engine,
-        () if data.eval is None else data.eval.prompts,
-        scorer=_scorer(config, given),
+        () if data is None else data.prompts,
+        scorer=make_scorer(config, given),
         config=config.eval,
         sampling=eval_sampling(config.eval, config.rollout, seed=config.train.seed),
         on_report=reports.add,
+        keep_best=config.train.keep_best,
     )
 
 

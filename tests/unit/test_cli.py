@@ -34,14 +34,20 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
     return captured.err
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "texts.jsonl").write_text(ROWS)
+    flags = ["--tokenizer-from", str(folder / "texts.jsonl"), "--size", "0.1m", "--vocab-size", "280"]
+    assert main(["model", "tiny", "--out", str(folder / "model"), *flags]) == 0
+    return folder / "model"
+
+
 @pytest.fixture
-def training(tmp_path: Path) -> list[str]:
+def training(tiny: Path, tmp_path: Path) -> list[str]:
     """Flags of a run that passes every check."""
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
     (tmp_path / "train.jsonl").write_text(ROWS)
-    return ["--model", str(model), "--data", str(tmp_path / "train.jsonl"), "--reward", "gsm8k"]
+    return ["--model", str(tiny), "--data", str(tmp_path / "train.jsonl"), "--reward", "gsm8k"]
 
 
 # --- start-up ---
@@ -75,11 +81,11 @@ def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
     assert "LOADED []" in result.stdout
 
 
-def test_dry_run_does_not_load_torch(training: list[str]) -> None:
-    arguments = ["train", *training, "--dry-run"]
+def test_what_a_name_shows_is_refused_without_torch(training: list[str]) -> None:
+    arguments = ["train", *training, "--data", "no-such.jsonl", "--dry-run"]
     code = f"import sys\nfrom groupwise.cli import main\nprint(main({arguments!r}), 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert result.stdout.endswith("0 False\n"), result.stderr
+    assert result.stdout.endswith("2 False\n"), result.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
@@ -210,7 +216,12 @@ def test_dry_run_shows_each_value_and_its_origin(
 
 def test_dry_run_ends_with_the_rows_that_were_read(training: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *training, "--eval-data", training[3], "--dry-run"]) == 0
-    assert capsys.readouterr().out.count("train.jsonl: 2 rows, all usable") == 2
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert "train.jsonl: 2 prompts of" in lines[0]
+    assert lines[1] == "# 1 steps of 32 prompts"
+    assert lines[2].endswith("model-train: a new run")
+    assert main(["train", *training, "--eval-data", training[3], "--eval.every", "1", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("train.jsonl: 2 prompts of") == 2
 
 
 def test_sft_needs_no_reward_but_answers(training: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,8 +246,14 @@ def test_resume_without_recipe_takes_the_runs_own_config(
     words = [f"--{key}={value}" for key, value in (("model.path", training[1]), ("data.train", training[3]))]
     config = load_config(None, [*words, '--reward=[{"name": "gsm8k"}]', "--optim.lr=0.125"]).config
     (run / "config.json").write_text(config_json(config))
+    assert "saved no checkpoint" in refused(capsys, "train", "--output", str(run), "--resume", "--dry-run")
+    (run / "checkpoints" / "step_000030").mkdir(parents=True)
+    (run / "checkpoints" / "step_000030" / "manifest.json").write_text("{}")
+    refusal = refused(capsys, "train", "--output", str(run), "--resume", "--optim.lr", "0.5", "--dry-run")
+    assert "optim.lr: was 0.125, now 0.5" in refusal
     assert main(["train", "--output", str(run), "--resume", "--dry-run"]) == 0
     out = capsys.readouterr().out
+    assert out.endswith(f"# {run}: the run goes on from step_000030\n")
     assert "lr = 0.125" in out
     assert "lr = 1e-06" not in out
 
@@ -350,8 +367,8 @@ def test_rows_of_gsm8k_need_no_reward(training: list[str], tmp_path: Path, capsy
     shown = capsys.readouterr().out
     assert re.search(r'name = "gsm8k" +# data_source of .*train\.jsonl\n', shown)
     assert re.search(r'data_source = \["openai/gsm8k"\] +# data_source of', shown)
-    assert main([*flags, "--reward", "exact_match"]) == 0
-    assert re.findall(r'^name = "(\w+)" .*line$', capsys.readouterr().out, re.MULTILINE) == ["exact_match"]
+    assert main([*flags, "--reward", "format"]) == 0
+    assert re.findall(r'^name = "(\w+)" .*line$', capsys.readouterr().out, re.MULTILINE) == ["format"]
     (tmp_path / "train.jsonl").write_text(row.replace("SOURCE", "mine"))
     assert "training needs at least one" in refused(capsys, *flags)
     (tmp_path / "train.jsonl").write_text("")

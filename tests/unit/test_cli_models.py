@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from groupwise.cli import main
-from groupwise.cli.models import is_run, model_path
+from groupwise.cli.models import model_path
 from groupwise.config.loading import config_json, load_config
+from groupwise.config.model_name import is_run
 from groupwise.errors import ConfigError
+from groupwise.trust import prove
 
 REWARD = "from groupwise.rewards import completion_texts\ndef {name}(completions, **columns):\n    {body}\n"
 
@@ -47,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
     ).config
     (folder / "run" / "config.json").write_text(config_json(config))
+    prove(folder / "run")
     return folder
 
 
@@ -213,17 +216,13 @@ def test_eval_of_a_run_takes_its_settings(folder: Path, capsys: pytest.CaptureFi
 
 
 def test_a_run_is_told_from_a_model(folder: Path, tmp_path: Path) -> None:
-    assert (is_run(str(folder / "run")), is_run(str(folder / "model")), is_run("Qwen/Qwen3-0.6B")) == (
-        True,
-        False,
-        False,
-    )
+    assert (is_run(folder / "run"), is_run(folder / "model"), is_run(Path("Qwen/Qwen3-0.6B"))) == (True, False, False)
     assert model_path("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     shutil.copy(folder / "run" / "config.json", tmp_path / "config.json")
-    with pytest.raises(ConfigError, match="without a finished model"):
+    with pytest.raises(ConfigError, match="without a final model and without a checkpoint"):
         model_path(str(tmp_path))
     (tmp_path / "config.json").write_text("not json")
-    assert not is_run(str(tmp_path))
+    assert not is_run(tmp_path)
 
 
 def test_data_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

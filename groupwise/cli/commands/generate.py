@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="run directory, model folder or Hub name")
+    parser.add_argument("model", metavar="MODEL", help="run, RUN@STEP, model folder or Hub name")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the user's message; - reads standard input")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as text, without the chat template")

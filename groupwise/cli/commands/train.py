@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from groupwise.cli.models import add_trust_flag, quiet_loading
 from groupwise.cli.parsing import Command, Parser, set_key, set_rewards
 
 if TYPE_CHECKING:
-    from groupwise.config import Config
     from groupwise.config.loading import LoadedConfig
 
 _SHARED_SETTINGS = ("model.", "lora.", "data.", "optim.", "train.")
@@ -35,13 +35,16 @@ def _add_arguments(parser: Parser) -> None:
         metavar="NAME",
         help="replaces the recipe's rewards; may repeat (reward.N.name); GSM8K's rows need none",
     )
+    add_trust_flag(parser)
 
 
 def _add_shared(parser: Parser) -> None:
     """What supervised training takes as well: it scores and evaluates nothing."""
-    parser.set_defaults(eval_data=None, reward=None)
+    parser.set_defaults(eval_data=None, reward=None, trust_rewards=False)
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.toml", help="a file with settings")
-    parser.add_argument("--model", "--model-path", metavar="PATH", help="folder or Hub name (model.path)")
+    parser.add_argument(
+        "--model", "--model-path", metavar="PATH", help="folder, run, RUN@STEP or Hub name (model.path)"
+    )
     parser.add_argument("--data", "--data-path", metavar="FILE", help="rows to train on (data.train)")
     parser.add_argument("--output", metavar="DIR", help="run directory (train.output)")
     parser.add_argument("--seed", metavar="N", help="of everything random (train.seed)")
@@ -51,18 +54,24 @@ def _add_shared(parser: Parser) -> None:
         "--resume", action="store_true", help="go on from the run directory's newest checkpoint; needs no recipe then"
     )
     start.add_argument("--overwrite", action="store_true", help="begin anew in a run directory that holds a run")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, show the settings, do not train")
+    parser.add_argument("--dry-run", action="store_true", help="check all that needs no weights, show the settings")
 
 
 def _load(args: argparse.Namespace) -> LoadedConfig:
     """The recipe, or when a run is resumed without one, the run's own config; under the flags."""
-    from groupwise.config.loading import load_config
+    from groupwise.config.loading import LoadedConfig, load_config
+    from groupwise.config.model_name import MODEL_FILE, is_run, settled
+    from groupwise.trust import require_yes
 
     recipe: str | None = args.recipe
     if recipe is None and args.resume and args.output is not None:
         own = Path(args.output, "config.json")
         recipe = str(own) if own.is_file() else None
-    return load_config(recipe, _overrides(args))
+    loaded = load_config(recipe, _overrides(args))
+    if recipe is not None and is_run(Path(recipe).parent) and Path(recipe).name == MODEL_FILE:
+        require_yes(loaded, Path(recipe).parent, rewards_trusted=args.trust_rewards)
+    # A resumed run may have a copy of its model, which the launcher finds.
+    return loaded if args.resume else LoadedConfig(settled(loaded.config), loaded.origins)
 
 
 def _with_known_reward(loaded: LoadedConfig) -> LoadedConfig:
@@ -98,60 +107,43 @@ def _overrides(args: argparse.Namespace) -> list[str]:
 
 def _train(args: argparse.Namespace) -> None:
     from groupwise.config.checks import check_trainable
-    from groupwise.config.loading import render_resolved
 
     loaded = _with_known_reward(_load(args))
-    if args.dry_run:
-        print(render_resolved(loaded), end="", flush=True)
-    check_trainable(loaded.config)
-    if args.dry_run:
-        _check_parts(loaded.config)
-        _check_files(loaded.config, supervised=False)
-        return
-    from groupwise.launch.local import run_training
+    _show(loaded, args)
+    if not args.resume:  # what needs no libraries is refused before they are loaded
+        check_trainable(loaded.config)
+    from groupwise.launch.local import prepare, run_training
 
+    if args.dry_run:
+        quiet_loading()
+        ready = prepare(loaded.config, resume=args.resume, overwrite=args.overwrite)
+        print(ready.describe(resume=args.resume))
+        return
     run_training(loaded.config, resume=args.resume, overwrite=args.overwrite)
 
 
 def _sft(args: argparse.Namespace) -> None:
     from groupwise.config.checks import check_supervised
-    from groupwise.config.loading import render_resolved
 
     loaded = _load(args)
-    if args.dry_run:
-        print(render_resolved(loaded), end="", flush=True)
-    check_supervised(loaded.config)
-    if args.dry_run:
-        _check_files(loaded.config, supervised=True)
-        return
-    from groupwise.sft import run_sft
+    _show(loaded, args)
+    if not args.resume:
+        check_supervised(loaded.config)
+    from groupwise.sft import prepare_sft, run_sft
 
+    if args.dry_run:
+        quiet_loading()
+        ready = prepare_sft(loaded.config, resume=args.resume, overwrite=args.overwrite)
+        print(ready.describe(resume=args.resume))
+        return
     run_sft(loaded.config, resume=args.resume, overwrite=args.overwrite)
 
 
-def _check_parts(config: Config) -> None:
-    """What training would refuse in the names that its parts go by."""
-    from groupwise.config.algorithm_checks import check_algorithm
-    from groupwise.engines import check_engine
-    from groupwise.rewards import RewardScorer
+def _show(loaded: LoadedConfig, args: argparse.Namespace) -> None:
+    from groupwise.config.loading import render_resolved
 
-    check_algorithm(config.algorithm)
-    check_engine(config.rollout.engine)
-    RewardScorer(config.reward)
-
-
-def _check_files(config: Config, *, supervised: bool) -> None:
-    """What training would refuse in the data's rows."""
-    from groupwise.data import check_rows, check_supervised_rows, read_rows
-
-    check_train = check_supervised_rows if supervised else check_rows
-    rows = read_rows(config.data.train)
-    check_train(rows, config.data)
-    print(f"# {config.data.train}: {len(rows):,} rows, all usable")
-    if config.data.eval:
-        rows = read_rows(config.data.eval, limit=config.eval.limit)
-        check_rows(rows, config.data)
-        print(f"# {config.data.eval}: {len(rows):,} rows, all usable")
+    if args.dry_run:
+        print(render_resolved(loaded), end="", flush=True)
 
 
 TRAIN = Command(
