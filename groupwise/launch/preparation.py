@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from groupwise.model.loading import LoadedModel, load_tokenizer, prepare_device
 from groupwise.model.outline import check_model
 from groupwise.rewards import RewardScorer
 from groupwise.rundir import check_place, check_same_run, describe_place
-from groupwise.tracking import check_backends
+from groupwise.tracking import check_backends, missing_packages
 from groupwise.types import Watcher
 
 
@@ -82,6 +82,8 @@ class Prepared:
         if self.eval is not None:
             lines.append(f"# {config.data.eval}: {self.eval.describe()}")
         lines.append(f"# {self.steps:,} steps of {config.rollout.prompts_per_step} prompts")
+        if absent := missing_packages(config.tracking):
+            lines.append(f"# {', '.join(absent)}: not installed, and will be off: pip install 'groupwise[trackers]'")
         lines.append(f"# {describe_place(self.output, resume=resume)}")
         return "\n".join(lines)
 
@@ -141,10 +143,20 @@ def _load_data(
     tokenizer = given.loaded.tokenizer if given.loaded is not None else load_tokenizer(model)
     train = load_prompts(train_rows, config.data, tokenizer)
     held_out = None if eval_rows is None else load_prompts(eval_rows, config.data, tokenizer, limit=config.eval.limit)
-    scorer.check_prompts(train.prompts)
-    if held_out is not None:
-        scorer.check_prompts(held_out.prompts)
+    prompts = (*train.prompts, *(() if held_out is None else held_out.prompts))
+    scorer.check_prompts(prompts)
+    _check_routes(config, {prompt.data_source for prompt in prompts})
     return train, held_out
+
+
+def _check_routes(config: Config, sources: Collection[str]) -> None:
+    """Refuse a reward that would score nothing."""
+    for number, reward in enumerate(config.reward):
+        if reward.data_source and not set(reward.data_source) & set(sources):
+            raise ConfigError(
+                f"reward.{number}.data_source = {list(reward.data_source)}: no row has such a data source, so "
+                f"{reward.name!r} would score nothing; the rows have {', '.join(map(repr, sorted(sources)))}"
+            )
 
 
 def _num_steps(config: Config, num_prompts: int) -> int:

@@ -34,22 +34,6 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
     return captured.err
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "texts.jsonl").write_text(ROWS)
-    flags = ["--tokenizer-from", str(folder / "texts.jsonl"), "--size", "0.1m", "--vocab-size", "280"]
-    assert main(["model", "tiny", "--out", str(folder / "model"), *flags]) == 0
-    return folder / "model"
-
-
-@pytest.fixture
-def training(tiny: Path, tmp_path: Path) -> list[str]:
-    """Flags of a run that passes every check."""
-    (tmp_path / "train.jsonl").write_text(ROWS)
-    return ["--model", str(tiny), "--data", str(tmp_path / "train.jsonl"), "--reward", "gsm8k"]
-
-
 # --- start-up ---
 
 
@@ -351,9 +335,40 @@ def test_a_closed_pipe_is_quiet() -> None:
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("word", ["--reward=gsm8k", "--eval-data=t.jsonl", "--rollout.group_size=4", "--eval.every=5"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("--reward=gsm8k", "--eval-data=t.jsonl", "--rollout.group_size=4", "--eval.every=5", "--data.eval=t.jsonl"),
+        *("--data.data_source=x", "--optim.steps_per_batch=2", "--optim.passes_per_batch=2"),
+        *("--train.keep_best=eval/accuracy", "--train.trajectories=false", "--trust-rewards"),
+    ],
+)
 def test_sft_refuses_what_would_not_act(capsys: pytest.CaptureFixture[str], word: str) -> None:
     assert word.split("=")[0] in refused(capsys, "sft", "--model", "m", "--data", "d.jsonl", word)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "m", "--prompt", "x", "--raw", "--data.chat_template_kwargs.thinking=false"],
+        ["generate", "m", "--prompt", "x", "--raw", "--model.chat_template=t.jinja"],
+        ["data", "stats", "f", "--model.trust_remote_code=true"],
+        ["data", "stats", "f", "--data.chat_template_kwargs.thinking=false"],
+    ],
+)
+def test_what_would_be_taken_and_ignored_is_refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert f"{arguments[-1].partition('=')[0]} has no effect" in refused(capsys, *arguments)
+
+
+def test_no_setting_has_one_legal_value() -> None:
+    from typing import Literal, get_args, get_origin
+
+    from groupwise.config.keys import annotation_of, describe_keys, without_none
+
+    for key in describe_keys():
+        annotation = without_none(annotation_of(key.name.replace(".N.", ".0.")))
+        if get_origin(annotation) is Literal:
+            assert len(get_args(annotation)) > 1, key.name
 
 
 # --- a reward that the data names ---

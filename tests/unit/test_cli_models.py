@@ -215,6 +215,26 @@ def test_eval_of_a_run_takes_its_settings(folder: Path, capsys: pytest.CaptureFi
     assert "ValueError" in text
 
 
+def test_a_run_from_elsewhere_runs_its_reward_code_after_a_yes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    (run / "trust.json").unlink()
+    name = f"{folder / 'rewards.py'}:one"
+    for words in (("eval", run), ("train", "--resume", "--output", run), ("train", run / "config.json")):
+        assert main([str(word) for word in words]) == 2
+        said = capsys.readouterr().err
+        assert f"reward {name}" in said
+        assert "--trust-rewards, or the same name with --reward" in said
+    for words in (("--trust-rewards",), ("--reward", name)):
+        assert json.loads(output(capsys, "eval", run, "--json", *words))["accuracy"] == 1.0
+    (run / "checkpoints" / "step_000001").mkdir(parents=True)
+    (run / "checkpoints" / "step_000001" / "manifest.json").touch()
+    assert main(["eval", f"{run}@1"]) == 2
+    assert "--trust-rewards" in capsys.readouterr().err
+
+
 def test_a_run_is_told_from_a_model(folder: Path, tmp_path: Path) -> None:
     assert (is_run(folder / "run"), is_run(folder / "model"), is_run(Path("Qwen/Qwen3-0.6B"))) == (True, False, False)
     assert model_path("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"

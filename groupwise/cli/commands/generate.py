@@ -34,6 +34,11 @@ def _arguments(parser: Parser) -> None:
 def _generate(args: argparse.Namespace) -> None:
     if args.raw and args.system is not None:
         raise ConfigError("--system has no place in --raw text; leave one of them out")
+    of_chat = [
+        word for word in args.overrides if word.startswith(("--data.chat_template_kwargs", "--model.chat_template"))
+    ]
+    if args.raw and of_chat:
+        raise ConfigError(f"{of_chat[0].partition('=')[0]} has no effect on --raw text; leave one of them out")
     text: str = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not text:
         raise ConfigError("the prompt is empty; give --prompt some text")

@@ -20,6 +20,11 @@ _SFT_SETTINGS = (
     "sft.",
     *(f"tracking.{name}" for name in ("backends", "project", "run_name", "mode", "folder")),
 )
+# It evaluates nothing, routes no rewards, and makes one update of each batch.
+_SFT_IDLE = (
+    *("data.eval", "data.data_source", "optim.steps_per_batch", "optim.passes_per_batch"),
+    *("train.keep_best", "train.trajectories"),
+)
 _EPILOG = (
     "Any setting can be given as --section.key VALUE, e.g. --optim.lr 1e-6; it wins over the recipe.\n"
     "`groupwise config` lists them all; --dry-run shows what this run would use and where each value comes from."
@@ -160,5 +165,6 @@ SFT = Command(
     add_arguments=_add_shared,
     run=_sft,
     settings=_SFT_SETTINGS,
+    idle=_SFT_IDLE,
     epilog=_EPILOG,
 )
