@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from groupwise import __version__
 from groupwise.config import Config
 from groupwise.config.loading import config_json, settings
+from groupwise.config.model_name import is_run
 from groupwise.config.values import literal
 from groupwise.errors import ConfigError
 from groupwise.files import append_rows, truncate_rows, write_json_atomic, write_text_atomic
@@ -329,7 +330,7 @@ def _check_removable(folder: Path, entries: list[str]) -> None:
             f"{folder}: --overwrite removes only what a run writes; it also holds {', '.join(foreign[:8])}: "
             "move that away or choose another --output"
         )
-    if not _is_ours(folder / "config.json"):
+    if not is_run(folder):
         raise ConfigError(
             f"{folder}: --overwrite removes only run directories, and there is no config.json of a run in it; "
             "remove the folder yourself or choose another --output"
@@ -344,12 +345,3 @@ def _remove_run(folder: Path, entries: list[str]) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-
-
-def _is_ours(config_file: Path) -> bool:
-    """A model folder has a config.json too; only a run's has these sections."""
-    try:
-        content = json.loads(config_file.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and {"model", "data", "reward", "rollout", "train"} <= set(content)

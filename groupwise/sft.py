@@ -133,10 +133,10 @@ def run_sft(
     config, data, steps = ready.config, ready.data, ready.steps
     loaded = given_or_loaded(loaded, ready.model)
     run = RunDirectory.create(ready.output, resume=resume, overwrite=overwrite)
-    keep_base(loaded, ready.model, run.path)
-    loaded = with_adapter(loaded, config.lora, seed=config.train.seed)
     run.record(config)
     prove(run.path)
+    keep_base(loaded, ready.model, run.path)  # after the config, which says whose folder this is
+    loaded = with_adapter(loaded, config.lora, seed=config.train.seed)
     with run.logging(), catch_interrupts() as stop:
         logger.info("supervised data: %s", data.describe())
         policy = Policy(

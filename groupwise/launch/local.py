@@ -70,10 +70,10 @@ def run_training(
     config, algorithm, scorer, steps = ready.config, ready.algorithm, ready.scorer, ready.steps
     loaded = given_or_loaded(given.loaded, ready.model)
     run = RunDirectory.create(ready.output, resume=resume, overwrite=overwrite)
-    keep_base(loaded, ready.model, run.path)
-    loaded = with_adapter(loaded, config.lora, seed=config.train.seed)
     run.record(config)
     prove(run.path)
+    keep_base(loaded, ready.model, run.path)  # after the config, which says whose folder this is
+    loaded = with_adapter(loaded, config.lora, seed=config.train.seed)
     with run.logging(), catch_interrupts() as stop:
         logger.info("training data: %s", ready.train.describe())
         if remark := sampling_remark(config):

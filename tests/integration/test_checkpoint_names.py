@@ -161,6 +161,32 @@ def test_training_goes_on_with_an_adapter_of_a_checkpoint(task: Any, runs: Path,
     same(loaded(f"{tmp_path}/run@1"), loaded(tmp_path / "run" / "final"))
 
 
+def test_the_doors_take_a_checkpoint(task: Any, runs: Path, tmp_path: Path) -> None:
+    from groupwise.compat.trl import GRPOConfig, GRPOTrainer
+    from groupwise.compat.unsloth import FastLanguageModel
+
+    args = GRPOConfig(
+        output_dir=str(tmp_path / "trl"),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=4,
+        report_to="none",
+        use_cpu=True,
+    )
+    rows = [{"prompt": f"{number} + 1 ="} for number in range(4)]
+    trainer = GRPOTrainer(
+        model=f"{runs}/whole@2", reward_funcs=lambda completions, **_: [1.0] * 4, args=args, train_dataset=rows
+    )
+    weights = dict(trainer.model.state_dict())
+    assert all(torch.equal(weight, weights[name]) for name, weight in loaded(runs / "short" / "final").items())
+    for name in ("whole@2", "lora@2"):
+        model, _ = FastLanguageModel.from_pretrained(f"{runs}/{name}", load_in_4bit=False, dtype=torch.float32)
+        expected = loaded(f"{runs}/{name}")
+        found = {key.removeprefix("base_model.model."): value for key, value in model.state_dict().items()}
+        assert all(torch.equal(value, found[key]) for key, value in expected.items())
+
+
 def test_what_cannot_be_laid_over_a_base_is_refused(task: Any, runs: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds whole weights, which are packed when a model folder is read"):
         load_model(ModelConfig.model_validate({"path": f"{runs}/whole@2", "quantization": "nf4"}))
