@@ -116,12 +116,13 @@ def keep_base(loaded: LoadedModel, config: ModelConfig, run: Path) -> None:
     """Write the model that a new run begins with into it, if that is a checkpoint: such a folder goes when its own run
     saves newer ones, and an adapter that is trained now needs a base that others can load."""
     place = run / BASE
-    if named_checkpoint(config.path) is None:
-        return
-    temporary = place.with_name(f".{place.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    _save(loaded, temporary)
-    os.replace(temporary, place)
+    if kept_base(run) is None:  # a resumed run has it
+        if named_checkpoint(config.path) is None:
+            return
+        temporary = place.with_name(f".{place.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        _save(loaded, temporary)
+        os.replace(temporary, place)
     if loaded.adapter is None:
         loaded.model.name_or_path = str(place)
 

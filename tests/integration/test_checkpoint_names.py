@@ -15,7 +15,7 @@ from groupwise.config import ModelConfig
 from groupwise.config.model_name import named_checkpoint
 from groupwise.errors import ConfigError
 from groupwise.launch.local import run_training
-from groupwise.model.checkpoints import write_checkpoint_model
+from groupwise.model.checkpoints import keep_base, write_checkpoint_model
 from groupwise.model.loading import load_model, load_tokenizer
 from groupwise.sft import run_sft
 
@@ -180,6 +180,12 @@ def test_the_doors_take_a_checkpoint(task: Any, runs: Path, tmp_path: Path) -> N
     )
     weights = dict(trainer.model.state_dict())
     assert all(torch.equal(weight, weights[name]) for name, weight in loaded(runs / "short" / "final").items())
+    trainer.train()
+    run = tmp_path / "trl" / "run"
+    same(loaded(run / "base"), loaded(runs / "short" / "final"))
+    config = ModelConfig.model_validate({"path": f"{tmp_path}/gone@2", "device": "cpu"})
+    keep_base(load_model(config.model_copy(update={"path": str(run / "final")})), config, run)
+    same(loaded(run / "base"), loaded(runs / "short" / "final"))  # a resumed run keeps the one it has
     for name in ("whole@2", "lora@2"):
         model, _ = FastLanguageModel.from_pretrained(f"{runs}/{name}", load_in_4bit=False, dtype=torch.float32)
         expected = loaded(f"{runs}/{name}")
