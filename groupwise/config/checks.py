@@ -272,7 +272,10 @@ def _data_problem(name: str, value: str) -> str | None:
     return f"{name} = {value!r}: no such file or folder{place}; paths are relative to {str(Path.cwd())!r}{_home(value)}"
 
 
-def _model_problem(value: str) -> str | None:
+def _model_problem(value: str, *, above: tuple[str, ...] = ()) -> str | None:
+    """What is wrong with a model's name, or with that of a base under it; `above` are the names that led here."""
+    if value in above:
+        return f"model.path = {value!r}: its bases lead back to itself"
     if not value:
         return "model.path is empty: expected a model folder or a Hugging Face Hub name, e.g. `--model Qwen/Qwen3-0.6B`"
     try:
@@ -282,11 +285,11 @@ def _model_problem(value: str) -> str | None:
     except ConfigError as error:
         return str(error)
     if checkpoint is not None:
-        return _base_problem(f"is a checkpoint of a run that began with {base!r}", value, base)
+        return _base_problem(f"is a checkpoint of a run that began with {base!r}", (*above, value), base)
     path = Path(value)
     if path.is_dir():
         if (path / ADAPTER_FILE).is_file():
-            return _adapter_problem(path)
+            return _adapter_problem(path, above)
         return None if is_model(path) else _not_a_model(path)
     if path.exists():
         return f"model.path = {value!r}: got a file; expected the folder that holds config.json and the weights"
@@ -298,7 +301,7 @@ def _model_problem(value: str) -> str | None:
     )
 
 
-def _adapter_problem(path: Path) -> str | None:
+def _adapter_problem(path: Path, above: tuple[str, ...]) -> str | None:
     """An adapter is a model when its base is."""
     try:
         adapter = read_adapter_file(path)
@@ -306,15 +309,16 @@ def _adapter_problem(path: Path) -> str | None:
         return str(error)
     assert adapter is not None, f"{path} has an {ADAPTER_FILE}"
     remedy = f"; put the base model there, or its place into base_model_name_or_path of {path / ADAPTER_FILE}"
-    return _base_problem(f"is a LoRA adapter on {adapter.base!r}", str(path), adapter.base, remedy=remedy)
+    named = (*above, str(path))
+    return _base_problem(f"is a LoRA adapter on {adapter.base!r}", named, adapter.base, remedy=remedy)
 
 
-def _base_problem(what: str, value: str, base: str, *, remedy: str = "; put it there") -> str | None:
-    problem = _model_problem(base)
+def _base_problem(what: str, names: tuple[str, ...], base: str, *, remedy: str = "; put it there") -> str | None:
+    problem = _model_problem(base, above=names)
     if problem is None:
         return None
     cause = problem.removeprefix(f"model.path = {base!r}: ")
-    return f"model.path = {value!r} {what}, which is not there: {cause}{remedy}"
+    return f"model.path = {names[-1]!r} {what}, which is not there: {cause}{remedy}"
 
 
 def _not_a_model(path: Path) -> str:

@@ -152,6 +152,18 @@ def test_a_base_that_is_nowhere_or_was_given_in_memory() -> None:
         check_model_path("runs/memory@20")
 
 
+def test_bases_that_lead_to_one_another_end() -> None:
+    make_run(Path("a"), 1, **{"model.path": "b@1"})
+    make_run(Path("b"), 1, **{"model.path": "a@1"})
+    make_run(Path("own"), 1, **{"model.path": "own@1"})
+    Path("adapter").mkdir()
+    adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (Path("adapter") / "adapter_config.json").write_text(json.dumps({**adapter, "base_model_name_or_path": "adapter"}))
+    for name in ("a@1", "own@1", "adapter"):
+        with pytest.raises(ConfigError, match="its bases lead back to itself"):
+            check_model_path(name)
+
+
 def test_an_adapters_checkpoint_goes_on_as_that_adapter() -> None:
     make_model(Path("models/tiny"))
     make_run(
