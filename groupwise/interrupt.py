@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,14 @@ class StopRequest:
             raise KeyboardInterrupt
         self.asked = True
         logger.warning("stopping after this step, with a checkpoint; once more stops at once")
+
+
+def interrupted(run: Path, step: int) -> str:
+    """What to say at the end of a run that was asked to stop, and saved a checkpoint."""
+    return (
+        f"stopped after step {step}; --resume goes on from there, and the model so far is {run}@{step}: "
+        f"`groupwise eval {run}@{step}`, and so in chat, generate, export and --model"
+    )
 
 
 @contextmanager

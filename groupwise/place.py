@@ -16,6 +16,7 @@ KNOWN_NAMES = frozenset(
     {
         "config.json",
         "versions.json",
+        "trust.json",
         "log.txt",
         "metrics.jsonl",
         "samples.jsonl",
@@ -24,6 +25,7 @@ KNOWN_NAMES = frozenset(
         "report.html",
         "trajectories",
         "checkpoints",
+        "base",
         "final",
         "bundles",
         "tensorboard",
@@ -32,7 +34,7 @@ KNOWN_NAMES = frozenset(
 )
 REMOVING = ".removing"
 _TEMPORARY = re.compile(r"\..+\.tmp")
-_FIRST_NAMES = frozenset({"versions.json", "log.txt", "checkpoints", "trajectories"})
+_FIRST_NAMES = frozenset({"versions.json", "trust.json", "base", "log.txt", "checkpoints", "trajectories"})
 
 
 @dataclass(frozen=True, slots=True)

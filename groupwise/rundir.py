@@ -1,8 +1,8 @@
 """The run directory: what is where, who may write into it, and what a resumed run may change.
 
 runs/NAME/
-  config.json  versions.json  log.txt  metrics.jsonl  ledger.jsonl  summary.json
-  samples.jsonl  trajectories/  checkpoints/  final/  bundles/  tensorboard/  tracking/
+  config.json  versions.json  trust.json  log.txt  metrics.jsonl  ledger.jsonl  summary.json
+  samples.jsonl  trajectories/  checkpoints/  base/  final/  bundles/  tensorboard/  tracking/
   .lock.1  who holds it, or held it
   report.html
 """
@@ -34,13 +34,8 @@ from groupwise.place import Place
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "bitsandbytes")
 FREE_ON_RESUME = (
-    "data.eval",
-    "train.output",
-    "train.save_every",
-    "train.save_every_minutes",
-    "train.keep_checkpoints",
-    "train.trajectories",
-    "train.stop_after_empty_steps",
+    *("data.eval", "train.output", "train.trajectories", "train.stop_after_empty_steps"),
+    *("train.save_every", "train.save_every_minutes", "train.keep_checkpoints", "train.keep_best"),
 )
 FREE_SECTIONS_ON_RESUME = ("eval.", "tracking.")
 _STEP_FILE = re.compile(r".*_(\d+)\.jsonl(?:\.gz)?")
@@ -184,6 +179,16 @@ def check_place(path: str | Path, *, resume: bool, overwrite: bool, mine: bool =
     else:
         place.check_new()
     return place
+
+
+def describe_place(path: Path, *, resume: bool) -> str:
+    """What a run that passed `check_place` would find there, in one line."""
+    saved = [folder.parent.name for folder in path.glob("checkpoints/step_*/manifest.json")]
+    if resume:
+        return (
+            f"{path}: the run goes on from {max(saved)}" if saved else f"{path}: the run begins again; none was saved"
+        )
+    return f"{path}: {'a run is replaced' if path.is_dir() and any(path.iterdir()) else 'a new run'}"
 
 
 def versions() -> dict[str, Any]:

@@ -14,8 +14,9 @@ from groupwise import metrics
 from groupwise.algorithms.base import LossInputs, LossOutput
 from groupwise.checkpoint.saver import Saver
 from groupwise.clock import Clock
-from groupwise.config import Config
+from groupwise.config import Config, ModelConfig
 from groupwise.config.checks import check_supervised
+from groupwise.config.model_name import short_name
 from groupwise.data import SupervisedSet, check_supervised_rows, load_supervised, read_rows
 from groupwise.data.files import Source
 from groupwise.data.sampler import epoch_order
@@ -23,8 +24,9 @@ from groupwise.empty_steps import EmptySteps, Usable
 from groupwise.errors import Interrupted
 from groupwise.files import write_json_atomic
 from groupwise.fingerprint import machine_facts, model_facts, supervised_facts
-from groupwise.interrupt import StopRequest, catch_interrupts
+from groupwise.interrupt import StopRequest, catch_interrupts, interrupted
 from groupwise.metrics import Last
+from groupwise.model.checkpoints import keep_base, settle_model
 from groupwise.model.loading import (
     LoadedModel,
     given_or_loaded,
@@ -34,12 +36,14 @@ from groupwise.model.loading import (
     resolve_dtype,
     with_adapter,
 )
+from groupwise.model.outline import check_model
 from groupwise.policy import Policy
 from groupwise.policy.bundle import BundleWriter
 from groupwise.resume import Identity, Start, describe_start, find_start, hold_place, open_run
 from groupwise.rollout.microbatches import split_rows
-from groupwise.rundir import RunDirectory
+from groupwise.rundir import RunDirectory, check_place, describe_place
 from groupwise.tracking import build_trackers, check_backends
+from groupwise.trust import prove
 from groupwise.types import Denominators, Stateful, Tokenizer, TrainingRow, Unwatched, Watcher
 
 logger = logging.getLogger(__name__)
@@ -56,6 +60,59 @@ class SupervisedLoss:
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         return LossOutput(-(inputs.logprobs * inputs.mask).sum() / max(inputs.denominators.tokens, 1.0), {})
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSft:
+    """A run that passed every check that needs no weights; `config` and `model` as in GRPO's."""
+
+    config: Config
+    model: ModelConfig
+    data: SupervisedSet
+    steps: int
+    output: Path
+    identity: Identity
+
+    def describe(self, *, resume: bool) -> str:
+        """What `--dry-run` says of it."""
+        rows = self.config.sft.rows_per_step
+        return (
+            f"# {self.config.data.train}: {self.data.describe()}\n# {self.steps:,} steps of {rows} rows\n"
+            f"# {describe_place(self.output, resume=resume)}"
+        )
+
+
+def prepare_sft(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    loaded: LoadedModel | None = None,
+    train_data: Source | None = None,
+) -> PreparedSft:
+    """Check all that a run of this config needs and that can be known without weights. Nothing is written.
+
+    Raises:
+        ConfigError, DataError: what the run would be refused for.
+    """
+    provided = [name for name, value in (("model.path", loaded), ("data.train", train_data)) if value is not None]
+    begun = settle_model(config, _output(config), resume=resume, given=loaded)
+    config, model = begun.config, begun.model
+    check_supervised(config, provided=[*provided, *begun.provided])
+    check_backends(config.tracking)
+    prepare_device(config.model.device)
+    source = read_rows(config.data.train if train_data is None else train_data)
+    check_supervised_rows(source, config.data, text_column=config.sft.text_column)
+    tokenizer = load_tokenizer(model) if loaded is None else loaded.tokenizer
+    data = load_supervised(
+        source, config.data, tokenizer, max_tokens=config.sft.max_tokens, text_column=config.sft.text_column
+    )
+    steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(data.rows) / config.sft.rows_per_step))
+    output = _output(config)
+    check_place(output, resume=resume, overwrite=overwrite)
+    if loaded is None:
+        check_model(model, config.lora)
+    return PreparedSft(config, model, data, steps, output, _identity(config, loaded, data, tokenizer))
 
 
 def run_sft(
@@ -80,23 +137,15 @@ def run_sft(
         Interrupted: the user stopped the run, and a checkpoint was saved.
     """
     started = time.perf_counter()
-    provided = [name for name, value in (("model.path", loaded), ("data.train", train_data)) if value is not None]
-    check_supervised(config, provided=provided)
-    check_backends(config.tracking)
-    prepare_device(config.model.device)
-    source = read_rows(config.data.train if train_data is None else train_data)
-    check_supervised_rows(source, config.data, text_column=config.sft.text_column)
-    tokenizer = load_tokenizer(config.model) if loaded is None else loaded.tokenizer
-    data = load_supervised(
-        source, config.data, tokenizer, max_tokens=config.sft.max_tokens, text_column=config.sft.text_column
-    )
-    steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(data.rows) / config.sft.rows_per_step))
-    identity = _identity(config, loaded, data, tokenizer)
-    place = _output(config)
-    with hold_place(place, resume=resume, overwrite=overwrite) as lock, catch_interrupts() as stop:
-        start = find_start(place, identity, resume=resume, accept=accept_changes)
-        loaded = with_adapter(given_or_loaded(loaded, config.model), config.lora, seed=config.train.seed)
-        run = open_run(config, identity, place, resume=resume, overwrite=overwrite)
+    ready = prepare_sft(config, resume=resume, overwrite=overwrite, loaded=loaded, train_data=train_data)
+    config, data, steps, identity = ready.config, ready.data, ready.steps, ready.identity
+    with hold_place(ready.output, resume=resume, overwrite=overwrite) as lock, catch_interrupts() as stop:
+        start = find_start(ready.output, identity, resume=resume, accept=accept_changes)
+        loaded = given_or_loaded(loaded, ready.model)
+        run = open_run(config, identity, ready.output, resume=resume, overwrite=overwrite)
+        prove(run.path)
+        keep_base(loaded, ready.model, run.path)  # after the config, which says whose folder this is
+        loaded = with_adapter(loaded, config.lora, seed=config.train.seed)
         with run.logging():
             describe_start(run, start, identity, resume=resume)
             level = logging.WARNING if data.num_too_long else logging.INFO
@@ -159,7 +208,7 @@ def _identity(config: Config, given: LoadedModel | None, data: SupervisedSet, to
 
 
 def _output(config: Config) -> Path:
-    name = f"{Path(config.model.path).name or 'model'}-{Path(config.data.train).stem or 'data'}-sft"
+    name = f"{short_name(config.model.path)}-{Path(config.data.train).stem or 'data'}-sft"
     return Path(config.train.output) if config.train.output else Path("runs") / name
 
 
@@ -214,7 +263,7 @@ class _Job:
                 if last:
                     break
                 if stopping:
-                    raise Interrupted(f"stopped after step {step + 1}; --resume goes on from there")
+                    raise Interrupted(interrupted(self.run.path, step + 1))
         finally:
             trackers.close()
         return done

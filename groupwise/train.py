@@ -17,7 +17,7 @@ from groupwise.empty_steps import EmptySteps
 from groupwise.errors import Interrupted
 from groupwise.evaluation.evaluator import Evaluator
 from groupwise.files import append_rows
-from groupwise.interrupt import StopRequest
+from groupwise.interrupt import StopRequest, interrupted
 from groupwise.metrics import Last, Metric, Metrics
 from groupwise.policy import Policy
 from groupwise.policy.upkeep import Upkeep
@@ -113,7 +113,7 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
         if last:
             return step + 1
         if stopping:
-            raise Interrupted(f"stopped after step {step + 1}; --resume goes on from there")
+            raise Interrupted(interrupted(parts.run.path, step + 1))
         parts.producer.admit(step + 1)
     return parts.num_steps
 

@@ -31,6 +31,7 @@ class Saver:
         record: saved beside the parts, as `run`.
         confirm: called before each save; raises where this process may not write any more.
         saved: called with each step that was saved.
+        best: the step of the best evaluation; its checkpoint is saved at once, and kept.
 
     Example:
         saver = Saver(run.checkpoints, parts, config.train, record=identity)
@@ -45,6 +46,7 @@ class Saver:
     record: RunRecord
     confirm: Callable[[], None] = lambda: None
     saved: Callable[[int], Any] = lambda step: None
+    best: Callable[[], int | None] = lambda: None
     clock: Callable[[], float] = time.monotonic
     _last: float = field(init=False)
     _seconds: float = 0.0
@@ -67,13 +69,13 @@ class Saver:
         self.confirm()
         began = self.clock()
         parts = {**self.parts, "run": self.record.at(step)}
-        save_checkpoint(self.root, step, parts, keep=self.config.keep_checkpoints)
+        save_checkpoint(self.root, step, parts, keep=self.config.keep_checkpoints, best=self.best())
         self._last = self.clock()
         self._seconds = self._last - began
 
     def _is_due(self, step: int) -> bool:
         every, minutes = self.config.save_every, self.config.save_every_minutes
-        if every and step % every == 0:
+        if (every and step % every == 0) or self.best() == step:
             return True
         if not minutes:
             return False

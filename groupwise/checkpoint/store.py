@@ -3,7 +3,7 @@
 A checkpoint is a folder `step_000100/` with a `<part>.json` for each part, a `<part>.safetensors` where the part has
 tensors, and a `manifest.json` with the size and BLAKE2b checksum of every file, and one of its own over the rest of
 itself. It is written beside its place and renamed into it, so a folder of that name is always complete. `latest` is a
-text file that names the one to resume from.
+text file that names the one to resume from, `best` one that names the one of the best evaluation.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from groupwise.checkpoint.codec import CodecError, decode_state, encode_state
 from groupwise.errors import CheckpointError
@@ -32,6 +33,7 @@ FORMAT = 2
 _READABLE = (1, 2)  # a manifest of format 1 has no checksum of its own
 MANIFEST = "manifest.json"
 LATEST = "latest"
+BEST = "best"
 _ASIDE = ".old-"
 _STEP_FOLDER = re.compile(r"(?:\.old-)?step_(\d{6,})")
 
@@ -57,7 +59,9 @@ class Manifest:
     files: Mapping[str, StoredFile]
 
 
-def save_checkpoint(root: Path, step: int, parts: Mapping[str, Stateful], *, keep: int) -> Path:
+def save_checkpoint(
+    root: Path, step: int, parts: Mapping[str, Stateful], *, keep: int, best: int | None = None
+) -> Path:
     """Write `root/step_<step>`, point `latest` at it, and remove all but the newest `keep` checkpoints up to this step.
 
     A process killed at any instant leaves either the old state of `root` or the new one. An existing checkpoint of the
@@ -66,6 +70,7 @@ def save_checkpoint(root: Path, step: int, parts: Mapping[str, Stateful], *, kee
     Args:
         parts: name -> object whose `state_dict()` is saved; see `groupwise.checkpoint.codec` for what a state may hold.
         keep: at least 1.
+        best: the step that `best` shall point at, see `mark_best`; that checkpoint is kept beyond `keep`.
 
     Raises:
         CheckpointError: the disk is full or not writable, or a state holds something that cannot be stored; older
@@ -82,14 +87,22 @@ def save_checkpoint(root: Path, step: int, parts: Mapping[str, Stateful], *, kee
         _write_parts(temporary, step, parts)
         _put_in_place(temporary, folder)
         write_text_atomic(root / LATEST, folder.name + "\n")
+        mark_best(root, best)
     except CodecError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(_why_not_written(error, folder)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _prune(root, step=step, keep=keep)
+    _prune(root, step=step, keep=keep, spared=best)
     return folder
+
+
+def mark_best(root: Path, step: int | None) -> None:
+    """Point `best` at the checkpoint of this step, if there is one; also after a kill between its save and its mark."""
+    folder = None if step is None else root / f"step_{step:06d}"
+    if folder is not None and (folder / MANIFEST).is_file():
+        write_text_atomic(root / BEST, folder.name + "\n")
 
 
 def load_checkpoint(path: Path, parts: Mapping[str, Stateful], *, optional: Collection[str] = ()) -> int:
@@ -200,6 +213,41 @@ def _pointer(root: Path) -> str | None:
     with suppress(OSError, UnicodeDecodeError):
         return (root / LATEST).read_text(encoding="utf-8").strip()
     return None
+
+
+def read_part(path: Path, name: str, *keys: str) -> Any:
+    """The state of one part, or what lies under `keys` in it, or None; only what is read is verified.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+
+    Example:
+        read_part(Path("runs/sums/checkpoints/step_000040"), "policy", "optimizer", "masters")  # {"lm_head.weight": …}
+    """
+    manifest = read_manifest(path)
+    file = f"{name}.json"
+    if file not in manifest.files:
+        raise CheckpointError(f"{path}: got parts {', '.join(manifest.parts)}; expected also {name}{_remedy(path)}")
+    _verify(path / file, manifest.files[file])
+    content = json.loads((path / file).read_bytes())
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return decode_state(content, _OnDemand(path, manifest.files, f"{name}.safetensors"))
+
+
+class _OnDemand(dict[str, Tensor]):
+    """The tensors of a file, which is verified and opened when the first one is asked for."""
+
+    def __init__(self, folder: Path, files: Mapping[str, StoredFile], name: str) -> None:
+        super().__init__()
+        self._folder, self._files, self._name = folder, files, name
+        self._opened: Any = None
+
+    def __missing__(self, tensor: str) -> Tensor:
+        if self._opened is None:
+            _verify(self._folder / self._name, self._files[self._name])
+            self._opened = safe_open(self._folder / self._name, "pt")
+        return self._opened.get_tensor(tensor)
 
 
 def find_latest(root: Path) -> Path | None:
@@ -327,9 +375,11 @@ def _recover(root: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def _prune(root: Path, *, step: int, keep: int) -> None:
+def _prune(root: Path, *, step: int, keep: int, spared: int | None) -> None:
     past = [path for path in list_checkpoints(root) if step_of(path) <= step]
     for path in past[:-keep]:
+        if step_of(path) == spared:
+            continue
         # Renamed first: a folder that is half removed must not look like a checkpoint.
         doomed = root / f".tmp-{path.name}-old"
         with suppress(OSError):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from groupwise.cli.parsing import Parser, set_key
 from groupwise.errors import ConfigError
@@ -26,37 +25,26 @@ MODEL_SETTINGS = (
 ENGINE_SETTINGS = ("rollout.engine", "rollout.kv_cache_gib", "rollout.max_concurrent_samples")
 
 
-def is_run(path: str) -> bool:
-    """Whether the folder is a run directory: its config.json has our sections, a model's has an architecture."""
-    folder = Path(path)
-    if (folder / "final").is_dir():
-        return True
-    try:
-        content: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "rollout" in content and "train" in content
-
-
 def model_path(path: str) -> str:
-    """A run directory's `final` model, a model folder, or a Hub name.
+    """The model that the user named, by a name that stays: a run becomes its `final`, `RUN@latest` becomes `RUN@40`.
 
     Raises:
-        ConfigError: it is a path that leads to no model.
+        ConfigError: it leads to no model.
     """
     from groupwise.config.checks import check_model_path
-    from groupwise.config.lora import ADAPTER_FILE
+    from groupwise.config.model_name import settled_model
 
-    final = Path(path) / "final"
-    if not is_run(path):
-        check_model_path(path)
-        return path
-    if not any((final / name).is_file() for name in ("config.json", ADAPTER_FILE)):
-        raise ConfigError(
-            f"{path} is a run without a finished model: there is no {final}; finish the run with --resume, "
-            "or give a model folder"
-        )
-    return str(final)
+    settled = settled_model(path)
+    check_model_path(settled)
+    return settled
+
+
+def add_trust_flag(parser: Parser) -> None:
+    parser.add_argument(
+        "--trust-rewards",
+        action="store_true",
+        help="run the reward code that a run's config.json names, though the run was not made by you here",
+    )
 
 
 def add_sampling_flags(parser: Parser) -> None:

@@ -47,6 +47,7 @@ class Command:
     Attributes:
         name: one or two words.
         settings: dotted keys, or sections ending in a dot, that the command accepts as `--section.key value`.
+        idle: of these sections, the keys that would not act.
 
     Example:
         Command(name="model tiny", summary="make a tiny model", add_arguments=add_arguments, run=run)
@@ -57,6 +58,7 @@ class Command:
     add_arguments: Callable[[Parser], None]
     run: Callable[[argparse.Namespace], None]
     settings: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
     epilog: str | None = None
 
     def parser(self) -> Parser:
@@ -143,13 +145,16 @@ def _nearest_flag(flag: str, flags: Sequence[str], *, settings: Sequence[str]) -
 def _check_acts(override: str, command: Command) -> None:
     """Refuse a setting that exists but that this command would ignore."""
     key = override[2:].partition("=")[0]
-    if any(key == name or (name.endswith(".") and key.startswith(name)) for name in command.settings):
+    if key not in command.idle and any(
+        key == name or (name.endswith(".") and key.startswith(name)) for name in command.settings
+    ):
         return
     from groupwise.config.keys import annotation_of, nearest_key
 
     if annotation_of(key) is None:
         raise ConfigError(f"unknown setting --{key}: {nearest_key(key)}")
     acting = ", ".join(f"{name}*" if name.endswith(".") else name for name in command.settings)
+    acting += f" without {', '.join(command.idle)}" if command.idle else ""
     raise ConfigError(f"--{key} has no effect in `groupwise {command.name}`; the settings that act here: {acting}")
 
 

@@ -56,7 +56,7 @@ class Config(Section):
     @property
     def exact_logprobs(self) -> bool:
         """Whether the sampler's log-probs are those of the weights that learn from them."""
-        return self.rollout.engine in EXACT_ENGINES and self.train.max_off_policy_steps == 0
+        return self.rollout.engine in EXACT_ENGINES
 
     @property
     def recomputes_logprobs(self) -> bool:

@@ -232,7 +232,7 @@ class AlgorithmConfig(Section):
     old_logprobs: Literal["auto", "sampler", "policy"] = Field(
         "auto",
         description="log-probs that ratios start from: the sampler's, or the policy's own, from one more forward; auto "
-        "is the sampler's where they are exact: the native engine with train.max_off_policy_steps = 0",
+        "is the sampler's where they are exact: the native engine",
     )
     correction: Literal["none", "truncate", "mask", "decoupled"] = Field(
         "none", description="weight by policy over sampler: cut at correction_high, 0 out of bounds, or as it is"

@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from groupwise.config import Config, LoraConfig, ModelConfig, OptimConfig
-from groupwise.config.lora import ADAPTER_FILE, read_adapter_file
+from groupwise.config.lora import ADAPTER_FILE, AdapterShape, read_adapter_file
+from groupwise.config.model_name import RunCheckpoint, base_of, is_model, named_checkpoint, settled_model
 from groupwise.errors import ConfigError
 from groupwise.installed import adapter_problems, version_problems
 
@@ -43,8 +44,17 @@ def check_trainable(config: Config, *, provided: Collection[str] = ()) -> None:
             "rollout.temperature = 0: greedy sampling gives each prompt the same answer group_size times, so all "
             "advantages are 0; set it above 0 (1.0 is usual)"
         )
-    found += _algorithm_problems(config)
+    found += _algorithm_problems(config) + _keep_best_problems(config)
     _refuse(found)
+
+
+def _keep_best_problems(config: Config) -> list[str]:
+    if config.train.keep_best is None or config.eval.every:
+        return []
+    return [
+        f"train.keep_best = {config.train.keep_best!r}: nothing is evaluated, so no checkpoint is the best; set "
+        "eval.every (and data.eval), or leave it out"
+    ]
 
 
 def _algorithm_problems(config: Config) -> list[str]:
@@ -94,11 +104,6 @@ def _dynamic_sampling_problems(config: Config) -> list[str]:
             f"{setting} does not go with algorithm.advantage = 'reinforce_pp': its baseline is the whole batch's, so a "
             "group of equal rewards teaches as well; use 'reinforce_pp_baseline', or set the cap to 0"
         )
-    if config.train.max_off_policy_steps:
-        found.append(
-            f"{setting} does not go with train.max_off_policy_steps = {config.train.max_off_policy_steps}: groups that "
-            "come in place of others would have other weights than theirs; set one of the two to 0"
-        )
     return found
 
 
@@ -129,7 +134,10 @@ def sampling_remark(config: Config) -> str | None:
 
 def check_supervised(config: Config, *, provided: Collection[str] = ()) -> None:
     """Refuse a config that supervised training cannot use; arguments and errors as in `check_trainable`."""
-    _refuse(_common(config, provided))
+    found = _common(config, provided)
+    if config.train.keep_best is not None:
+        found.append("train.keep_best: supervised training evaluates nothing, so no checkpoint is best; leave it out")
+    _refuse(found)
 
 
 def check_model_path(path: str) -> None:
@@ -227,14 +235,27 @@ def _batch_invariance_problems(model: ModelConfig) -> list[str]:
 
 
 def _adapter_disagreement(config: Config) -> str | None:
-    adapter = read_adapter_file(Path(config.model.path))
-    wrong = [] if adapter is None else adapter.shape.disagreements(config.lora)
-    if adapter is None or not wrong:
+    """A model that has an adapter goes on with it, and `lora` must describe it."""
+    path, checkpoint = config.model.path, named_checkpoint(config.model.path)
+    adapter = read_adapter_file(Path(settled_model(path))) if checkpoint is None else None
+    shape = adapter.shape if adapter is not None else checkpoint and _shape_in(checkpoint, config.lora)
+    wrong = shape.disagreements(config.lora) if shape else []
+    if not shape or not wrong:
         return None
+    what = "is a LoRA adapter" if checkpoint is None else "is a checkpoint of a LoRA adapter"
     return (
-        f"model.path = {config.model.path!r} is a LoRA adapter, and training goes on with it: {'; '.join(wrong)}; "
-        f"give {adapter.shape.flags}, or merge the adapter into its base first"
+        f"model.path = {path!r} {what}, and training goes on with it: {'; '.join(wrong)}; "
+        f"give {shape.flags}, or merge the adapter into its base first"
     )
+
+
+def _shape_in(checkpoint: RunCheckpoint, asked: LoraConfig) -> AdapterShape | None:
+    """Of the adapter that the checkpoint's run trained; None if it trained whole weights."""
+    if not checkpoint.has_adapter:
+        return None
+    lora = LoraConfig.model_validate(checkpoint.config["lora"])
+    targets = asked.target_modules if lora.target_modules == ("all-linear",) else tuple(sorted(lora.target_modules))
+    return AdapterShape(lora.rank, lora.scaling_alpha, lora.rslora, targets)
 
 
 def _refuse(found: list[str]) -> None:
@@ -254,56 +275,67 @@ def _data_problem(name: str, value: str) -> str | None:
     return f"{name} = {value!r}: no such file or folder{place}; paths are relative to {str(Path.cwd())!r}{_home(value)}"
 
 
-def _model_problem(value: str) -> str | None:
+def _model_problem(value: str, *, above: tuple[str, ...] = ()) -> str | None:
+    """What is wrong with a model's name, or with that of a base under it; `above` are the names that led here."""
+    if value in above:
+        return f"model.path = {value!r}: its bases lead back to itself"
     if not value:
         return "model.path is empty: expected a model folder or a Hugging Face Hub name, e.g. `--model Qwen/Qwen3-0.6B`"
+    try:
+        value = settled_model(value)
+        checkpoint = named_checkpoint(value)
+        base = "" if checkpoint is None else base_of(checkpoint)
+    except ConfigError as error:
+        return str(error)
+    if checkpoint is not None:
+        return _base_problem(f"is a checkpoint of a run that began with {base!r}", (*above, value), base)
     path = Path(value)
     if path.is_dir():
         if (path / ADAPTER_FILE).is_file():
-            return _adapter_problem(path)
-        return None if (path / "config.json").is_file() and not _is_run(path) else _not_a_model(path)
+            return _adapter_problem(path, above)
+        return None if is_model(path) else _not_a_model(path)
     if path.exists():
         return f"model.path = {value!r}: got a file; expected the folder that holds config.json and the weights"
     if HUB_NAME.fullmatch(value):
         return None
     return (
         f"model.path = {value!r}: no such folder, and not a Hugging Face Hub name (`owner/name`) either; "
-        f"paths are relative to {str(Path.cwd())!r}{_home(value)}"
+        f"paths are relative to {str(Path.cwd())!r}{_home(value)}{_no_run(value)}"
     )
 
 
-def _adapter_problem(path: Path) -> str | None:
+def _adapter_problem(path: Path, above: tuple[str, ...]) -> str | None:
     """An adapter is a model when its base is."""
     try:
         adapter = read_adapter_file(path)
     except ConfigError as error:
         return str(error)
     assert adapter is not None, f"{path} has an {ADAPTER_FILE}"
-    problem = _model_problem(adapter.base)
+    remedy = f"; put the base model there, or its place into base_model_name_or_path of {path / ADAPTER_FILE}"
+    named = (*above, str(path))
+    return _base_problem(f"is a LoRA adapter on {adapter.base!r}", named, adapter.base, remedy=remedy)
+
+
+def _base_problem(what: str, names: tuple[str, ...], base: str, *, remedy: str = "; put it there") -> str | None:
+    problem = _model_problem(base, above=names)
     if problem is None:
         return None
-    cause = problem.removeprefix(f"model.path = {adapter.base!r}: ")
-    return (
-        f"model.path = {str(path)!r} is a LoRA adapter on {adapter.base!r}, which is not there: {cause}; put the base "
-        f"model there, or its place into base_model_name_or_path of {path / ADAPTER_FILE}"
-    )
-
-
-def _is_run(path: Path) -> bool:
-    """A run directory has a config.json too, but the run's, not a model's."""
-    return (path / "checkpoints").is_dir() or (path / "versions.json").is_file()
+    cause = problem.removeprefix(f"model.path = {base!r}: ")
+    return f"model.path = {names[-1]!r} {what}, which is not there: {cause}{remedy}"
 
 
 def _not_a_model(path: Path) -> str:
-    if (path / "final" / "config.json").is_file() or (path / "final" / ADAPTER_FILE).is_file():
-        return f"model.path = {str(path)!r}: got a run directory; its model is in {str(path / 'final')!r}"
     names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
     listing = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    wanted = "a run directory without a final model" if _is_run(path) else "a folder without a model's config.json"
     return (
-        f"model.path = {str(path)!r}: got {wanted} (it holds {listing or 'nothing'}); "
-        "expected a Hugging Face model folder: config.json, weights and tokenizer"
+        f"model.path = {str(path)!r}: got a folder without a model's config.json (it holds {listing or 'nothing'}); "
+        "expected a Hugging Face model folder: config.json, weights and tokenizer; or a run directory"
     )
+
+
+def _no_run(value: str) -> str:
+    run, at, _ = value.rpartition("@")
+    return f"; for RUN@STEP, {run!r} would have to be a run directory" if at and run else ""
 
 
 def _home(value: str) -> str:

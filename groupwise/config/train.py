@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, model_validator
 
 from groupwise.config.base import Section
 
@@ -18,7 +21,6 @@ class TrainConfig(Section):
         description="most tokens in one forward and backward pass; a CPU computes two of a small model at once",
     )
     logprob_chunk_tokens: int = Field(1_024, ge=8, description="tokens whose logits exist at one time")
-    max_off_policy_steps: int = Field(0, ge=0, le=0, description="0: every sample is drawn by the newest weights")
     save_every: int = Field(
         0, ge=0, description="steps between checkpoints, beside those by the clock; 0 saves at no count of steps"
     )
@@ -34,4 +36,17 @@ class TrainConfig(Section):
         ge=0,
         description="end the run, as failed, after so many steps in a row without one usable sample; 0 never does",
     )
+    keep_best: str | None = Field(
+        None,
+        description="a number of the evaluation, such as eval/accuracy; the checkpoint where it was highest is kept "
+        "beyond keep_checkpoints, as RUN@best, and an evaluation that is better is saved at once; needs eval.every",
+    )
     trajectories: bool = Field(True, description="write every rollout to trajectories/")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _forget_settings_of_earlier_versions(cls, given: Any) -> Any:
+        """`max_off_policy_steps` could only be 0, so a recipe or a run that says so means what it meant."""
+        if isinstance(given, Mapping) and given.get("max_off_policy_steps", 1) == 0:
+            return {name: value for name, value in given.items() if name != "max_off_policy_steps"}
+        return given

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from groupwise.config import EvalConfig, RolloutConfig
 from groupwise.empty_steps import commonest
 from groupwise.errors import DataError, EngineError
+from groupwise.evaluation.best import Best
 from groupwise.evaluation.report import EvalReport, EvalRow, EvalSample, build_report
 from groupwise.metrics import Metrics
 from groupwise.types import Completion, Engine, Prompt, SampleRequest, SamplingParams
@@ -179,6 +180,7 @@ class Evaluator:
 
     Args:
         on_report: called with the step and the report after each evaluation, to write trajectories, say.
+        keep_best: the metric whose best evaluation `best` knows.
 
     Raises:
         DataError: evaluation is due at some time and there are no prompts.
@@ -193,7 +195,9 @@ class Evaluator:
         config: EvalConfig,
         sampling: SamplingParams,
         on_report: Callable[[int, EvalReport], None] | None = None,
+        keep_best: str | None = None,
     ) -> None:
+        self.best = Best(keep_best)
         self._engine = engine
         self._prompts = _chosen(prompts, config) if config.every else prompts
         self._scorer = scorer
@@ -219,7 +223,9 @@ class Evaluator:
         self.last_report = report
         if self._on_report is not None:
             self._on_report(step, report)
-        return report.metrics()
+        found = report.metrics()
+        self.best.judge(step, found)
+        return found
 
     def _is_due(self, step: int, *, final: bool) -> bool:
         every = self._config.every
@@ -230,7 +236,8 @@ class Evaluator:
         return final or step % every == 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_step": self._last_step}
+        return {"last_step": self._last_step, "best": self.best.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._last_step = int(state["last_step"])
+        self.best.load_state_dict(state.get("best", {}))

@@ -49,8 +49,9 @@ class RunRecord:
         return bool(self.curve("reward").steps)
 
 
-def read_run(folder: Path) -> RunRecord:
-    """Read a run directory; metrics that a killed run left half-written are passed over."""
+def read_run(folder: Path, *, until: int | None = None) -> RunRecord:
+    """Read a run directory, up to the checkpoint of step `until` if that is what the card is of; metrics that a killed
+    run left half-written are passed over."""
     rows: list[Mapping[str, Any]] = []
     file = folder / "metrics.jsonl"
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
@@ -58,12 +59,12 @@ def read_run(folder: Path) -> RunRecord:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and (until is None or row["step"] <= until):
             rows.append(row)
     return RunRecord(
         folder.resolve().name,
         read_object(folder / "config.json"),
-        read_object(folder / "summary.json"),
+        read_object(folder / "summary.json") if until is None else {"steps": until},
         read_object(folder / "versions.json"),
         tuple(rows),
     )
@@ -80,7 +81,7 @@ def write_card(source: Source, out: str | Path) -> str:
             f"{source.folder} is in no run directory, so there is nothing to tell of its training; give the run's"
         )
     place = Path(out)
-    run = read_run(source.run)
+    run = read_run(source.run, until=source.step)
     place.parent.mkdir(parents=True, exist_ok=True)
     curve = run.curve("reward" if run.trained_by_reward else "loss")
     if len(curve.steps) > 1:

@@ -19,7 +19,7 @@ class ExportRecord:
     """Lies beside what was written, and is never pushed: it holds paths of this machine.
 
     Attributes:
-        source, base: absolute where they are folders.
+        source, base: absolute where they are folders, or a checkpoint (`/runs/sums@40`).
         form: `full`, `4bit`, `adapter`, `gguf` or `gguf-adapter`.
         precision: the dtype or quantisation of the weights.
         merge_difference: what merging changed in the logits, as a share of the largest; None if nothing was merged.
@@ -40,7 +40,7 @@ class ExportRecord:
         base = source.base
         if base is not None and Path(base).is_dir():
             base = str(Path(base).resolve())
-        return cls(str(source.folder.resolve()), base, form, precision, __version__, merge_difference)
+        return cls(source.name or str(source.folder.resolve()), base, form, precision, __version__, merge_difference)
 
     def write(self, exported: Path) -> None:
         write_json_atomic(record_file(exported), asdict(self))

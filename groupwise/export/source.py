@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from groupwise.config.lora import ADAPTER_FILE as ADAPTER_CONFIG
+from groupwise.config.model_name import MODEL_FILE as MODEL_CONFIG
+from groupwise.config.model_name import is_run, named_checkpoint, read_object, run_of, settled_model
 from groupwise.errors import ConfigError
 
-ADAPTER_CONFIG = "adapter_config.json"
-MODEL_CONFIG = "config.json"
+__all__ = ["ADAPTER_CONFIG", "MODEL_CONFIG", "Source", "find_source", "is_run", "read_object"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +20,7 @@ class Source:
     Attributes:
         base: the model that an adapter belongs to, a folder or a Hub name; None for a whole model.
         run: the run directory that the folder came out of, for the model card; None if it is not in one.
+        step: of the checkpoint that was written into the folder, with its name (`RUN@40`); None for other folders.
 
     Example:
         find_source("runs/sums") == Source(Path("runs/sums/final"), base=None, run=Path("runs/sums"))
@@ -29,6 +29,8 @@ class Source:
     folder: Path
     base: str | None = None
     run: Path | None = None
+    step: int | None = None
+    name: str | None = None
 
     @property
     def is_adapter(self) -> bool:
@@ -44,11 +46,18 @@ def find_source(path: str | Path, *, base: str | None = None) -> Source:
     Raises:
         ConfigError: there is no model, no adapter, or no base for the adapter.
     """
-    given = Path(path)
-    if not given.is_dir():
-        raise ConfigError(f"{given}: no such folder; expected a run directory, a model folder or an adapter folder")
-    folder = given / "final" if is_run(given) else given
-    run = next((place for place in (given, given.parent) if is_run(place)), None)
+    settled = settled_model(str(path))
+    if named_checkpoint(settled):
+        raise ConfigError(
+            f"{settled} is a checkpoint, not a model folder; `groupwise export hf {settled} --out DIR` writes one, as "
+            "does groupwise.model.checkpoints.write_checkpoint_model"
+        )
+    folder = Path(settled)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: no such folder; expected a run directory, RUN@STEP, a model folder or an adapter folder"
+        )
+    run = run_of(str(path)) or run_of(str(folder.parent))
     if (folder / ADAPTER_CONFIG).is_file():
         return Source(folder, _base_of(folder, base), run)
     if base is not None:
@@ -59,21 +68,6 @@ def find_source(path: str | Path, *, base: str | None = None) -> Source:
             "model folder, an adapter folder, or a run that has finished"
         )
     return Source(folder, run=run)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether it is a run directory: its config.json has our sections, a model's has an architecture."""
-    content = read_object(folder / MODEL_CONFIG)
-    return {"model", "data", "train"} <= set(content)
-
-
-def read_object(file: Path) -> Mapping[str, Any]:
-    """The JSON object in a file; an empty one if there is no such file, or something else in it."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _base_of(folder: Path, base: str | None) -> str:

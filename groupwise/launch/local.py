@@ -4,40 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
-from groupwise.algorithms import Algorithm, build_algorithm
+from groupwise.algorithms import Algorithm
 from groupwise.checkpoint.saver import Saver
 from groupwise.config import Config
-from groupwise.config.checks import check_trainable, sampling_remark
+from groupwise.config.checks import sampling_remark
 from groupwise.config.train import TrainConfig
-from groupwise.data import PromptSampler, PromptSet, check_rows, load_prompts, read_rows
-from groupwise.data.files import Source
+from groupwise.data import PromptSampler, PromptSet
 from groupwise.empty_steps import EmptySteps
-from groupwise.engines import build_engine, check_engine
+from groupwise.engines import build_engine
 from groupwise.evaluation.counted import counted_remarks, counted_rewards
 from groupwise.evaluation.evaluator import Evaluator, eval_sampling
 from groupwise.files import write_json_atomic
-from groupwise.fingerprint import machine_facts, model_facts, prompt_facts, reward_facts
 from groupwise.interrupt import StopRequest, catch_interrupts
+from groupwise.launch.preparation import Given, Prepared, make_scorer, prepare
 from groupwise.launch.record import Reports, restore, summarize
 from groupwise.lock import FolderLock
-from groupwise.model.loading import (
-    LoadedModel,
-    given_or_loaded,
-    load_tokenizer,
-    prepare_device,
-    resolve_device,
-    resolve_dtype,
-    with_adapter,
-)
+from groupwise.model.checkpoints import keep_base
+from groupwise.model.loading import LoadedModel, given_or_loaded, with_adapter
 from groupwise.policy import Objective, Policy
 from groupwise.policy.bundle import BundleWriter
 from groupwise.policy.upkeep import AdaptiveEntropy, ReferenceSync, Upkeep
@@ -46,51 +36,17 @@ from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, LogprobPass, Producer, Selection
 from groupwise.rollout.batch import teaches
 from groupwise.rundir import RunDirectory
-from groupwise.tracking import Trackers, build_trackers, check_backends
+from groupwise.tracking import Trackers, build_trackers
 from groupwise.train import TrainParts, train
-from groupwise.types import Engine, RolloutGroup, SamplingParams, Stateful, Tokenizer, Unwatched, Watcher
+from groupwise.trust import prove
+from groupwise.types import Engine, RolloutGroup, SamplingParams, Stateful, Unwatched, Watcher
 from groupwise.weight_sync import InProcessSync
 
+__all__ = ["Given", "prepare", "run_async", "run_training", "training_sampling"]
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _REMEDY = "Mend what it names: the reward, the columns that it reads, or the limits on completions"
 _WHERE = ". Every sample is in trajectories/ with its text and cause"
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What a Python program hands over as objects instead of naming it in the config.
-
-    Attributes:
-        loaded: instead of `model.path`.
-        train_data, eval_data: instead of `data.train` and `data.eval`: a `datasets.Dataset`, or rows.
-        rewards: functions beside those in the config, with `reward_weights` (all 1 when empty).
-        watcher: follows the run, and may end it.
-    """
-
-    loaded: LoadedModel | None = None
-    train_data: Source | None = None
-    eval_data: Source | None = None
-    rewards: Sequence[Callable[..., Any]] = ()
-    reward_weights: Sequence[float] = ()
-    watcher: Watcher | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        present = {
-            "model.path": self.loaded,
-            "data.train": self.train_data,
-            "data.eval": self.eval_data,
-            "reward": self.rewards or None,
-        }
-        return tuple(name for name, value in present.items() if value is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Data:
-    train: PromptSet
-    eval: PromptSet | None
-    tokenizer: Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +60,22 @@ class _Opened:
     lock: FolderLock
     stop: StopRequest
 
-    def saver(self, parts: Mapping[str, Stateful], config: TrainConfig, watcher: Watcher) -> Saver:
+    def saver(
+        self,
+        parts: Mapping[str, Stateful],
+        config: TrainConfig,
+        watcher: Watcher,
+        *,
+        best: Callable[[], int | None],
+    ) -> Saver:
         return Saver(
-            self.run.checkpoints, parts, config, record=self.identity, confirm=self.lock.confirm, saved=watcher.saved
+            self.run.checkpoints,
+            parts,
+            config,
+            record=self.identity,
+            confirm=self.lock.confirm,
+            saved=watcher.saved,
+            best=best,
         )
 
 
@@ -129,24 +98,20 @@ def run_training(
     """
     given = given or Given()
     started = time.perf_counter()
-    check_trainable(config, provided=given.names)
-    check_engine(config.rollout.engine)
-    check_backends(config.tracking)
-    prepare_device(config.model.device)
-    algorithm = build_algorithm(config.algorithm)
-    scorer = _scorer(config, given)
-    data = _load_data(config, given, scorer)
-    identity = _identity(config, given, data, algorithm)
-    place = _output(config)
-    with hold_place(place, resume=resume, overwrite=overwrite) as lock, catch_interrupts() as stop:
-        start = find_start(place, identity, resume=resume, accept=accept_changes)
-        loaded = with_adapter(given_or_loaded(given.loaded, config.model), config.lora, seed=config.train.seed)
-        run = open_run(config, identity, place, resume=resume, overwrite=overwrite)
+    ready = prepare(config, resume=resume, overwrite=overwrite, given=given)
+    config, identity = ready.config, ready.identity
+    with hold_place(ready.output, resume=resume, overwrite=overwrite) as lock, catch_interrupts() as stop:
+        start = find_start(ready.output, identity, resume=resume, accept=accept_changes)
+        loaded = given_or_loaded(given.loaded, ready.model)
+        run = open_run(config, identity, ready.output, resume=resume, overwrite=overwrite)
+        prove(run.path)
+        keep_base(loaded, ready.model, run.path)  # after the config, which says whose folder this is
+        loaded = with_adapter(loaded, config.lora, seed=config.train.seed)
         opened = _Opened(run, start, identity, Reports(run), lock, stop)
         with run.logging():
             describe_start(run, start, identity, resume=resume)
-            _describe(data, config)
-            parts = _build(config, given, data, algorithm=algorithm, scorer=scorer, loaded=loaded, opened=opened)
+            _describe(ready)
+            parts = _build(ready, given, loaded=loaded, opened=opened)
             try:
                 done = run_async(_run(parts, start))
                 parts.policy.save_pretrained(run.final)
@@ -158,26 +123,17 @@ def run_training(
     return summary
 
 
-def _build(
-    config: Config,
-    given: Given,
-    data: _Data,
-    *,
-    algorithm: Algorithm,
-    scorer: RewardScorer,
-    loaded: LoadedModel,
-    opened: _Opened,
-) -> TrainParts:
+def _build(ready: Prepared, given: Given, *, loaded: LoadedModel, opened: _Opened) -> TrainParts:
     """Every component of the run."""
+    config, algorithm, scorer, steps = ready.config, ready.algorithm, ready.scorer, ready.steps
     run, start, reports = opened.run, opened.start, opened.reports
-    steps = _num_steps(config, len(data.train.prompts))
     adaptive = None if algorithm.entropy_control is None else AdaptiveEntropy(algorithm, algorithm.entropy_control)
     policy = _policy(config, loaded, adaptive or algorithm, run=run, steps=steps)
     engine = build_engine(config.rollout, loaded, reserved_bytes=policy.bytes_to_come)
     buffer = _buffer(config)
-    producer = _producer(config, _sampler(config, data, start), engine, scorer, buffer=buffer, steps=steps)
+    producer = _producer(config, _sampler(config, ready.train, start), engine, scorer, buffer=buffer, steps=steps)
     upkeep = _upkeep(config, policy, adaptive)
-    evaluator = _evaluator(config, given, data, engine, reports=reports)
+    evaluator = _evaluator(config, given, ready.eval, engine, reports=reports)
     watcher, empty = given.watcher or Unwatched(), _empty_steps(config)
     saved: dict[str, Stateful] = {
         "policy": policy,
@@ -201,8 +157,8 @@ def _build(
         scorer=scorer,
         weight_sync=InProcessSync(policy, engine),
         evaluator=evaluator,
-        trackers=_trackers(config, run, steps=steps, start=start, accuracy_of=_counted(data, scorer)),
-        saver=opened.saver(saved, config.train, watcher),
+        trackers=_trackers(config, run, steps=steps, start=start, accuracy_of=_counted(ready.eval, scorer)),
+        saver=opened.saver(saved, config.train, watcher, best=lambda: evaluator.best.step),
         run=run,
         num_steps=steps,
         empty=empty,
@@ -237,67 +193,14 @@ async def _run(parts: TrainParts, start: Start) -> int:
         await parts.producer.close()
 
 
-def _identity(config: Config, given: Given, data: _Data, algorithm: Algorithm) -> Identity:
-    device = resolve_device(config.model.device)
-    module = None if given.loaded is None else given.loaded.model
-    compared = algorithm.needs_reference
-    return Identity.of(
-        config,
-        prompt_facts(data.train.prompts, num_rows=data.train.num_rows)
-        | model_facts(config, data.tokenizer, module, compared=compared)
-        | reward_facts(config, given.rewards)
-        | machine_facts(str(device), str(resolve_dtype(config.model.dtype, device))),
-    )
-
-
-def _scorer(config: Config, given: Given) -> RewardScorer:
-    return RewardScorer(config.reward, functions=given.rewards, function_weights=given.reward_weights)
-
-
-def _load_data(config: Config, given: Given, scorer: RewardScorer) -> _Data:
-    """Check the rows' shape first: that needs no tokenizer. Then tokenize, and check that rewards can score them."""
-    train_source = config.data.train if given.train_data is None else given.train_data
-    eval_source = config.data.eval if given.eval_data is None else given.eval_data
-    train_rows = read_rows(train_source)
-    check_rows(train_rows, config.data)
-    # A program's own data is there for evaluations that its watcher asks for.
-    eval_rows = read_rows(eval_source) if config.eval.every or given.eval_data is not None else None
-    if eval_rows is not None:
-        check_rows(eval_rows, config.data)
-    tokenizer = given.loaded.tokenizer if given.loaded is not None else load_tokenizer(config.model)
-    data = _Data(
-        train=load_prompts(train_rows, config.data, tokenizer),
-        eval=None if eval_rows is None else load_prompts(eval_rows, config.data, tokenizer, limit=config.eval.limit),
-        tokenizer=tokenizer,
-    )
-    scorer.check_prompts(data.train.prompts)
-    if data.eval is not None:
-        scorer.check_prompts(data.eval.prompts)
-    return data
-
-
-def _describe(data: _Data, config: Config) -> None:
+def _describe(ready: Prepared) -> None:
     """What there is to learn from and to evaluate on; with warnings where some of it does not act."""
-    for name, found in (("training", data.train), ("evaluation", data.eval)):
+    for name, found in (("training", ready.train), ("evaluation", ready.eval)):
         if found is not None and found.prompts:
             level = logging.WARNING if found.num_too_long else logging.INFO
             logger.log(level, "%s data: %s", name, found.describe())
-    if remark := sampling_remark(config):
+    if remark := sampling_remark(ready.config):
         logger.warning(remark)
-
-
-def _num_steps(config: Config, num_prompts: int) -> int:
-    if config.train.steps is not None:
-        return config.train.steps
-    return max(1, math.ceil(config.train.epochs * num_prompts / config.rollout.prompts_per_step))
-
-
-def _output(config: Config) -> Path:
-    if config.train.output:
-        return Path(config.train.output)
-    model = Path(config.model.path).name or "model"
-    data = Path(config.data.train).stem or "data"
-    return Path("runs") / f"{model}-{data}"
 
 
 def training_sampling(config: Config) -> SamplingParams:
@@ -317,9 +220,9 @@ def training_sampling(config: Config) -> SamplingParams:
     )
 
 
-def _sampler(config: Config, data: _Data, start: Start) -> PromptSampler:
+def _sampler(config: Config, data: PromptSet, start: Start) -> PromptSampler:
     return PromptSampler(
-        data.train.prompts,
+        data.prompts,
         seed=config.train.seed,
         shuffle=config.data.shuffle,
         same_data=not start.changes,  # or the difference was accepted
@@ -341,9 +244,7 @@ def _producer(
 
 
 def _buffer(config: Config) -> Buffer:
-    return Buffer(
-        prompts_per_step=config.rollout.prompts_per_step, max_off_policy_steps=config.train.max_off_policy_steps
-    )
+    return Buffer(prompts_per_step=config.rollout.prompts_per_step, max_off_policy_steps=0)
 
 
 def _trackers(config: Config, run: RunDirectory, *, steps: int, start: Start, accuracy_of: str) -> Trackers:
@@ -356,11 +257,11 @@ def _trackers(config: Config, run: RunDirectory, *, steps: int, start: Start, ac
     )
 
 
-def _counted(data: _Data, scorer: RewardScorer) -> str:
+def _counted(held_out: PromptSet | None, scorer: RewardScorer) -> str:
     """The reward that accuracy counts, with a warning where another weighs more."""
-    if data.eval is None:
+    if held_out is None:
         return ""
-    sources = dict.fromkeys(prompt.data_source for prompt in data.eval.prompts)
+    sources = dict.fromkeys(prompt.data_source for prompt in held_out.prompts)
     for remark in counted_remarks(scorer, sources):
         logger.warning(remark)
     return counted_rewards(scorer, sources)
@@ -405,15 +306,16 @@ def _upkeep(config: Config, policy: Policy, adaptive: AdaptiveEntropy | None) ->
     return Upkeep(entropy=adaptive, sync=ReferenceSync(reference, config.algorithm.reference_sync_every, alpha))
 
 
-def _evaluator(config: Config, given: Given, data: _Data, engine: Engine, *, reports: Reports) -> Evaluator:
+def _evaluator(config: Config, given: Given, data: PromptSet | None, engine: Engine, *, reports: Reports) -> Evaluator:
     """With a scorer of its own, so that training's reward metrics hold training's rewards alone."""
     return Evaluator(
         engine,
-        () if data.eval is None else data.eval.prompts,
-        scorer=_scorer(config, given),
+        () if data is None else data.prompts,
+        scorer=make_scorer(config, given),
         config=config.eval,
         sampling=eval_sampling(config.eval, config.rollout, seed=config.train.seed),
         on_report=reports.add,
+        keep_best=config.train.keep_best,
     )
 
 

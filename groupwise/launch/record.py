@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from groupwise.checkpoint import mark_best
 from groupwise.config import Config
 from groupwise.evaluation.report import EvalReport
 from groupwise.files import append_rows
@@ -36,6 +37,7 @@ def restore(parts: TrainParts, start: Start) -> int:
     if start.checkpoint is None:
         return 0
     step = start.checkpoint.load(parts.saver.parts, optional=("reports", "empty"))
+    mark_best(parts.run.checkpoints, parts.evaluator.best.step)
     parts.producer.rewind(parts.buffer.next_index)
     parts.run.truncate_after(step)
     if start.changes:

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from groupwise.config import LoraConfig, ModelConfig
 from groupwise.config.checks import require_batch_invariance, require_bitsandbytes
 from groupwise.config.lora import AdapterFile, read_adapter_file
+from groupwise.config.model_name import named_checkpoint, settled_model
 from groupwise.errors import ConfigError
 from groupwise.installed import require_adapters, require_versions
 from groupwise.model.adapters import adapter_of, add_adapter, continue_adapter, load_adapter
@@ -98,6 +99,11 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The tokenizer of `config.path`, with `config.chat_template` put in."""
     from groupwise.data.chat import set_chat_template
 
+    config = config.model_copy(update={"path": settled_model(config.path)})
+    if checkpoint := named_checkpoint(config.path):
+        from groupwise.model.checkpoints import base_config
+
+        return load_tokenizer(base_config(config, checkpoint))
     _check_path(config.path)
     adapter = read_adapter_file(Path(config.path))
     if adapter is not None and not (adapter.folder / "tokenizer_config.json").is_file():
@@ -119,11 +125,17 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
 
 
 def load_model(config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> LoadedModel:
-    """Load weights and tokenizer; from an adapter's folder, its base and the adapter in it.
+    """Load weights and tokenizer; from an adapter's folder, its base and the adapter in it. `config.path` may also be a
+    run, or a checkpoint of one (`groupwise.config.model_name`).
 
     Raises:
         ConfigError: the folder holds no causal language model, or its architecture cannot run packed.
     """
+    config = config.model_copy(update={"path": settled_model(config.path)})
+    if checkpoint := named_checkpoint(config.path):
+        from groupwise.model.checkpoints import load_checkpoint_model
+
+        return load_checkpoint_model(config, checkpoint, tokenizer=tokenizer)
     _check_path(config.path)
     if config.quantization != "none":
         require_bitsandbytes(f"model.quantization = {config.quantization!r}")
@@ -213,7 +225,7 @@ def wrap_model(model: PreTrainedModel, tokenizer: Tokenizer, *, batch_invariant:
     Args:
         batch_invariant: compute every row with the same bits in any company on a GPU, too; it stays with the module.
     """
-    _check_attention(model)
+    check_attention(model)
     if model.config._attn_implementation != ATTENTION_NAME:
         model.set_attn_implementation(ATTENTION_NAME)
     make_activations_even(model)
@@ -228,7 +240,7 @@ def wrap_model(model: PreTrainedModel, tokenizer: Tokenizer, *, batch_invariant:
     return LoadedModel(model, tokenizer, LanguageHead(model), _stop_token_ids(model, tokenizer))
 
 
-def _check_attention(model: PreTrainedModel) -> None:
+def check_attention(model: PreTrainedModel) -> None:
     """Refuse what would run, and be wrong."""
     settings = model.config.get_text_config().to_dict()
     kinds = set(settings.get("layer_types") or ()) - {"full_attention", "sliding_attention"}

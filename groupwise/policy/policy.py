@@ -341,7 +341,13 @@ class Policy:
         self._is_sampler = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self._updates, "skipped": self._skipped, "optimizer": self._optimizer.state_dict()}
+        # The dtype is for who lays the masters over the base without this run's settings at hand: `model.checkpoints`.
+        return {
+            "updates": self._updates,
+            "skipped": self._skipped,
+            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            "optimizer": self._optimizer.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._updates = int(state["updates"])

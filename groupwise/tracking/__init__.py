@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from groupwise.tracking.base import Tracker
 from groupwise.tracking.composite import Trackers
-from groupwise.tracking.registry import build_trackers, check_backends
+from groupwise.tracking.registry import build_trackers, check_backends, missing_packages
 
-__all__ = ["Tracker", "Trackers", "build_trackers", "check_backends"]
+__all__ = ["Tracker", "Trackers", "build_trackers", "check_backends", "missing_packages"]

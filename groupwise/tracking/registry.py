@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from groupwise.config import TrackingConfig
@@ -65,6 +66,11 @@ def build_trackers(
     )
     built = {name: BUILDERS[name](facts) for name in config.backends}
     return Trackers(built, samples_every=config.samples_every, samples=config.samples)
+
+
+def missing_packages(config: TrackingConfig) -> list[str]:
+    """Of the trackers that the config names, those whose package is not installed: they will be off."""
+    return [name for name in config.backends if name not in ("console", "jsonl") and find_spec(name) is None]
 
 
 def check_backends(config: TrackingConfig) -> None:

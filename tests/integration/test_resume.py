@@ -133,6 +133,9 @@ def test_ctrl_c_once_saves_and_twice_stops_at_once(task: Any, tmp_path: Path, st
     steps = (once / "metrics.jsonl").read_bytes().count(b"\n")
     assert (once / "checkpoints" / "latest").read_text().strip() == f"step_{steps:06d}"
     assert f"stopped after step {steps};" in errors
+    assert f"`groupwise eval {once}@{steps}`" in errors
+    assert main(["generate", f"{once}@{steps}", "--prompt", "1 + 1", "--raw", "--max-tokens", "2"]) == 0
+    assert main(["generate", str(once), "--prompt", "1 + 1", "--raw", "--max-tokens", "2"]) == 0
     assert not (once / "final").exists()
 
     wait_for(twice / "log.txt", 1, second)

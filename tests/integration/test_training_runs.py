@@ -54,7 +54,7 @@ def test_a_run_directory_is_complete(task: Any, tmp_path: Path, read_jsonl: Read
     summary = run_training(config)
     names = {path.name for path in run.iterdir()}
     files = ["config.json", "versions.json", "log.txt", "metrics.jsonl", "ledger.jsonl", "summary.json", ".lock.1"]
-    assert names == {*files, "trajectories", "checkpoints", "final", "tensorboard"}
+    assert names == {*files, "trust.json", "trajectories", "checkpoints", "final", "tensorboard"}
     assert json.loads((run / "summary.json").read_text()) == summary
     assert summary["steps"] == 4
     assert json.loads((run / "config.json").read_text())["train"]["seed"] == 3

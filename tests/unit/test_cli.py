@@ -34,16 +34,6 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) 
     return captured.err
 
 
-@pytest.fixture
-def training(tmp_path: Path) -> list[str]:
-    """Flags of a run that passes every check."""
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
-    (tmp_path / "train.jsonl").write_text(ROWS)
-    return ["--model", str(model), "--data", str(tmp_path / "train.jsonl"), "--reward", "gsm8k"]
-
-
 # --- start-up ---
 
 
@@ -75,11 +65,11 @@ def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
     assert "LOADED []" in result.stdout
 
 
-def test_dry_run_does_not_load_torch(training: list[str]) -> None:
-    arguments = ["train", *training, "--dry-run"]
+def test_what_a_name_shows_is_refused_without_torch(training: list[str]) -> None:
+    arguments = ["train", *training, "--data", "no-such.jsonl", "--dry-run"]
     code = f"import sys\nfrom groupwise.cli import main\nprint(main({arguments!r}), 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert result.stdout.endswith("0 False\n"), result.stderr
+    assert result.stdout.endswith("2 False\n"), result.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.name)
@@ -210,7 +200,12 @@ def test_dry_run_shows_each_value_and_its_origin(
 
 def test_dry_run_ends_with_the_rows_that_were_read(training: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *training, "--eval-data", training[3], "--dry-run"]) == 0
-    assert capsys.readouterr().out.count("train.jsonl: 2 rows, all usable") == 2
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert "train.jsonl: 2 prompts of" in lines[0]
+    assert lines[1] == "# 1 steps of 32 prompts"
+    assert lines[2].endswith("model-train: a new run")
+    assert main(["train", *training, "--eval-data", training[3], "--eval.every", "1", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("train.jsonl: 2 prompts of") == 2
 
 
 def test_sft_needs_no_reward_but_answers(training: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,8 +230,14 @@ def test_resume_without_recipe_takes_the_runs_own_config(
     words = [f"--{key}={value}" for key, value in (("model.path", training[1]), ("data.train", training[3]))]
     config = load_config(None, [*words, '--reward=[{"name": "gsm8k"}]', "--optim.lr=0.125"]).config
     (run / "config.json").write_text(config_json(config))
+    assert "saved no checkpoint" in refused(capsys, "train", "--output", str(run), "--resume", "--dry-run")
+    (run / "checkpoints" / "step_000030").mkdir(parents=True)
+    (run / "checkpoints" / "step_000030" / "manifest.json").write_text("{}")
+    refusal = refused(capsys, "train", "--output", str(run), "--resume", "--optim.lr", "0.5", "--dry-run")
+    assert "optim.lr: was 0.125, now 0.5" in refusal
     assert main(["train", "--output", str(run), "--resume", "--dry-run"]) == 0
     out = capsys.readouterr().out
+    assert out.endswith(f"# {run}: the run goes on from step_000030\n")
     assert "lr = 0.125" in out
     assert "lr = 1e-06" not in out
 
@@ -334,9 +335,40 @@ def test_a_closed_pipe_is_quiet() -> None:
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("word", ["--reward=gsm8k", "--eval-data=t.jsonl", "--rollout.group_size=4", "--eval.every=5"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("--reward=gsm8k", "--eval-data=t.jsonl", "--rollout.group_size=4", "--eval.every=5", "--data.eval=t.jsonl"),
+        *("--data.data_source=x", "--optim.steps_per_batch=2", "--optim.passes_per_batch=2"),
+        *("--train.keep_best=eval/accuracy", "--train.trajectories=false", "--trust-rewards"),
+    ],
+)
 def test_sft_refuses_what_would_not_act(capsys: pytest.CaptureFixture[str], word: str) -> None:
     assert word.split("=")[0] in refused(capsys, "sft", "--model", "m", "--data", "d.jsonl", word)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "m", "--prompt", "x", "--raw", "--data.chat_template_kwargs.thinking=false"],
+        ["generate", "m", "--prompt", "x", "--raw", "--model.chat_template=t.jinja"],
+        ["data", "stats", "f", "--model.trust_remote_code=true"],
+        ["data", "stats", "f", "--data.chat_template_kwargs.thinking=false"],
+    ],
+)
+def test_what_would_be_taken_and_ignored_is_refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert f"{arguments[-1].partition('=')[0]} has no effect" in refused(capsys, *arguments)
+
+
+def test_no_setting_has_one_legal_value() -> None:
+    from typing import Literal, get_args, get_origin
+
+    from groupwise.config.keys import annotation_of, describe_keys, without_none
+
+    for key in describe_keys():
+        annotation = without_none(annotation_of(key.name.replace(".N.", ".0.")))
+        if get_origin(annotation) is Literal:
+            assert len(get_args(annotation)) > 1, key.name
 
 
 # --- a reward that the data names ---
@@ -350,8 +382,8 @@ def test_rows_of_gsm8k_need_no_reward(training: list[str], tmp_path: Path, capsy
     shown = capsys.readouterr().out
     assert re.search(r'name = "gsm8k" +# data_source of .*train\.jsonl\n', shown)
     assert re.search(r'data_source = \["openai/gsm8k"\] +# data_source of', shown)
-    assert main([*flags, "--reward", "exact_match"]) == 0
-    assert re.findall(r'^name = "(\w+)" .*line$', capsys.readouterr().out, re.MULTILINE) == ["exact_match"]
+    assert main([*flags, "--reward", "format"]) == 0
+    assert re.findall(r'^name = "(\w+)" .*line$', capsys.readouterr().out, re.MULTILINE) == ["format"]
     (tmp_path / "train.jsonl").write_text(row.replace("SOURCE", "mine"))
     assert "training needs at least one" in refused(capsys, *flags)
     (tmp_path / "train.jsonl").write_text("")

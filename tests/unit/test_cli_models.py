@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from groupwise.cli import main
-from groupwise.cli.models import is_run, model_path
+from groupwise.cli.models import model_path
 from groupwise.config.loading import config_json, load_config
+from groupwise.config.model_name import is_run
 from groupwise.errors import ConfigError
+from groupwise.trust import prove
 
 REWARD = "from groupwise.rewards import completion_texts\ndef {name}(completions, **columns):\n    {body}\n"
 
@@ -47,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
     ).config
     (folder / "run" / "config.json").write_text(config_json(config))
+    prove(folder / "run")
     return folder
 
 
@@ -224,18 +227,34 @@ def test_an_evaluation_in_which_every_reward_failed_is_a_failure(
     assert (report["accuracy"], report["num_failed"], report["mean_reward"]) == (None, 5, None)
 
 
+def test_a_run_from_elsewhere_runs_its_reward_code_after_a_yes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    (run / "trust.json").unlink()
+    name = f"{folder / 'rewards.py'}:one"
+    for words in (("eval", run), ("train", "--resume", "--output", run), ("train", run / "config.json")):
+        assert main([str(word) for word in words]) == 2
+        said = capsys.readouterr().err
+        assert f"reward {name}" in said
+        assert "--trust-rewards, or the same name with --reward" in said
+    for words in (("--trust-rewards",), ("--reward", name)):
+        assert json.loads(output(capsys, "eval", run, "--json", *words))["accuracy"] == 1.0
+    (run / "checkpoints" / "step_000001").mkdir(parents=True)
+    (run / "checkpoints" / "step_000001" / "manifest.json").touch()
+    assert main(["eval", f"{run}@1"]) == 2
+    assert "--trust-rewards" in capsys.readouterr().err
+
+
 def test_a_run_is_told_from_a_model(folder: Path, tmp_path: Path) -> None:
-    assert (is_run(str(folder / "run")), is_run(str(folder / "model")), is_run("Qwen/Qwen3-0.6B")) == (
-        True,
-        False,
-        False,
-    )
+    assert (is_run(folder / "run"), is_run(folder / "model"), is_run(Path("Qwen/Qwen3-0.6B"))) == (True, False, False)
     assert model_path("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     shutil.copy(folder / "run" / "config.json", tmp_path / "config.json")
-    with pytest.raises(ConfigError, match="without a finished model"):
+    with pytest.raises(ConfigError, match="without a final model and without a checkpoint"):
         model_path(str(tmp_path))
     (tmp_path / "config.json").write_text("not json")
-    assert not is_run(str(tmp_path))
+    assert not is_run(tmp_path)
 
 
 def test_data_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ _HELP = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C ends a
 
 
 def _arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="run directory, model folder or Hub name")
+    parser.add_argument("model", metavar="MODEL", help="run, RUN@STEP, model folder or Hub name")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     add_sampling_flags(parser)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from groupwise.cli.output import say
 from groupwise.cli.parsing import Command, Parser, set_key
+from groupwise.errors import ConfigError
 
 if TYPE_CHECKING:
     from groupwise.types import Tokenizer
@@ -40,6 +41,10 @@ def _stats(args: argparse.Namespace) -> None:
     overrides = set_key("model.path", args.model) + set_key("data.max_prompt_tokens", args.max_prompt_tokens)
     config = load_config(None, [*overrides, *args.overrides]).config
     tokenizer = None
+    if not config.model.path and args.overrides:
+        for word in args.overrides:
+            if word.startswith(("--model.", "--data.chat_template_kwargs")):
+                raise ConfigError(f"{word.partition('=')[0]} has no effect without --model; leave it out, or give one")
     if config.model.path:
         from groupwise.config.checks import check_model_path
 

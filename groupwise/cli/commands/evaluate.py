@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from groupwise.cli.models import ENGINE_SETTINGS, MODEL_SETTINGS, is_run, model_path, quiet_loading
+from groupwise.cli.models import ENGINE_SETTINGS, MODEL_SETTINGS, add_trust_flag, model_path, quiet_loading
 from groupwise.cli.output import say, tell
 from groupwise.cli.parsing import Command, Parser, set_key, set_rewards
 from groupwise.empty_steps import commonest
@@ -26,10 +26,13 @@ logger = logging.getLogger(__name__)
 
 def _arguments(parser: Parser) -> None:
     parser.add_argument(
-        "model", metavar="RUN_OR_MODEL", help="run directory (its final model), model folder or Hub name"
+        "model",
+        metavar="RUN_OR_MODEL",
+        help="run (its final model), RUN@STEP, RUN@best, RUN@latest, model folder or Hub name",
     )
     parser.add_argument("--data", "--data-path", "--eval-data", metavar="FILE", help="default: a run's data.eval")
     parser.add_argument("--reward", action="append", metavar="NAME", help="default: a run's rewards; may repeat")
+    add_trust_flag(parser)
     parser.add_argument("--samples", metavar="N", help="completions per row (eval.samples)")
     parser.add_argument("--limit", metavar="N", help="only the first rows (eval.limit)")
     parser.add_argument("--temperature", metavar="T", help="0 is greedy (eval.temperature)")
@@ -60,6 +63,8 @@ def _eval(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace) -> Config:
     from groupwise.config.loading import load_config
+    from groupwise.config.model_name import MODEL_FILE, run_of
+    from groupwise.trust import require_yes
 
     overrides = [
         *set_key("model.path", model_path(args.model)),
@@ -72,8 +77,11 @@ def _config(args: argparse.Namespace) -> Config:
         *set_key("train.seed", args.seed),
         *args.overrides,
     ]
-    run_config = Path(args.model, "config.json")
-    config = load_config(run_config if is_run(args.model) and run_config.is_file() else None, overrides).config
+    run = run_of(args.model)
+    loaded = load_config(None if run is None else run / MODEL_FILE, overrides)
+    if run is not None:
+        require_yes(loaded, run, rewards_trusted=args.trust_rewards)
+    config = loaded.config
     if not config.data.eval:
         raise ConfigError("no data to evaluate on; give --data FILE")
     if not config.reward:

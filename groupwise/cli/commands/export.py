@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from groupwise.cli.models import quiet_loading
 from groupwise.cli.output import say
 from groupwise.cli.parsing import Command, Parser, whole_number
+from groupwise.cli.sources import open_source, recorded_source
 from groupwise.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ _GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_0", "q5_k_m", "q4_k_m")
 
 
 def _add_source(parser: Parser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a run directory, a model folder or an adapter folder")
+    parser.add_argument("source", metavar="SOURCE", help="a run, RUN@STEP, a model folder or an adapter folder")
     parser.add_argument("--base", metavar="PATH", help="an adapter's base model, instead of the one it names")
 
 
@@ -41,11 +42,12 @@ def _hf_arguments(parser: Parser) -> None:
 
 def _hf(args: argparse.Namespace) -> None:
     from groupwise.export.hf import export_hf
-    from groupwise.export.source import find_source
+    from groupwise.export.writing import check_new_folder
 
+    check_new_folder(Path(args.out))
     quiet_loading()
-    source = find_source(args.source, base=args.base)
-    record = export_hf(source, args.out, form=args.form, dtype=args.dtype)
+    with open_source(args.source, base=args.base) as source:
+        record = export_hf(source, args.out, form=args.form, dtype=args.dtype)
     _say(record, args.out)
 
 
@@ -61,17 +63,18 @@ def _gguf_arguments(parser: Parser) -> None:
 def _gguf(args: argparse.Namespace) -> None:
     _need_gguf()
     from groupwise.export.gguf_file import export_gguf, export_gguf_adapter
-    from groupwise.export.source import find_source
+    from groupwise.export.writing import check_new_file
 
+    for flag, value in (("--pre", args.pre), ("--llama-quantize", args.llama_quantize)):
+        if args.adapter and value is not None:
+            raise ConfigError(f"{flag} has no effect with --adapter; leave it out")
+    check_new_file(Path(args.out))
     quiet_loading()
-    source = find_source(args.source, base=args.base)
-    if args.adapter:
-        for flag, value in (("--pre", args.pre), ("--llama-quantize", args.llama_quantize)):
-            if value is not None:
-                raise ConfigError(f"{flag} has no effect with --adapter; leave it out")
-        record = export_gguf_adapter(source, args.out, kind=args.type)
-    else:
-        record = export_gguf(source, args.out, kind=args.type, pre=args.pre, llama_quantize=args.llama_quantize)
+    with open_source(args.source, base=args.base) as source:
+        if args.adapter:
+            record = export_gguf_adapter(source, args.out, kind=args.type)
+        else:
+            record = export_gguf(source, args.out, kind=args.type, pre=args.pre, llama_quantize=args.llama_quantize)
     _say(record, args.out)
 
 
@@ -85,36 +88,35 @@ def _modelfile_arguments(parser: Parser) -> None:
 def _modelfile(args: argparse.Namespace) -> None:
     from groupwise.export.loading import load_tokenizer, stop_texts
     from groupwise.export.modelfile import write_modelfile
-    from groupwise.export.record import read_record
-    from groupwise.export.source import find_source
     from groupwise.export.writing import check_new_file
 
     quiet_loading()
     file = Path(args.gguf)
     out = Path(args.out) if args.out else file.with_name("Modelfile")
     check_new_file(out)
-    source = find_source(args.source) if args.source else read_record(file).find_source()
-    tokenizer = load_tokenizer(source)
-    stops = stop_texts(source, tokenizer)
+    with open_source(args.source) if args.source else recorded_source(file) as source:
+        tokenizer = load_tokenizer(source)
+        stops = stop_texts(source, tokenizer)
     write_modelfile(out, gguf_file=file, tokenizer=tokenizer, stops=stops, base_gguf=args.base_gguf)
     print(f"wrote {out}; `ollama create NAME -f {out}` makes a model of it")
 
 
 def _card_arguments(parser: Parser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run directory")
+    parser.add_argument("run", metavar="RUN", help="a run directory, or RUN@STEP")
     parser.add_argument("--out", metavar="FILE.md", help="default: README.md in the run's `final`")
 
 
 def _card(args: argparse.Namespace) -> None:
     from groupwise.export.card import CARD_FILE, write_card
-    from groupwise.export.source import find_source
     from groupwise.export.writing import check_new_file
 
-    source = find_source(args.run)
-    out = Path(args.out) if args.out else source.folder / CARD_FILE
     if args.out:
-        check_new_file(out)
-    write_card(source, out)
+        check_new_file(Path(args.out))
+    with open_source(args.run) as source:
+        if source.step is not None and not args.out:
+            raise ConfigError(f"{source.name} is a checkpoint, which holds no card; name a file with --out FILE.md")
+        out = Path(args.out) if args.out else source.folder / CARD_FILE
+        write_card(source, out)
     print(f"wrote {out}")
 
 
@@ -127,8 +129,13 @@ def _push_arguments(parser: Parser) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
+    from groupwise.config.model_name import named_checkpoint
     from groupwise.export.push import plan_push, push
 
+    if checkpoint := named_checkpoint(args.folder):
+        raise ConfigError(
+            f"{args.folder}: got a checkpoint; push a model folder: `groupwise export hf {checkpoint.name} --out DIR`"
+        )
     plan = plan_push(args.folder, args.repo, private=args.private, endpoint=args.endpoint)
     say(plan.describe())
     if args.dry_run:
@@ -146,14 +153,16 @@ def _verify_arguments(parser: Parser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from groupwise.export.source import find_source
     from groupwise.export.verify import verify
 
     quiet_loading()
     if args.base is not None and args.source is None:
         raise ConfigError("--base has no effect without --source; leave it out")
-    source = find_source(args.source, base=args.base) if args.source else None
-    verdict = verify(args.path, source=source, base_gguf=args.base_gguf, max_tokens=args.max_tokens)
+    path = Path(args.path)
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file or folder; expected what `groupwise export` wrote")
+    with open_source(args.source, base=args.base) if args.source else recorded_source(path) as source:
+        verdict = verify(path, source=source, base_gguf=args.base_gguf, max_tokens=args.max_tokens)
     say(verdict.describe())
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def _arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="run directory, model folder or Hub name")
+    parser.add_argument("model", metavar="MODEL", help="run, RUN@STEP, model folder or Hub name")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the user's message; - reads standard input")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as text, without the chat template")
@@ -36,6 +36,11 @@ def _arguments(parser: Parser) -> None:
 def _generate(args: argparse.Namespace) -> None:
     if args.raw and args.system is not None:
         raise ConfigError("--system has no place in --raw text; leave one of them out")
+    of_chat = [
+        word for word in args.overrides if word.startswith(("--data.chat_template_kwargs", "--model.chat_template"))
+    ]
+    if args.raw and of_chat:
+        raise ConfigError(f"{of_chat[0].partition('=')[0]} has no effect on --raw text; leave one of them out")
     text = encodable(sys.stdin.read() if args.prompt == "-" else args.prompt)
     if not text:
         raise ConfigError("the prompt is empty; give --prompt some text")

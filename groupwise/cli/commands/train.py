@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from groupwise.cli.models import add_trust_flag, quiet_loading
 from groupwise.cli.output import say
 from groupwise.cli.parsing import Command, Parser, set_key, set_rewards
 
 if TYPE_CHECKING:
-    from groupwise.config import Config
     from groupwise.config.loading import LoadedConfig
 
 _SHARED_SETTINGS = ("model.", "lora.", "data.", "optim.", "train.")
@@ -20,6 +20,11 @@ _SFT_SETTINGS = (
     *_SHARED_SETTINGS,
     "sft.",
     *(f"tracking.{name}" for name in ("backends", "project", "run_name", "mode", "folder")),
+)
+# It evaluates nothing, routes no rewards, and makes one update of each batch.
+_SFT_IDLE = (
+    *("data.eval", "data.data_source", "optim.steps_per_batch", "optim.passes_per_batch"),
+    *("train.keep_best", "train.trajectories"),
 )
 _EPILOG = (
     "Any setting can be given as --section.key VALUE, e.g. --optim.lr 1e-6; it wins over the recipe.\n"
@@ -36,13 +41,16 @@ def _add_arguments(parser: Parser) -> None:
         metavar="NAME",
         help="replaces the recipe's rewards; may repeat (reward.N.name); GSM8K's rows need none",
     )
+    add_trust_flag(parser)
 
 
 def _add_shared(parser: Parser) -> None:
     """What supervised training takes as well: it scores and evaluates nothing."""
-    parser.set_defaults(eval_data=None, reward=None)
+    parser.set_defaults(eval_data=None, reward=None, trust_rewards=False)
     parser.add_argument("recipe", nargs="?", metavar="RECIPE.toml", help="a file with settings")
-    parser.add_argument("--model", "--model-path", metavar="PATH", help="folder or Hub name (model.path)")
+    parser.add_argument(
+        "--model", "--model-path", metavar="PATH", help="folder, run, RUN@STEP or Hub name (model.path)"
+    )
     parser.add_argument("--data", "--data-path", metavar="FILE", help="rows to train on (data.train)")
     parser.add_argument("--output", metavar="DIR", help="run directory (train.output)")
     parser.add_argument("--seed", metavar="N", help="of everything random (train.seed)")
@@ -57,13 +65,15 @@ def _add_shared(parser: Parser) -> None:
         action="store_true",
         help="with --resume: go on although what decides the result has changed; what was accepted is recorded",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, show the settings, do not train")
+    parser.add_argument("--dry-run", action="store_true", help="check all that needs no weights, show the settings")
 
 
 def _load(args: argparse.Namespace) -> LoadedConfig:
     """The recipe, or when a run is resumed without one, the run's own config; under the flags."""
-    from groupwise.config.loading import load_config
+    from groupwise.config.loading import LoadedConfig, load_config
+    from groupwise.config.model_name import MODEL_FILE, is_run, settled
     from groupwise.errors import ConfigError
+    from groupwise.trust import require_yes
 
     recipe: str | None = args.recipe
     if recipe is None and args.resume and args.output is not None:
@@ -74,7 +84,11 @@ def _load(args: argparse.Namespace) -> LoadedConfig:
                 "the flags that the run is started with"
             )
         recipe = str(own) if own.is_file() else None
-    return load_config(recipe, _overrides(args))
+    loaded = load_config(recipe, _overrides(args))
+    if recipe is not None and is_run(Path(recipe).parent) and Path(recipe).name == MODEL_FILE:
+        require_yes(loaded, Path(recipe).parent, rewards_trusted=args.trust_rewards)
+    # A resumed run may have a copy of its model, which the launcher finds.
+    return loaded if args.resume else LoadedConfig(settled(loaded.config), loaded.origins)
 
 
 def _with_known_reward(loaded: LoadedConfig) -> LoadedConfig:
@@ -110,60 +124,47 @@ def _overrides(args: argparse.Namespace) -> list[str]:
 
 def _train(args: argparse.Namespace) -> None:
     from groupwise.config.checks import check_trainable
-    from groupwise.config.loading import render_resolved
 
     loaded = _with_known_reward(_load(args))
-    if args.dry_run:
-        say(render_resolved(loaded).rstrip("\n"))
-    check_trainable(loaded.config)
-    if args.dry_run:
-        _check_parts(loaded.config)
-        _check_files(loaded.config, supervised=False)
-        return
-    from groupwise.launch.local import run_training
+    _show(loaded, args)
+    if not args.resume:  # what needs no libraries is refused before they are loaded
+        check_trainable(loaded.config)
+    from groupwise.launch.local import prepare, run_training
+    from groupwise.resume import find_start
 
+    if args.dry_run:
+        quiet_loading()
+        ready = prepare(loaded.config, resume=args.resume, overwrite=args.overwrite)
+        find_start(ready.output, ready.identity, resume=args.resume, accept=args.accept_changes)
+        say(ready.describe(resume=args.resume))
+        return
     run_training(loaded.config, resume=args.resume, overwrite=args.overwrite, accept_changes=args.accept_changes)
 
 
 def _sft(args: argparse.Namespace) -> None:
     from groupwise.config.checks import check_supervised
-    from groupwise.config.loading import render_resolved
 
     loaded = _load(args)
-    if args.dry_run:
-        say(render_resolved(loaded).rstrip("\n"))
-    check_supervised(loaded.config)
-    if args.dry_run:
-        _check_files(loaded.config, supervised=True)
-        return
-    from groupwise.sft import run_sft
+    _show(loaded, args)
+    if not args.resume:
+        check_supervised(loaded.config)
+    from groupwise.resume import find_start
+    from groupwise.sft import prepare_sft, run_sft
 
+    if args.dry_run:
+        quiet_loading()
+        ready = prepare_sft(loaded.config, resume=args.resume, overwrite=args.overwrite)
+        find_start(ready.output, ready.identity, resume=args.resume, accept=args.accept_changes)
+        say(ready.describe(resume=args.resume))
+        return
     run_sft(loaded.config, resume=args.resume, overwrite=args.overwrite, accept_changes=args.accept_changes)
 
 
-def _check_parts(config: Config) -> None:
-    """What training would refuse in the names that its parts go by."""
-    from groupwise.config.algorithm_checks import check_algorithm
-    from groupwise.engines import check_engine
-    from groupwise.rewards import RewardScorer
+def _show(loaded: LoadedConfig, args: argparse.Namespace) -> None:
+    from groupwise.config.loading import render_resolved
 
-    check_algorithm(config.algorithm)
-    check_engine(config.rollout.engine)
-    RewardScorer(config.reward)
-
-
-def _check_files(config: Config, *, supervised: bool) -> None:
-    """What training would refuse in the data's rows."""
-    from groupwise.data import check_rows, check_supervised_rows, read_rows
-
-    check_train = check_supervised_rows if supervised else check_rows
-    rows = read_rows(config.data.train)
-    check_train(rows, config.data)
-    print(f"# {config.data.train}: {len(rows):,} rows, all usable")
-    if config.data.eval:
-        rows = read_rows(config.data.eval, limit=config.eval.limit)
-        check_rows(rows, config.data)
-        print(f"# {config.data.eval}: {len(rows):,} rows, all usable")
+    if args.dry_run:
+        print(render_resolved(loaded), end="", flush=True)
 
 
 TRAIN = Command(
@@ -180,5 +181,6 @@ SFT = Command(
     add_arguments=_add_shared,
     run=_sft,
     settings=_SFT_SETTINGS,
+    idle=_SFT_IDLE,
     epilog=_EPILOG,
 )

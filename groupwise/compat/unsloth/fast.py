@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import peft
@@ -23,8 +24,10 @@ from groupwise.compat.unsloth.models import (
 from groupwise.compat.unsloth.settings import ADAPTER, LOADING, read_options
 from groupwise.config import ModelConfig
 from groupwise.config.lora import AdapterFile, read_adapter_file
+from groupwise.config.model_name import named_checkpoint, settled_model
 from groupwise.errors import ConfigError
 from groupwise.model.borrowing import borrow
+from groupwise.model.checkpoints import write_checkpoint_model
 from groupwise.model.loading import load_model, load_tokenizer
 from groupwise.model.recompute import recompute_layers
 
@@ -43,7 +46,7 @@ class FastLanguageModel:
     def from_pretrained(model_name: str, **options: Any) -> tuple[Any, Any]:
         """The model, with what `FastModel` adds to transformers' class, and its tokenizer.
 
-        From an adapter's folder: the base with that adapter, a `FastPeftModel`, ready to go on.
+        From an adapter's folder or checkpoint: the base with that adapter, a `FastPeftModel`, ready to go on.
 
         Args:
             options: Unsloth's, see docs/migrate.md: `max_seq_length`, `dtype`, `load_in_4bit`, `fast_inference`,
@@ -54,9 +57,14 @@ class FastLanguageModel:
         """
         if not isinstance(model_name, str | Path):
             raise ConfigError(f"from_pretrained: got a {type(model_name).__name__}; expected a folder or a Hub name")
+        settled = settled_model(str(model_name))
+        if (checkpoint := named_checkpoint(settled)) and checkpoint.has_adapter:
+            with TemporaryDirectory() as written:
+                write_checkpoint_model(checkpoint, Path(written))
+                return FastLanguageModel.from_pretrained(written, **options)
         asked = read_options("from_pretrained", LOADING, options)
-        folder = Path(model_name)
-        name = str(folder.resolve()) if folder.is_dir() else str(model_name)
+        folder = Path(settled)
+        name = str(folder.resolve()) if folder.is_dir() else settled
         quantization = _quantization(asked, given=options)
         config = ModelConfig.model_validate(
             {

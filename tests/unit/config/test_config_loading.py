@@ -54,6 +54,19 @@ def test_defaults_alone_are_the_defaults():
     assert set(loaded.origins) == set(settings(Config()))
 
 
+def test_a_setting_that_went_is_read_where_it_meant_nothing(tmp_path: Path):
+    """Earlier versions wrote `train.max_off_policy_steps = 0`, its one legal value, into every run's config.json."""
+    old = json.loads(config_json(Config()))
+    del old["train"]["keep_best"]
+    old["train"]["max_off_policy_steps"] = 0
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert load_config(tmp_path / "config.json").config == Config()
+    old["train"]["max_off_policy_steps"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert "train.max_off_policy_steps" in refusal(tmp_path / "config.json")
+    assert "no such setting" in refusal(None, ["--train.max_off_policy_steps", "0"])
+
+
 def test_file_then_command_line_and_their_origins(recipe: Path):
     loaded = load_config(recipe, ["--optim.lr", "1e-6", "--reward.1.weight=2", "--reward.1.args.pattern", "y"])
     assert loaded.config.optim.lr == 1e-6

@@ -17,7 +17,7 @@ from groupwise.config.checks import (
     require_batch_invariance,
     require_bitsandbytes,
 )
-from groupwise.config.loading import load_config
+from groupwise.config.loading import config_json, load_config
 from groupwise.config.lora import read_adapter_file
 from groupwise.errors import ConfigError
 
@@ -198,12 +198,13 @@ def test_training_an_adapter_takes_the_settings_that_it_was_made_with(adapter: P
 def test_a_run_whose_final_model_is_an_adapter_leads_to_it(adapter: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    (run / "config.json").write_text("{}")
+    (run / "config.json").write_text(config_json(Config()))
     (run / "final").mkdir()
     (run / "final" / "adapter_config.json").write_text(json.dumps(ADAPTER))
-    with pytest.raises(ConfigError, match="its model is in"):
-        check_model_path(str(run))
+    check_model_path(str(run))
     check_model_path(str(run / "final"))
+    with pytest.raises(ConfigError, match=r"lora\.rank = 0, but the adapter has 8"):
+        check_trainable(config(**{"model.path": str(run)}), provided={"data.train", "reward"})
 
 
 def test_dropout_may_change_between_runs(adapter: Path) -> None:
