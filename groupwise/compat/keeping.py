@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
+from groupwise.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
 ASIDE = "earlier-"
@@ -34,7 +36,7 @@ class Place:
 
     def __init__(self, folder: str | Path, *, replace: bool = False) -> None:
         self.folder = Path(folder)
-        self._replace = replace
+        self.replace = replace
         self._own: set[str] = set()
         self._aside: Path | None = None
 
@@ -53,14 +55,26 @@ class Place:
         self._aside = None
 
     def free(self, names: Iterable[str]) -> None:
-        """Make room for these: what another program left is moved aside, this program's own is removed."""
+        """Make room for these: what another program left is moved aside, this program's own is removed.
+
+        Raises:
+            ConfigError: the folder cannot be written to.
+        """
+        try:
+            self._free(names)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder}: what an earlier run left there cannot be moved aside: {error}; choose another folder"
+            ) from error
+
+    def _free(self, names: Iterable[str]) -> None:
         there = [name for name in dict.fromkeys(names) if os.path.lexists(self.folder / name)]
         foreign = [name for name in there if name not in self._own]
-        for name in there if self._replace else [name for name in there if name in self._own]:
+        for name in there if self.replace else [name for name in there if name in self._own]:
             _remove(self.folder / name)
         if not foreign:
             return
-        if self._replace:
+        if self.replace:
             logger.warning("%s: deleted, as the program asks: %s", self.folder, _listed(foreign))
             return
         place = self._make_room(foreign)

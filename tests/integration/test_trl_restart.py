@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 from transformers.trainer_utils import get_last_checkpoint
 
 from groupwise.compat.trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
-from groupwise.errors import ConfigError
+from groupwise.errors import CheckpointError, ConfigError
 
 ROWS = [{"prompt": f"say {word}:", "answer": word} for word in ("red", "green", "blue", "one", "two", "three")]
 SMALL: dict[str, Any] = {
@@ -219,6 +219,21 @@ def test_checkpoints_that_cannot_be_gone_on_from_are_a_sentence(task: Any, tmp_p
     asked = trainer_of(task, tmp_path, 2, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert asked.train().global_step == 2
     assert not list(tmp_path.glob("earlier-*"))
+
+
+def test_a_disk_without_room_is_a_sentence(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any, **more: Any) -> None:
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    trainer = trainer_of(task, tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.model, "save_pretrained", full)
+        with pytest.raises(CheckpointError, match=r"checkpoint-1 cannot be written: .*model.safetensors"):
+            trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    steps = Steps()
+    trainer_of(task, tmp_path, 2, callbacks=[steps]).train(resume_from_checkpoint=True)
+    assert steps.done == [2]
 
 
 def test_ctrl_c_leaves_the_trained_model_and_a_checkpoint(

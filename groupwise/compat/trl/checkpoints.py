@@ -15,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from groupwise.checkpoint import find_latest, list_checkpoints
 from groupwise.checkpoint.store import forget_after, step_of
-from groupwise.errors import ConfigError
+from groupwise.errors import CheckpointError, ConfigError
 from groupwise.files import sync_folder
 
 logger = logging.getLogger(__name__)
@@ -51,13 +53,16 @@ def write_checkpoint(
 
     Args:
         fill: writes everything else into the folder that it is given, which has the final name already.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; the run's own checkpoint is there.
     """
     folder = output / f"checkpoint-{number}"
     place = output / _UNFINISHED
     shutil.rmtree(place, ignore_errors=True)
     new = place / folder.name
-    new.mkdir(parents=True)
     try:
+        new.mkdir(parents=True)
         fill(new)
         [source] = [path for path in list_checkpoints(run / "checkpoints") if step_of(path) == step]
         _link(source, new / STATE_FOLDER / f"step_{step:06d}")
@@ -66,6 +71,11 @@ def write_checkpoint(
             os.replace(folder, place / "before")
         os.replace(new, folder)
         sync_folder(output)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be written: {error}; the run can go on from its own checkpoint of step {step} by "
+            "resume_from_checkpoint=True, once there is room"
+        ) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
     own = [path for path in checkpoints_in(output) if _state_of(path) is not None and number_of(path) <= number]

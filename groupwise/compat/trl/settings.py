@@ -336,7 +336,8 @@ SFT: Mapping[str, Setting] = {
     **_only("map the data set beforehand", dataset_kwargs=None),
     **_only("the loss is the mean over the learned tokens", loss_type="nll"),
     **_hints(
-        "rows are packed without padding anyway, each for itself; a batch counts rows",
+        "rows are packed without padding anyway, each for itself; a batch counts rows, so an epoch has more steps than "
+        "with TRL's packing",
         packing=False,
         packing_strategy="bfd",
         padding_free=False,

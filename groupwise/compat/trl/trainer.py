@@ -84,7 +84,7 @@ class Trainer(ScriptTail):
         self.config = self._configured(plan)
         self.processing_class = self.tokenizer = self._held.tokenizer
         self.state = TrainerState()
-        self._output_place, self._places = self._new_place(self.args.output_dir), {}
+        self._output_place, self._places = self._new_place(), {}
         callbacks = [ConfigDecides, *_checked_callbacks(options.get("callbacks"))]
         self.callback_handler = CallbackHandler(callbacks, self._held.model, self._held.tokenizer, None, None)
         self._watcher = self._watch()
@@ -139,7 +139,7 @@ class Trainer(ScriptTail):
         """
         folder = Path(output_dir or self.args.output_dir)
         own = folder.resolve() == self._output_place.folder.resolve()
-        place = self._output_place if own else self._places.setdefault(folder.resolve(), self._new_place(folder))
+        place = self._output_place if own else self._places.setdefault(folder.resolve(), Place(folder))
 
         def write(new: Path) -> None:
             self.model.save_pretrained(new)
@@ -186,16 +186,17 @@ class Trainer(ScriptTail):
             return
         plan = self._planned()
         self._set(config=self._configured(plan), _plan=plan, _stale=False)
-        if self._output_place.folder != Path(self.args.output_dir):
-            self._set(_output_place=self._new_place(self.args.output_dir))
+        place = self._output_place
+        if (place.folder, place.replace) != (Path(self.args.output_dir), self.args.overwrite_output_dir):
+            self._set(_output_place=self._new_place())
 
     def _configured(self, plan: Plan) -> Config:
         dropout = {"lora.dropout": 0.0} if self._held.lora and self.args.to_dict().get("disable_dropout") else {}
         model = _model_values(self._held, stop=plan.values.get("rollout.stop", ()))
         return build_config(self.args, plan.values | model | dropout)
 
-    def _new_place(self, folder: str | Path) -> Place:
-        return Place(folder, replace=self.args.overwrite_output_dir)
+    def _new_place(self) -> Place:
+        return Place(self.args.output_dir, replace=self.args.overwrite_output_dir)
 
     @property
     def _num_eval_rows(self) -> int:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from groupwise.compat.trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from groupwise.compat.trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, script_tail
 from groupwise.compat.trl.reference import render_members
 from groupwise.compat.trl.surface import GRPO_MEMBERS, SFT_MEMBERS
 from groupwise.errors import ConfigError
+from groupwise.export.push import Push
 
 ROOT = Path(__file__).parents[3]
 RECORD = json.loads((Path(__file__).parent / "trl_surface.json").read_text())
@@ -197,6 +198,29 @@ def test_the_end_of_a_script(tiny_folder: Path, tmp_path: Path, capsys: pytest.C
     with pytest.raises(ConfigError, match=r"GRPOConfig.hub_model_id: got none; expected 'owner/name'"):
         trainer.push_to_hub(dataset_name="sums")
     assert (tmp_path / "model.safetensors").is_file()  # saved before the Hub is asked
+
+
+def test_the_hub_gets_the_model_and_its_card_alone(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[Push, str, str | None]] = []
+
+    def send(plan: Push, *, message: str, token: str | None) -> str:
+        sent.append((plan, message, token))
+        return "address"
+
+    monkeypatch.setattr(script_tail, "push", send)
+    (tmp_path / "mine.txt").write_text("private")
+    trainer = grpo_trainer(tiny_folder, tmp_path, max_steps=1, hub_model_id="me/sums", hub_token="hf_x")
+    trainer.train()
+    assert trainer.push_to_hub("done", dataset_name="sums", private=True) == "address"
+    [(plan, message, token)] = sent
+    assert (plan.repo, plan.private, message, token) == ("me/sums", True, "done", "hf_x")
+    names = {file.name for file in plan.files}
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not any("/" in name or name == "mine.txt" for name in names)
+    with pytest.raises(ConfigError, match="leave blocking and revision out"):
+        trainer.push_to_hub(blocking=False)
 
 
 def test_a_config_of_a_programs_own(caplog: pytest.LogCaptureFixture) -> None:
