@@ -150,7 +150,9 @@ def test_either_half_of_a_checkpoint_is_enough(
 def test_as_many_checkpoints_are_kept_as_asked(task: Any, tmp_path: Path) -> None:
     foreign = tmp_path / "checkpoint-x"
     foreign.mkdir()
+    (tmp_path / ".checkpoint-1.old").mkdir()  # of a kill while it was removed
     trainer_of(task, tmp_path, 4, save_total_limit=2).train()
+    assert not (tmp_path / ".checkpoint-1.old").exists()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4", foreign.name]
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")) == [
         "step_000003",

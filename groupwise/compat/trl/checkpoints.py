@@ -81,6 +81,8 @@ def write_checkpoint(
     own = [path for path in checkpoints_in(output) if _state_of(path) is not None and number_of(path) <= number]
     for old in own[:-keep]:
         _discard(old)
+    for left in output.glob(".checkpoint-*.old"):  # by a kill in the middle of that
+        shutil.rmtree(left, ignore_errors=True)
     return folder
 
 
