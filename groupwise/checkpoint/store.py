@@ -274,6 +274,14 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(current + aside, key=step_of)
 
 
+def forget_after(root: Path, step: int) -> None:
+    """Make the checkpoint of `step` the newest: `latest` names it, and those of later steps are removed."""
+    write_text_atomic(root / LATEST, f"step_{step:06d}\n")
+    for path in reversed(list_checkpoints(root)):
+        if step_of(path) > step:
+            _discard(path)
+
+
 def step_of(path: Path) -> int:
     """The step that a checkpoint's folder name says."""
     match = _STEP_FOLDER.fullmatch(path.name)
@@ -378,13 +386,16 @@ def _recover(root: Path) -> None:
 def _prune(root: Path, *, step: int, keep: int, spared: int | None) -> None:
     past = [path for path in list_checkpoints(root) if step_of(path) <= step]
     for path in past[:-keep]:
-        if step_of(path) == spared:
-            continue
-        # Renamed first: a folder that is half removed must not look like a checkpoint.
-        doomed = root / f".tmp-{path.name}-old"
-        with suppress(OSError):
-            os.replace(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        if step_of(path) != spared:
+            _discard(path)
+
+
+def _discard(path: Path) -> None:
+    # Renamed first: a folder that is half removed must not look like a checkpoint.
+    doomed = path.with_name(f".tmp-{path.name}-old")
+    with suppress(OSError):
+        os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _verify(path: Path, stored: StoredFile) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +46,20 @@ class Push:
         return "\n".join([f"{self.folder} -> {self.repo} ({kind}): {len(self.files)} files, {total:,} bytes", *lines])
 
 
-def plan_push(folder: str | Path, repo: str, *, private: bool = False, endpoint: str | None = None) -> Push:
+def plan_push(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    endpoint: str | None = None,
+    only: Collection[str] | None = None,
+) -> Push:
     """What `push` would send; nothing is sent, and no token is needed.
 
     Hidden files and the export's record, which holds paths of this machine, stay here.
+
+    Args:
+        only: names in the folder, where other things lie beside the model; None is all.
 
     Raises:
         ConfigError: there is no model or GGUF file in the folder, or the name is no repository's.
@@ -57,7 +68,11 @@ def plan_push(folder: str | Path, repo: str, *, private: bool = False, endpoint:
     check_repo(repo)
     if is_run(place):
         raise ConfigError(f"{place} is a run directory; push its model, {place / 'final'}, or an export")
-    files = tuple(PushedFile(name, (place / name).stat().st_size) for name in _names(place))
+    files = tuple(
+        PushedFile(name, (place / name).stat().st_size)
+        for name in _names(place)
+        if only is None or Path(name).parts[0] in only
+    )
     names = {file.name for file in files}
     if not {MODEL_CONFIG, ADAPTER_CONFIG} & names and not any(name.endswith(".gguf") for name in names):
         raise ConfigError(f"{place}: got a folder without a model, an adapter or a GGUF file; nothing to push")

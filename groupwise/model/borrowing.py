@@ -17,13 +17,15 @@ from groupwise.types import Tokenizer
 def borrow(module: PreTrainedModel, tokenizer: Tokenizer) -> Iterator[LoadedModel]:
     """The module ready for engine and policy, with the adapter that peft put into it, if there is one.
 
-    Attention, the mark of an adapter and gradient checkpointing are afterwards as they were before.
+    Attention, the mark of an adapter, gradient checkpointing and the modes of training or not are afterwards as they
+    were before.
 
     Raises:
         ConfigError: it cannot run packed, or its adapter is more than plain LoRA.
     """
     attention, adopted = module.config._attn_implementation, module._hf_peft_config_loaded
     checkpointing = recomputes_layers(module)
+    modes = {name: part.training for name, part in module.named_modules()}
     try:
         if has_adapter_layers(module):
             adopt_adapter(module)
@@ -34,3 +36,5 @@ def borrow(module: PreTrainedModel, tokenizer: Tokenizer) -> Iterator[LoadedMode
             module.set_attn_implementation(attention)
         if checkpointing:
             recompute_layers(module)
+        for name, part in module.named_modules():
+            part.training = modes.get(name, part.training)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -117,20 +116,6 @@ def _without_times(history: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if not any(name in key for name in names)} for row in history]
 
 
-def test_only_the_newest_checkpoint_is_gone_on_from(task: Any, tmp_path: Path) -> None:
-    """An older one would have to forget what came after it; the newest in its place would be a silent lie."""
-    settings: dict[str, Any] = {"save_steps": 1, "max_steps": 2}
-    with pytest.raises(ConfigError, match="resume_from_checkpoint = True: there is no checkpoint in"):
-        trainer_of(task, tmp_path, **settings).train(resume_from_checkpoint=True)
-    trainer_of(task, tmp_path, **settings).train()
-    checkpoints = tmp_path / "run" / "checkpoints"
-    for place in (checkpoints / "step_000001", tmp_path / "checkpoint-2", 3):
-        with pytest.raises(ConfigError, match=r"expected True or '.*step_000002', the newest checkpoint"):
-            trainer_of(task, tmp_path, **settings).train(resume_from_checkpoint=place)
-    for place in (checkpoints / "step_000002", str(checkpoints), tmp_path / "run", str(tmp_path), True):
-        assert trainer_of(task, tmp_path, **settings).train(resume_from_checkpoint=place).global_step == 2
-
-
 def test_the_log_has_every_key_that_trl_logs(task: Any, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     shared = {"beta": 0.1, "shuffle_dataset": False, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 4}
@@ -160,14 +145,3 @@ def test_epochs_of_a_part_step_log_at_their_ends(task: Any, tmp_path: Path) -> N
     trainer = trainer_of(task, tmp_path, **arguments, per_device_train_batch_size=16)
     trainer.train()
     assert [row["step"] for row in trainer.state.log_history] == [2, 3, 3]
-
-
-def test_the_earlier_run_is_named_when_it_is_replaced(
-    task: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    trainer = trainer_of(task, tmp_path, max_steps=1)
-    trainer.train()
-    with caplog.at_level(logging.WARNING):
-        trainer.train(resume_from_checkpoint=False)
-    assert "the earlier run there is replaced" in caplog.text
-    assert [row["step"] for row in trainer.state.log_history] == [1]

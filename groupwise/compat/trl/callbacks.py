@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,19 @@ class Course:
         return step * self.batch.size / self.num_rows
 
 
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """Methods of the trainer that a subclass may override, and that the run calls where transformers would.
+
+    Attributes:
+        log: gets each log, and hands it on to `CallbackWatcher.tell`.
+        save: a checkpoint of this step is complete.
+    """
+
+    log: Callable[[dict[str, float]], None]
+    save: Callable[[int], None]
+
+
 class CallbackWatcher:
     """Follows a run for the callbacks of its trainer; one that asks for the end, a checkpoint or an evaluation gets it.
 
@@ -67,8 +80,11 @@ class CallbackWatcher:
         handler: transformers' own.
     """
 
-    def __init__(self, args: Arguments, handler: CallbackHandler, *, state: TrainerState, course: Course) -> None:
+    def __init__(
+        self, args: Arguments, handler: CallbackHandler, *, state: TrainerState, course: Course, hooks: Hooks
+    ) -> None:
         self._args: Any = args  # callbacks ask for TrainingArguments, and read its attributes
+        self._hooks = hooks
         self._handler, self._state, self._course = handler, state, course
         self.control = TrainerControl()
         self._since: list[Mapping[str, float]] = []
@@ -118,6 +134,7 @@ class CallbackWatcher:
         return Wish(save=self.control.should_save, stop=bool(own) and self.control.should_training_stop)
 
     def saved(self, step: int) -> None:
+        self._hooks.save(step)
         self.control = self._handler.on_save(self._args, self._state, self.control)
 
     def evaluated(
@@ -227,6 +244,10 @@ class CallbackWatcher:
         return int(self._course.epoch(step)) > int(self._course.epoch(max(0, step - 1)))
 
     def _log(self, logs: dict[str, float]) -> None:
+        self._hooks.log(logs)
+
+    def tell(self, logs: dict[str, float]) -> None:
+        """Into the log, and to the callbacks."""
         self._remember(logs)
         self.control = self._handler.on_log(self._args, self._state, self.control, logs=logs)
 

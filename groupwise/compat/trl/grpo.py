@@ -15,15 +15,18 @@ from transformers.trainer_utils import TrainOutput
 
 from groupwise.compat.trl.arguments import GRPOConfig
 from groupwise.compat.trl.callbacks import CallbackWatcher
-from groupwise.compat.trl.trainer import Trainer, check_options
+from groupwise.compat.trl.surface import GRPO_MEMBERS
+from groupwise.compat.trl.trainer import Plan, Trainer, check_options
 from groupwise.compat.trl.translate import Values, build_config, grpo_batch, grpo_values, in_trl_words
 from groupwise.config.checks import check_trainable
 from groupwise.data import load_prompts, read_rows
+from groupwise.data.files import SourceRow
 from groupwise.engines import build_engine
 from groupwise.errors import ConfigError
 from groupwise.evaluation import eval_sampling, evaluate
 from groupwise.launch.local import Given, run_async, run_training, training_sampling
 from groupwise.rewards import RewardScorer
+from groupwise.rewards.signature import function_name
 from groupwise.rollout.producer import produce_group
 from groupwise.types import RolloutGroup, SampleRequest
 
@@ -49,6 +52,17 @@ class GRPOTrainer(Trainer):
         trainer.train()
     """
 
+    MEMBERS = GRPO_MEMBERS
+
+    args: GRPOConfig
+    train_dataset: Any
+    eval_dataset: Any
+    reward_funcs: Any
+    _name = "GRPO"
+    _tag_names = ("trl", "grpo", "groupwise")
+    _eval_rows: list[SourceRow] | None
+    _functions: list[tuple[Callable[..., Any], float]]
+
     def __init__(
         self,
         model: Any,
@@ -61,41 +75,37 @@ class GRPOTrainer(Trainer):
         check_options("GRPOTrainer", options, _OPTIONS)
         if train_dataset is None:
             raise ConfigError("GRPOTrainer: got no train_dataset; expected rows with a prompt each")
-        self.args = args or GRPOConfig()
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        self._eval_rows = None if eval_dataset is None else read_rows(_as_rows(eval_dataset))
-        rewards = _rewards(reward_funcs, self.args.reward_weights)
-        self._functions = [(function, weight) for function, weight in rewards if not isinstance(function, str)]
-        rows, batch = read_rows(train_dataset), grpo_batch(self.args)
-        values = grpo_values(self.args, batch, num_rows=len(rows))
-        if named := [{"name": function, "weight": weight} for function, weight in rewards if isinstance(function, str)]:
-            values["reward"] = named
-        self._check(values, model)
-        super().__init__(model, self.args, options=options, batch=batch, rows=rows, values=values)
+        self.args = GRPOConfig() if args is None else args
+        self.train_dataset, self.eval_dataset, self.reward_funcs = train_dataset, eval_dataset, reward_funcs
+        super().__init__(model, options=options, plan=self._planned(model))
 
     def train(
         self, resume_from_checkpoint: bool | str | Path | None = None, *, accept_changes: bool = False
     ) -> TrainOutput:
         """Train in place; the run directory is `run` in `output_dir`.
 
+        An earlier run in `output_dir` is moved aside, unless `overwrite_output_dir` asks for its end.
+
         Args:
-            resume_from_checkpoint: true goes on from the newest checkpoint of `output_dir`.
+            resume_from_checkpoint: true goes on from the newest checkpoint of `output_dir`; its `checkpoint-N` from
+                that one, and what the run did after it is forgotten.
             accept_changes: goes on where data, model or code are others than then, which is refused otherwise.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the step was done, and its checkpoint saved.
         """
-        resume = self._start(self.args, resume_from_checkpoint)
-        watcher = self._watch(self.args)
-        with self._held.at_work() as loaded:
+        resume = self._start(resume_from_checkpoint)
+        watcher = self._watch()
+        with self._running(), self._held.at_work() as loaded:
             given = Given(
                 loaded=loaded,
-                train_data=self._rows,
+                train_data=self._plan.rows,
                 eval_data=self._eval_rows,
                 rewards=self._bound(watcher),
                 reward_weights=[weight for _, weight in self._functions],
                 watcher=watcher,
             )
-            summary = run_training(
-                self.config, resume=resume, overwrite=not resume, accept_changes=accept_changes, given=given
-            )
+            summary = run_training(self.config, resume=resume, accept_changes=accept_changes, given=given)
         return watcher.ended(summary)
 
     def evaluate(
@@ -106,6 +116,7 @@ class GRPOTrainer(Trainer):
         Raises:
             ConfigError: there is nothing to evaluate.
         """
+        self._refresh()
         rows = self._eval_rows if eval_dataset is None else _as_rows(eval_dataset)
         if rows is None:
             raise ConfigError("evaluate: got no eval_dataset; give one here or to the trainer")
@@ -114,7 +125,7 @@ class GRPOTrainer(Trainer):
                 f"evaluate: ignore_keys = {ignore_keys!r}: evaluation samples, and has no outputs to drop"
             )
         started = time.perf_counter()
-        config, watcher = self.config, self._watch(self.args)
+        config, watcher = self.config, self._watch()
         scorer = self._scorer(watcher)
         with self._held.at_work() as loaded:
             prompts = load_prompts(rows, config.data, loaded.tokenizer, limit=config.eval.limit).prompts
@@ -134,7 +145,8 @@ class GRPOTrainer(Trainer):
         Returns:
             A group for each row: its prompt, and rollouts with `text`, `rewards` by name and `reward`.
         """
-        config, scorer = self.config, self._scorer(self._watch(self.args))
+        self._refresh()
+        config, scorer = self.config, self._scorer(self._watch())
         with self._held.at_work() as loaded:
             prompts = load_prompts(_as_rows(dataset), config.data, loaded.tokenizer).prompts
             scorer.check_prompts(prompts)
@@ -154,10 +166,33 @@ class GRPOTrainer(Trainer):
     def _num_eval_rows(self) -> int:
         return len(self._eval_rows or ())
 
+    @property
+    def reward_func_names(self) -> list[str]:
+        """As they are logged."""
+        given = self.reward_funcs if isinstance(self.reward_funcs, list | tuple) else [self.reward_funcs]
+        return [each if isinstance(each, str) else function_name(each) for each in given]
+
+    def _planned(self, model: Any = None) -> Plan:
+        eval_rows = None if self.eval_dataset is None else read_rows(_as_rows(self.eval_dataset))
+        rewards = _rewards(self.reward_funcs, self.args.reward_weights)
+        functions = [(function, weight) for function, weight in rewards if not isinstance(function, str)]
+        self._set(_eval_rows=eval_rows, _functions=functions)
+        rows, batch = read_rows(self.train_dataset), grpo_batch(self.args)
+        values = grpo_values(self.args, batch, num_rows=len(rows))
+        if named := [{"name": function, "weight": weight} for function, weight in rewards if isinstance(function, str)]:
+            values["reward"] = named
+        self._check(values, self._held.name if model is None else model)
+        return Plan(batch, rows, values)
+
     def _check(self, values: Values, model: Any) -> None:
         """Refuse, in TRL's words, what can be refused before the model is loaded."""
         if values["eval.every"] and self._eval_rows is None:
             raise ConfigError("GRPOConfig.eval_strategy has nothing to evaluate; give eval_dataset, or leave it out")
+        if type(self).evaluate is not GRPOTrainer.evaluate and (values["eval.every"] or self.args.eval_on_start):
+            raise ConfigError(
+                f"{type(self).__name__} overrides evaluate, and eval_strategy or eval_on_start asks for evaluations "
+                "within the run, which do not call it; follow those by a TrainerCallback's on_evaluate"
+            )
         path = {"model.path": str(model)} if isinstance(model, str | Path) else {}
         given = {"data.train": True, "data.eval": self.eval_dataset is not None, "reward": bool(self._functions)}
         provided = [name for name, there in {**given, "model.path": not path}.items() if there]

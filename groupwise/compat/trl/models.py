@@ -6,6 +6,7 @@ objects of transformers and peft are known by their classes and attributes.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -153,6 +154,7 @@ def _load(settings: ModelConfig) -> PreTrainedModel:
 def _with_new_adapter(module: PreTrainedModel, config: Any, *, seed: int) -> peft.PeftModel:
     if not isinstance(config, peft.LoraConfig):
         raise ConfigError(f"peft_config: got a {type(config).__name__}; expected a peft.LoraConfig")
+    config = copy.deepcopy(config)  # peft and this function write into it
     if config.target_modules is None:
         logger.warning("peft_config names no target_modules: every linear layer but the head gets an adapter")
         config.target_modules = "all-linear"

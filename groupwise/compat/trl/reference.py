@@ -8,11 +8,19 @@ from collections.abc import Mapping
 from itertools import groupby
 
 from groupwise.compat.trl.settings import GRPO, SFT, Setting
+from groupwise.compat.trl.surface import GRPO_MEMBERS, SFT_MEMBERS
 from groupwise.config import Config
 from groupwise.config.values import literal
 
 _SETTING = re.compile(rf"(?<![\w.'])(?:{'|'.join(Config.model_fields)})\.[\w.]*\w|groupwise=\{{[^}}]*\}}")
 _ORDER = ("same", "acts", "refused", "hint")
+_MEMBERS = {
+    "hook": "there, and may be overridden",
+    "here": "there",
+    "argument": "reads as the argument",
+    "constant": "a constant",
+    "refused": "refused",
+}
 _SAYS = {"same": "is", "acts": "decides", "refused": "refused, but for", "hint": "a hint"}
 
 
@@ -21,6 +29,19 @@ def render_tables() -> str:
     own = {name: setting for name, setting in SFT.items() if GRPO.get(name) != setting}
     between = "SFTConfig has the same arguments where it has them in TRL, and:"
     return f"`GRPOConfig`:\n\n{_table(GRPO)}\n{between}\n\n{_table(own)}"
+
+
+def render_members() -> str:
+    """Each name of either trainer, but those that begin with an underscore."""
+    every = {**SFT_MEMBERS, **GRPO_MEMBERS}
+    rows = ["| TRL | here | |", "|---|---|---|"]
+    for kind, says in _MEMBERS.items():
+        by_reason: dict[str, list[str]] = {}
+        for name, member in every.items():
+            if member.kind == kind and not name.startswith("_"):
+                by_reason.setdefault(member.why, []).append(f"`{name}`")
+        rows += [f"| {', '.join(names)} | {says} | {why} |" for why, names in by_reason.items()]
+    return "\n".join(rows) + "\n"
 
 
 def _table(settings: Mapping[str, Setting]) -> str:
@@ -49,4 +70,4 @@ def _marked(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(render_tables())
+    sys.stdout.write(render_tables() + "\n" + render_members())

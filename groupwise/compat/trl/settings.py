@@ -76,7 +76,7 @@ _OPTIMISER = {
 }
 
 _RUN = {
-    "output_dir": _acts("trainer_output", "train.output is `run` in it; what stood there before is replaced"),
+    "output_dir": _acts("trainer_output", "train.output is `run` in it; an earlier run there is moved aside"),
     "per_device_train_batch_size": _acts(8, "rollout.prompts_per_step (SFT: sft.rows_per_step)"),
     "gradient_accumulation_steps": _acts(1, "rollout.prompts_per_step (SFT: sft.rows_per_step)"),
     "num_train_epochs": _same(3.0, "train.epochs"),
@@ -95,8 +95,15 @@ _RUN = {
     "save_strategy": _acts("steps", "train.save_every; there is always a checkpoint at the end"),
     "save_steps": _acts(500, "train.save_every"),
     "save_total_limit": _acts(None, "train.keep_checkpoints; None keeps all"),
+    "overwrite_output_dir": _acts(
+        False, "True deletes an earlier run in output_dir, and what save_model replaces; False moves it aside"
+    ),
+    "resume_from_checkpoint": _acts(None, "what train() goes on from, where it is given nothing"),
+    "hub_model_id": _acts(None, "where push_to_hub() sends the model: owner/name"),
+    "hub_token": _acts(None, "the token of push_to_hub(); None is HF_TOKEN, or what `hf auth login` kept"),
+    "hub_private_repo": _acts(None, "whether push_to_hub() makes a private repository"),
     "groupwise": _acts(None, "not TRL's: a dict of any settings, {'rollout.kv_cache_gib': 4}, which win"),
-    **_only("there are no best checkpoints; compare `eval_*` of `log_history`", load_best_model_at_end=False),
+    **_only("compare `eval_*` of `log_history`, and load that `checkpoint-N`", load_best_model_at_end=False),
     **_only(
         "it belongs to load_best_model_at_end, which is refused", metric_for_best_model=None, greater_is_better=None
     ),
@@ -107,18 +114,13 @@ _RUN = {
         ignore_data_skip=False,
         restore_callback_states_from_checkpoint=False,
     ),
-    **_only("give it to train()", resume_from_checkpoint=None),
     **_only("they are for scripts around the trainer; call train() or evaluate()", do_train=(False, True)),
     **_only("call evaluate()", do_eval=(False, True), do_predict=False),
     **_only("numbers that are not finite have no place in a mean", logging_nan_inf_filter=True),
     **_only("the folder `run` of output_dir has the files of all trackers", logging_dir=None),
-    **_only("the run in output_dir is replaced anyway", overwrite_output_dir=(False, True)),
     **_only(
-        "nothing is uploaded; push the folder that save_model writes, with `hf upload`",
+        "nothing is uploaded while a run goes on; call trainer.push_to_hub() when it is done",
         push_to_hub=False,
-        hub_token=None,
-        hub_private_repo=None,
-        hub_model_id=None,
         hub_strategy="every_save",
         hub_always_push=False,
         hub_revision=None,
@@ -294,7 +296,7 @@ _ALGORITHM = {
     **_only("the KL is k3 as it stands", use_bias_correction_kl=(None, False)),
     **_only("VESPO is not there", vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0, vespo_lambda_neg=2.0),
     **_only("log-probs come from the head in float32 already", cast_lm_head_to_fp32=(False, True)),
-    **_only("nothing drops out in sampling or training, but LoRA's own", disable_dropout=(False, True)),
+    "disable_dropout": _acts(False, "lora.dropout = 0; nothing else drops out anyway"),
     **_hints(
         "the sampler's log-probs are the trainer's own: there is nothing to correct",
         vllm_importance_sampling_correction=True,
@@ -334,7 +336,8 @@ SFT: Mapping[str, Setting] = {
     **_only("map the data set beforehand", dataset_kwargs=None),
     **_only("the loss is the mean over the learned tokens", loss_type="nll"),
     **_hints(
-        "rows are packed without padding anyway, each for itself; a batch counts rows",
+        "rows are packed without padding anyway, each for itself; a batch counts rows, so an epoch has more steps than "
+        "with TRL's packing",
         packing=False,
         packing_strategy="bfd",
         padding_free=False,

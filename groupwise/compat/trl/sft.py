@@ -9,8 +9,10 @@ from typing import Any
 from transformers.trainer_utils import TrainOutput
 
 from groupwise.compat.trl.arguments import SFTConfig
-from groupwise.compat.trl.trainer import Trainer, check_options
+from groupwise.compat.trl.surface import SFT_MEMBERS
+from groupwise.compat.trl.trainer import Plan, Trainer, check_options
 from groupwise.compat.trl.translate import Values, build_config, in_trl_words, sft_batch, sft_values
+from groupwise.config import Config
 from groupwise.config.checks import check_supervised
 from groupwise.data import read_rows
 from groupwise.data.chat import render
@@ -21,6 +23,10 @@ from groupwise.types import Tokenizer
 
 _OPTIONS = ("processing_class", "tokenizer", "peft_config", "quantization_config", "callbacks", "formatting_func")
 _TEXT = "text"
+_NO_EVALUATION = (
+    "SFTTrainer: eval_dataset is refused: supervised training evaluates nothing; measure answers by "
+    "GRPOTrainer.evaluate, or `groupwise eval`"
+)
 
 
 class SFTTrainer(Trainer):
@@ -41,6 +47,17 @@ class SFTTrainer(Trainer):
         SFTTrainer("Qwen/Qwen3-0.6B", SFTConfig("outputs", max_length=512), train_dataset=rows).train()
     """
 
+    MEMBERS = SFT_MEMBERS
+    ASSIGNABLE = Trainer.ASSIGNABLE - {"reward_funcs"}
+
+    args: SFTConfig
+    train_dataset: Any
+    eval_dataset: Any
+    _name = "SFT"
+    _tag_names = ("trl", "sft", "groupwise")
+    _texts: list[SourceRow]
+    _formatting: Callable[[Any], str] | None
+
     def __init__(
         self,
         model: Any,
@@ -54,37 +71,52 @@ class SFTTrainer(Trainer):
         if train_dataset is None:
             raise ConfigError("SFTTrainer: got no train_dataset; expected rows with a text, messages or a completion")
         if eval_dataset is not None:
-            raise ConfigError(
-                "SFTTrainer: eval_dataset is refused: supervised training evaluates nothing; measure answers by "
-                "GRPOTrainer.evaluate, or `groupwise eval`"
-            )
-        self.args = args or SFTConfig()
-        self.train_dataset = train_dataset
-        rows, batch = _formatted(read_rows(train_dataset), options.get("formatting_func")), sft_batch(self.args)
-        column = self._text_column(rows[0].values, formatted=options.get("formatting_func") is not None)
-        values = {**sft_values(self.args, batch, num_rows=len(rows)), "sft.text_column": column}
-        self._check(values, model)
-        super().__init__(model, self.args, options=options, batch=batch, rows=rows, values=values)
-        if column is not None and column not in rows[0].values:
-            self._rows = [_rendered(row, self._held.tokenizer) for row in rows]
+            raise ConfigError(_NO_EVALUATION)
+        self.args = SFTConfig() if args is None else args
+        self.train_dataset, self.eval_dataset = train_dataset, None
+        self._formatting = options.get("formatting_func")
+        super().__init__(model, options=options, plan=self._planned(model))
 
     def train(
         self, resume_from_checkpoint: bool | str | Path | None = None, *, accept_changes: bool = False
     ) -> TrainOutput:
         """Train in place; as `GRPOTrainer.train`."""
-        resume = self._start(self.args, resume_from_checkpoint)
-        watcher = self._watch(self.args)
-        with self._held.at_work() as loaded:
+        resume = self._start(resume_from_checkpoint)
+        watcher = self._watch()
+        with self._running(), self._held.at_work() as loaded:
             summary = run_sft(
                 self.config,
                 resume=resume,
-                overwrite=not resume,
                 accept_changes=accept_changes,
                 loaded=loaded,
-                train_data=self._rows,
+                train_data=self._texts,
                 watcher=watcher,
             )
         return watcher.ended(summary)
+
+    def evaluate(self, *given: Any, **options: Any) -> dict[str, float]:
+        """Refused: supervised training evaluates nothing.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(_NO_EVALUATION)
+
+    def _configured(self, plan: Plan) -> Config:
+        column = plan.values["sft.text_column"]
+        as_chat = column is not None and column not in plan.rows[0].values
+        rows = [_rendered(row, self._held.tokenizer) for row in plan.rows] if as_chat else plan.rows
+        self._set(_texts=rows)
+        return super()._configured(plan)
+
+    def _planned(self, model: Any = None) -> Plan:
+        if self.eval_dataset is not None:
+            raise ConfigError(_NO_EVALUATION)
+        rows, batch = _formatted(read_rows(self.train_dataset), self._formatting), sft_batch(self.args)
+        column = self._text_column(rows[0].values, formatted=self._formatting is not None)
+        values = {**sft_values(self.args, batch, num_rows=len(rows)), "sft.text_column": column}
+        self._check(values, self._held.name if model is None else model)
+        return Plan(batch, rows, values)
 
     def _text_column(self, first: Mapping[str, Any], *, formatted: bool) -> str | None:
         """The column with whole texts; None where answers are learned."""

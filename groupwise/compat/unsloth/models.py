@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from groupwise.compat.keeping import place_of
 from groupwise.compat.unsloth import saving
 from groupwise.compat.unsloth.generation import Limits, answer
 from groupwise.compat.unsloth.sampling import LoRARequest, RequestOutput, adapter_path
@@ -186,8 +187,11 @@ class FastPeftModel(FastMethods, peft.PeftModelForCausalLM):
                 self.delete_adapter(_REQUESTED)
 
     def save_lora(self, save_directory: str | Path) -> None:
-        """Write the adapter as peft does: adapter_config.json and adapter_model.safetensors."""
-        self.save_pretrained(str(save_directory))
+        """Write the adapter as peft does: adapter_config.json and adapter_model.safetensors.
+
+        What another program left there is moved aside.
+        """
+        place_of(save_directory).save(lambda new: self.save_pretrained(str(new)))
 
     def load_lora(self, save_directory: str | Path, load_tensors: bool = True) -> LoRARequest:
         """A saved adapter, for `fast_generate`; the model keeps its own. Its file is read when it is used.

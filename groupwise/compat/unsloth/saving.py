@@ -1,11 +1,11 @@
 """Saving and pushing: the model in memory becomes a source for `groupwise.export`, under Unsloth's method names.
 
-As Unsloth does, an earlier save in the same place is replaced; any other file there is left alone, and refused.
+A program's own earlier save in the same place is replaced, another program's is moved aside; any other file there is
+left alone, and refused.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from groupwise.compat.keeping import ASIDE, place_of
 from groupwise.compat.unsloth.settings import SAVING, read_options
 from groupwise.errors import ConfigError
 from groupwise.export.hf import Dtype, Form, export_hf
@@ -23,8 +24,6 @@ from groupwise.export.push import check_repo, plan_push, push, require_token
 from groupwise.export.record import ExportRecord, record_file
 from groupwise.export.source import Source, find_source
 from groupwise.types import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 IN_MEMORY = "the model that was in memory"
 """What the record of an export names as its source, which is no folder."""
@@ -78,14 +77,21 @@ def save_merged(saved: Saved, folder: str | Path, *, method: str, options: Mappi
     _check_replaceable(out)
     with _source(saved) as source, _beside(out) as new:
         _write_folder(source, new, method, wanted)
+        written = [file.name for file in new.iterdir()]
         if out.is_dir():
-            if record_file(out).is_file():
-                logger.warning("%s: the earlier export there is replaced", out)
-            for file in out.glob("*.gguf*"):  # they are saves of their own
+            earlier = [file.name for file in out.iterdir() if not _stays(file)]
+            place_of(out).free([*earlier, *written])
+            for file in list(out.iterdir()):
                 os.replace(file, new / file.name)
-            os.replace(out, new.with_name("earlier"))
+            os.replace(out, new.with_name("before"))
         os.replace(new, out)
+    place_of(out).wrote(written)
     return out
+
+
+def _stays(file: Path) -> bool:
+    """GGUF files are saves of their own, and what was moved aside is none."""
+    return ".gguf" in file.name or file.name.startswith(ASIDE)
 
 
 def push_merged(saved: Saved, repo: str, *, method: str, options: Mapping[str, Any]) -> str:
@@ -177,10 +183,10 @@ def _write_folder(source: Source, folder: Path, name: str, method: _Method) -> N
 def _write_gguf(source: Source, file: Path, kind: str) -> None:
     from groupwise.export.gguf_file import export_gguf
 
-    if file.exists():
-        logger.warning("%s: the earlier export there is replaced", file)
-        file.unlink()
+    place, names = place_of(file.parent), (file.name, record_file(file).name)
+    place.free(names)
     _record(export_gguf(source, file, kind=kind), file)
+    place.wrote(names)
 
 
 def _record(record: ExportRecord, exported: Path) -> None:
@@ -207,7 +213,7 @@ def _beside(out: Path) -> Iterator[Path]:
 
 def _check_replaceable(out: Path) -> None:
     """Raises ConfigError where something else than an earlier save, or GGUF files, would be lost."""
-    if out.is_dir() and all(".gguf" in file.name for file in out.iterdir()):
+    if out.is_dir() and all(_stays(file) for file in out.iterdir()):
         return
     if out.exists() and not (out.is_dir() and record_file(out).is_file()):
         raise ConfigError(f"{out} exists, and no export wrote it; give a new folder, or delete it")

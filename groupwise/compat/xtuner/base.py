@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
@@ -62,6 +62,21 @@ class Names(BaseModel):
     model_config = ConfigDict(
         extra="forbid", validate_assignment=True, arbitrary_types_allowed=True, protected_namespaces=()
     )
+
+    OVERRIDABLE: ClassVar[frozenset[str]] = frozenset()
+    """Methods that a program's subclass may have, because the program itself, or `groupwise xtuner`, calls them."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__module__.startswith("groupwise."):
+            return
+        for name, value in vars(cls).items():
+            inner = name.startswith(("_", "build")) or any(name in vars(kind) for kind in cls.__mro__[1:])
+            if callable(value) and inner and not name.startswith("__") and name not in cls.OVERRIDABLE:
+                raise ConfigError(
+                    f"{cls.__name__} overrides {name}, which nobody would call here: a program says what it wants by "
+                    "the fields of docs/migrate.md, and rewards are JudgerConfig(reward_handler=your_function)"
+                )
 
     def __init__(self, **given: Any) -> None:
         try:

@@ -84,6 +84,8 @@ class _Program:
 class _Trainer(Names):
     """What the trainers of both generations take."""
 
+    OVERRIDABLE = frozenset({"fit", "build"})
+
     resources: AcceleratorResourcesConfig
     rollout_config: RolloutConfig
     train_worker_cfg: WorkerConfig

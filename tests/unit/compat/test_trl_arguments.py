@@ -118,6 +118,8 @@ SEEN_ELSEWHERE = {
     *("logging_strategy", "logging_steps", "logging_first_step"),  # callbacks
     *("model_init_kwargs", "reward_weights", "data_seed", "dataset_text_field", "assistant_only_loss"),
     "chat_template_path",  # the trainer
+    *("overwrite_output_dir", "resume_from_checkpoint", "disable_dropout"),
+    *("hub_model_id", "hub_token", "hub_private_repo"),  # push_to_hub
 }
 
 SFT_ACTING: dict[str, Any] = {"max_length": 99, "max_seq_length": 77, "shuffle_dataset": False, "warmup_steps": 5}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from groupwise.compat import keeping
 from groupwise.compat.unsloth import FastLanguageModel, FastPeftModel
 from groupwise.errors import ConfigError
 from groupwise.export.source import find_source
@@ -61,9 +62,7 @@ def test_a_saved_adapter_goes_on_and_verifies_exports(peft_model: FastPeftModel,
         verify(merged)
 
 
-def test_all_saves_share_a_folder_as_in_the_notebook(
-    peft_model: FastPeftModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_all_saves_share_a_folder_as_in_the_notebook(peft_model: FastPeftModel, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     place = tmp_path / "model"
     for _ in range(2):
@@ -72,11 +71,35 @@ def test_all_saves_share_a_folder_as_in_the_notebook(
         files = peft_model.save_pretrained_gguf(place, quantization_method=["f16", "q8_0", "not_quantized"])
         assert [file.name for file in files] == ["model.F16.gguf", "model.Q8_0.gguf"]
         peft_model.save_pretrained_merged(place, save_method="lora")
-    assert "the earlier export there is replaced" in caplog.text
     assert sorted(file.name for file in place.glob("*.gguf")) == ["model.F16.gguf", "model.Q8_0.gguf"]
     assert (place / "adapter_config.json").is_file()
     assert not (place / "model.safetensors").exists(), "a merged model beside an adapter would be read as one of them"
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_an_earlier_program_saved_is_kept(
+    peft_model: FastPeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("gguf")
+
+    def saves() -> dict[str, bytes]:
+        peft_model.save_pretrained_merged(tmp_path / "model", save_method="lora")
+        peft_model.save_pretrained_gguf(tmp_path / "model", quantization_method="f16")
+        peft_model.save_lora(tmp_path / "adapter")
+        files = [path for path in tmp_path.rglob("*") if path.is_file() and "earlier-1" not in path.parts]
+        return {str(path.relative_to(tmp_path)): path.read_bytes() for path in files}
+
+    first = saves()
+    monkeypatch.setattr(keeping, "_PLACES", {})  # as in another process
+    peft_model.base.model.layers[0].self_attn.q_proj.lora_B["default"].weight.data.add_(1.0)
+    second = saves()
+    assert first.keys() == second.keys()
+    for name, content in first.items():
+        folder, _, file = name.partition("/")
+        kept = tmp_path / folder / "earlier-1" / file
+        assert content == second[name] or (kept.is_file() and kept.read_bytes() == content), name
+    assert caplog.text.count("what an earlier run left is now in") >= 3
+    assert first["model/model.F16.gguf"] != second["model/model.F16.gguf"]
 
 
 def test_a_whole_model_is_saved_too(fast_load: Callable[..., Any], tmp_path: Path) -> None:

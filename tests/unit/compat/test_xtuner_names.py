@@ -392,3 +392,26 @@ def test_ray_starts_nothing_and_says_so(caplog: pytest.LogCaptureFixture) -> Non
     ]
     ray.shutdown()
     assert not ray.is_initialized()
+
+
+def test_a_subclass_overrides_what_is_called_or_is_refused() -> None:
+    class Mine(door.RLTrainer):
+        label: str = "a field"
+
+        def fit(self) -> dict[str, Any]:
+            return {"mine": self.helper()}
+
+        def helper(self) -> int:
+            return 1
+
+    assert Mine.model_fields["label"].default == "a field"
+    for base, name in (
+        (door.RLTrainer, "_train_step"),
+        (door.RLTrainer, "to_config"),
+        (door.RLColocateTrainerConfig, "_prepare_train_data"),
+        (door.JudgerConfig, "build"),
+        (door.GRPOLossConfig, "build_batches"),
+        (door.GRPOLossConfig, "marks"),
+    ):
+        with pytest.raises(ConfigError, match=f"Mine overrides {name}, which nobody would call here"):
+            type("Mine", (base,), {name: lambda self: None})
