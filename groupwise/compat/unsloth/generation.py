@@ -13,6 +13,7 @@ import torch
 
 from groupwise.compat.unsloth.sampling import CompletionOutput, RequestOutput, SamplingParams
 from groupwise.config import RolloutConfig
+from groupwise.data import encode_text
 from groupwise.engines import build_engine
 from groupwise.errors import ConfigError
 from groupwise.launch.local import run_async
@@ -125,7 +126,7 @@ def _asked(loaded: LoadedModel, prompts: Any, sampling_params: Any) -> list[_Ask
     for index, prompt in enumerate(listed):
         text, ids = _read(prompt, index)
         if ids is None:
-            ids = loaded.tokenizer.encode(text or "")
+            ids = encode_text(text or "", loaded.tokenizer)
         found.append(_Asked(index, text, tuple(ids), params[index] if each else params[0]))
     return found
 
