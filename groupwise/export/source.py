@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from groupwise.config.lora import OWN_BASE, own_base
 from groupwise.errors import ConfigError
+from groupwise.files import write_json_atomic
 
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_CONFIG = "config.json"
@@ -76,8 +78,18 @@ def read_object(file: Path) -> Mapping[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def name_own_base(folder: Path, home: Path) -> None:
+    """Let the adapter in `folder` name the base beside it, for readers that know nothing of that.
+
+    Args:
+        home: where the folder is to lie in the end.
+    """
+    file = folder / ADAPTER_CONFIG
+    write_json_atomic(file, {**read_object(file), "base_model_name_or_path": str(home.resolve() / OWN_BASE)})
+
+
 def _base_of(folder: Path, base: str | None) -> str:
-    found = base or read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    found = base or own_base(folder) or read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not found:
         raise ConfigError(f"{folder / ADAPTER_CONFIG} names no base model; give it with --base FOLDER")
     if Path(found).is_dir() or (found.count("/") == 1 and not found.startswith((".", "/", "~"))):

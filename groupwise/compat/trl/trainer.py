@@ -12,11 +12,12 @@ from transformers.trainer_callback import CallbackHandler, TrainerCallback, Trai
 from groupwise.checkpoint import find_latest
 from groupwise.compat.trl.arguments import Arguments
 from groupwise.compat.trl.callbacks import CallbackWatcher, ConfigDecides, Course
-from groupwise.compat.trl.models import HeldModel, hold_model, is_packed, loading_values
+from groupwise.compat.trl.models import HeldModel, hold_model, loading_values
 from groupwise.compat.trl.translate import Batch, Values, build_config
 from groupwise.config import Config
 from groupwise.data.files import SourceRow
 from groupwise.errors import ConfigError
+from groupwise.model.quantized import is_packed
 from groupwise.model.recompute import recomputes_layers
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class Trainer:
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write the model, or its adapter alone, and the tokenizer into `output_dir`, or into the config's."""
         folder = Path(output_dir or Path(self.config.train.output).parent)
-        self.model.save_pretrained(folder)
+        self._held.save(folder)
         self._held.tokenizer.save_pretrained(folder)
 
     @property

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from groupwise.compat.unsloth.settings import SAVING, read_options
+from groupwise.config.lora import own_base
 from groupwise.errors import ConfigError
 from groupwise.export.hf import Dtype, Form, export_hf
 from groupwise.export.llama_quantize import K_QUANTS, find_llama_quantize
 from groupwise.export.push import check_repo, plan_push, push, require_token
 from groupwise.export.record import ExportRecord, record_file
-from groupwise.export.source import Source, find_source
+from groupwise.export.source import Source, find_source, name_own_base
 from groupwise.types import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ def save_merged(saved: Saved, folder: str | Path, *, method: str, options: Mappi
                 os.replace(file, new / file.name)
             os.replace(out, new.with_name("earlier"))
         os.replace(new, out)
+        if own_base(out):
+            name_own_base(out, out)
     return out
 
 
