@@ -8,6 +8,8 @@ too, into the folder `base` beside the adapter, which every reader of Groupwise'
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from groupwise.config.lora import OWN_BASE
+from groupwise.config.lora import OWN_BASE, own_base
 from groupwise.errors import ConfigError, ExportError
 from groupwise.export.source import name_own_base
 from groupwise.model.adapters import require_apart
 from groupwise.model.quantized import is_packed
 from groupwise.model.stored import StoredWeights
+from groupwise.types import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +44,13 @@ _NO_PART = frozenset(
 """What of a model's config decides nothing that its weights compute; sizes are compared as the weights' shapes."""
 
 
-def complete_adapter(module: PreTrainedModel, folder: Path, *, home: Path | None = None) -> int:
+def complete_adapter(module: PreTrainedModel, folder: Path, *, tokenizer: Tokenizer, home: Path | None = None) -> int:
     """Make an adapter that was just saved into `folder` whole: write its base beside it where it cannot be had
     elsewhere, and compare every weight on disk with the one in memory.
 
     Args:
         module: of transformers', with the adapter inside.
+        tokenizer: goes into such a base, too.
         home: where the folder is to lie in the end, which its files name; the folder itself if not given.
 
     Returns:
@@ -64,9 +68,11 @@ def complete_adapter(module: PreTrainedModel, folder: Path, *, home: Path | None
         logger.warning("%s: an adapter alone is saved, on a base of 4 bits: %s", home, reason)
     elif reason:
         logger.warning("%s: the base goes into %s beside the adapter: %s", home, OWN_BASE, reason)
-        save_base(module, folder / OWN_BASE)
+        _replace_base(module, folder, tokenizer)
         name_own_base(folder, home)
         compared = _require_same(module, folder / OWN_BASE)
+    elif own_base(folder):  # of the adapter that has just been replaced; it would be read as this one's
+        shutil.rmtree(folder / OWN_BASE)
     written = load_file(folder / ADAPTER_WEIGHTS)
     expected = _adapter_weights(module)
     if reason and written.keys() - expected.keys():  # transformers adds an embedding that was resized
@@ -147,10 +153,16 @@ def check_savable(module: PreTrainedModel) -> None:
         )
 
 
-def save_base(module: PreTrainedModel, folder: Path) -> None:
-    """Write the module without its adapter: a whole model."""
+def _replace_base(module: PreTrainedModel, folder: Path, tokenizer: Tokenizer) -> None:
+    """Write the module without its adapter. A base that lies there may be what its weights are mapped from, so its
+    files are never written into."""
+    new = folder / f".{OWN_BASE}.tmp"
+    shutil.rmtree(new, ignore_errors=True)
     with _without_mark(module):
-        module.save_pretrained(str(folder), state_dict=dict(base_weights(module)))
+        module.save_pretrained(str(new), state_dict=dict(base_weights(module)))
+    tokenizer.save_pretrained(str(new))
+    shutil.rmtree(folder / OWN_BASE, ignore_errors=True)
+    os.replace(new, folder / OWN_BASE)
 
 
 def base_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

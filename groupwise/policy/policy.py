@@ -358,8 +358,10 @@ class Policy:
             model = self.loaded.model
             model.save_pretrained(temporary)
             self.loaded.tokenizer.save_pretrained(temporary)
-            adapted = self.loaded.adapter is not None
-            same = complete_adapter(model, temporary, home=path) if adapted else check_whole(model, temporary)
+            if self.loaded.adapter is None:
+                same = check_whole(model, temporary)
+            else:
+                same = complete_adapter(model, temporary, tokenizer=self.loaded.tokenizer, home=path)
             logger.info("%s: %d weights compared with those in memory, all the same", path, same)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(temporary, path)

@@ -78,7 +78,7 @@ class HeldModel:
             return
         check_savable(self.module)
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
-        complete_adapter(self.module, folder)
+        complete_adapter(self.module, folder, tokenizer=self.tokenizer)
 
     def at_work(self) -> AbstractContextManager[LoadedModel]:
         """Within it the module samples and learns; afterwards it is as transformers knows it."""

@@ -195,7 +195,7 @@ class FastPeftModel(FastMethods, peft.PeftModelForCausalLM):
         check_savable(self.base)
         super().save_pretrained(str(save_directory), **{"save_embedding_layers": False, **options})
         if not options.keys() & {"selected_adapters", "state_dict"}:
-            complete_adapter(self.base, Path(save_directory))
+            complete_adapter(self.base, Path(save_directory), tokenizer=self.settings.tokenizer)
 
     def save_lora(self, save_directory: str | Path) -> None:
         """Write the adapter: adapter_config.json and adapter_model.safetensors, and the base where that is needed."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from groupwise.compat.unsloth.settings import SAVING, read_options
-from groupwise.config.lora import own_base
+from groupwise.config.lora import OWN_BASE, own_base
 from groupwise.errors import ConfigError
 from groupwise.export.hf import Dtype, Form, export_hf
 from groupwise.export.llama_quantize import K_QUANTS, find_llama_quantize
@@ -79,6 +80,8 @@ def save_merged(saved: Saved, folder: str | Path, *, method: str, options: Mappi
     _check_replaceable(out)
     with _source(saved) as source, _beside(out) as new:
         _write_folder(source, new, method, wanted)
+        if wanted.form == "adapter" and Path(source.base or "").resolve().is_relative_to(out.resolve()):
+            shutil.copytree(source.base or "", new / OWN_BASE)  # it lies in what is replaced
         if out.is_dir():
             if record_file(out).is_file():
                 logger.warning("%s: the earlier export there is replaced", out)
