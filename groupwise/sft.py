@@ -16,13 +16,15 @@ from groupwise.checkpoint import find_latest, load_checkpoint, save_checkpoint
 from groupwise.clock import Clock
 from groupwise.config import Config
 from groupwise.config.checks import check_supervised
-from groupwise.data import check_supervised_rows, load_supervised, read_rows
-from groupwise.data.files import Source
+from groupwise.config.limits import check_lengths, say_high_rate
+from groupwise.data import check_supervised_rows, load_supervised
+from groupwise.data.files import Source, read_for_training
 from groupwise.data.sampler import epoch_order
 from groupwise.errors import CheckpointError, Interrupted
 from groupwise.files import write_json_atomic
 from groupwise.interrupt import StopRequest, catch_interrupts
 from groupwise.metrics import Last
+from groupwise.model.limits import find_limits
 from groupwise.model.loading import (
     LoadedModel,
     given_or_loaded,
@@ -75,12 +77,18 @@ def run_sft(
     check_supervised(config, provided=provided)
     check_backends(config.tracking)
     prepare_device(config.model.device)
-    source = read_rows(config.data.train if train_data is None else train_data)
+    needed = None if config.train.steps is None else config.train.steps * config.sft.rows_per_step
+    given_rows = config.data.train if train_data is None else train_data
+    source = read_for_training(given_rows, needed=needed, setting="train.steps")
     check_supervised_rows(source, config.data, text_column=config.sft.text_column)
     tokenizer = load_tokenizer(config.model) if loaded is None else loaded.tokenizer
     data = load_supervised(
         source, config.data, tokenizer, max_tokens=config.sft.max_tokens, text_column=config.sft.text_column
     )
+    limits = find_limits(loaded, config.model)
+    whole = [(*row.prompt_ids, *row.token_ids) for row in data.rows]
+    check_lengths(whole, limits, most=0, setting="sft.max_tokens", prompts="conversations")
+    say_high_rate(config.optim, limits, lora=config.lora.rank > 0)
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(data.rows) / config.sft.rows_per_step))
     check_place(_output(config), resume=resume, overwrite=overwrite)
     loaded = with_adapter(given_or_loaded(loaded, config.model), config.lora, seed=config.train.seed)

@@ -17,14 +17,15 @@ from groupwise.algorithms import Algorithm, build_algorithm
 from groupwise.checkpoint import find_latest, load_checkpoint
 from groupwise.config import Config
 from groupwise.config.checks import check_trainable, sampling_remark
-from groupwise.data import PromptSampler, PromptSet, check_rows, load_prompts, read_rows
-from groupwise.data.files import Source
+from groupwise.data import PromptSampler, PromptSet, check_rows, load_prompts
+from groupwise.data.files import Source, read_for_training
 from groupwise.engines import build_engine, check_engine
 from groupwise.errors import CheckpointError
 from groupwise.evaluation.evaluator import Evaluator, eval_sampling
 from groupwise.evaluation.report import EvalReport
 from groupwise.files import append_rows, write_json_atomic
 from groupwise.interrupt import catch_interrupts
+from groupwise.model.limits import check_run, find_limits
 from groupwise.model.loading import LoadedModel, given_or_loaded, load_tokenizer, prepare_device, with_adapter
 from groupwise.policy import Objective, Policy
 from groupwise.policy.bundle import BundleWriter
@@ -204,10 +205,12 @@ def _load_data(config: Config, given: Given, scorer: RewardScorer) -> _Data:
     """Check the rows' shape first: that needs no tokenizer. Then tokenize, and check that rewards can score them."""
     train_source = config.data.train if given.train_data is None else given.train_data
     eval_source = config.data.eval if given.eval_data is None else given.eval_data
-    train_rows = read_rows(train_source)
+    train_rows = read_for_training(train_source, needed=_rows_needed(config), setting="train.steps")
     check_rows(train_rows, config.data)
     # A program's own data is there for evaluations that its watcher asks for.
-    eval_rows = read_rows(eval_source) if config.eval.every or given.eval_data is not None else None
+    eval_rows = None
+    if config.eval.every or given.eval_data is not None:
+        eval_rows = read_for_training(eval_source, needed=config.eval.limit, setting="eval.limit")
     if eval_rows is not None:
         check_rows(eval_rows, config.data)
     tokenizer = given.loaded.tokenizer if given.loaded is not None else load_tokenizer(config.model)
@@ -218,7 +221,16 @@ def _load_data(config: Config, given: Given, scorer: RewardScorer) -> _Data:
     scorer.check_prompts(data.train.prompts)
     if data.eval is not None:
         scorer.check_prompts(data.eval.prompts)
+    limits = find_limits(given.loaded, config.model)
+    check_run(config, limits, prompts=data.train.prompts, eval_prompts=() if data.eval is None else data.eval.prompts)
     return data
+
+
+def _rows_needed(config: Config) -> int | None:
+    """Prompts that all steps ask for, with those that may come in place of others."""
+    if config.train.steps is None:
+        return None
+    return config.train.steps * config.rollout.prompts_per_step * max(1, config.rollout.dynamic_sampling_cap)
 
 
 def _num_steps(config: Config, num_prompts: int) -> int:

@@ -9,10 +9,9 @@ from typing import Any
 from transformers.trainer_utils import TrainOutput
 
 from groupwise.compat.trl.arguments import SFTConfig
-from groupwise.compat.trl.trainer import Trainer, check_options
+from groupwise.compat.trl.trainer import Trainer, check_options, stream_rows
 from groupwise.compat.trl.translate import Values, build_config, in_trl_words, sft_batch, sft_values
 from groupwise.config.checks import check_supervised
-from groupwise.data import read_rows
 from groupwise.data.chat import render
 from groupwise.data.files import SourceRow
 from groupwise.errors import ConfigError
@@ -60,7 +59,8 @@ class SFTTrainer(Trainer):
             )
         self.args = args or SFTConfig()
         self.train_dataset = train_dataset
-        rows, batch = _formatted(read_rows(train_dataset), options.get("formatting_func")), sft_batch(self.args)
+        batch = sft_batch(self.args)
+        rows = _formatted(stream_rows(train_dataset, self.args, batch), options.get("formatting_func"))
         column = self._text_column(rows[0].values, formatted=options.get("formatting_func") is not None)
         values = {**sft_values(self.args, batch, num_rows=len(rows)), "sft.text_column": column}
         self._check(values, model)

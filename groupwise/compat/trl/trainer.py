@@ -15,7 +15,7 @@ from groupwise.compat.trl.callbacks import CallbackWatcher, ConfigDecides, Cours
 from groupwise.compat.trl.models import HeldModel, hold_model, loading_values
 from groupwise.compat.trl.translate import Batch, Values, build_config
 from groupwise.config import Config
-from groupwise.data.files import SourceRow
+from groupwise.data.files import SourceRow, read_for_training
 from groupwise.errors import ConfigError
 from groupwise.model.quantized import is_packed
 from groupwise.model.recompute import recomputes_layers
@@ -146,6 +146,17 @@ def _checked_callbacks(callbacks: Any) -> list[Any]:
         if not issubclass(kind, TrainerCallback):
             raise ConfigError(f"callbacks: got a {kind.__name__}; expected transformers.TrainerCallback, or its class")
     return list(callbacks or ())
+
+
+def stream_rows(data: Any, args: Arguments, batch: Batch) -> list[SourceRow]:
+    """The rows of a data set; of one without a length, as many as `max_steps` asks for.
+
+    Raises:
+        DataError: it has no length, and there is no `max_steps`.
+    """
+    updates = args.max_steps
+    needed = batch.steps_for(updates) * batch.size if updates > 0 else None
+    return read_for_training(data, needed=needed, setting="max_steps")
 
 
 def check_options(name: str, options: Mapping[str, Any], known: Sequence[str]) -> None:

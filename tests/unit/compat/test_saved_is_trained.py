@@ -1,4 +1,4 @@
-"""A model in memory that is not the base on disk: what is saved, merged, exported and loaded again is what was trained."""
+"""A model in memory that is not the base on disk: what is saved, merged, exported and loaded is what was trained."""
 
 from __future__ import annotations
 
