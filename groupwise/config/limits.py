@@ -13,7 +13,7 @@ from groupwise.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-HIGHEST_RATE = 0.1
+HIGHEST_RATE = 0.2
 """Above it no model learns: one update of AdamW moves every weight by about the rate, and weights are smaller."""
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
@@ -134,8 +134,8 @@ def rate_problem(optim: OptimConfig) -> str | None:
     if optim.lr <= HIGHEST_RATE:
         return None
     return (
-        f"optim.lr = {optim.lr:g}: one update moves every weight by about that much, and a model's weights are smaller "
-        "than 0.1, so the first would destroy it; use 1e-6 to 1e-5, with LoRA 1e-5 to 1e-4, for a tiny model up to 1e-2"
+        f"optim.lr = {optim.lr:g}: one update moves every weight by about that much, and most weights are smaller, so "
+        "the first would destroy the model; use 1e-6 to 1e-5, with LoRA 1e-5 to 1e-4, for a tiny model up to 1e-2"
     )
 
 

@@ -35,8 +35,13 @@ def short_model(tiny_folder: Path, tmp_path: Path) -> Path:
 
 def args(out: Path, **options: Any) -> GRPOConfig:
     base: dict[str, Any] = {
-        **{"max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 4},
-        **{"use_cpu": True, "report_to": "none", "disable_tqdm": True},
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 4,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
     }
     return GRPOConfig(str(out), **{**base, **options})
 

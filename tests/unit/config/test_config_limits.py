@@ -110,8 +110,8 @@ def optim(lr: float) -> OptimConfig:
 
 
 def test_a_rate_at_which_nothing_is_learned_is_refused_by_every_command() -> None:
-    assert rate_problem(optim(0.1)) is None
-    assert "0.11" in (rate_problem(optim(0.11)) or "")
+    assert rate_problem(optim(0.2)) is None
+    assert "0.21" in (rate_problem(optim(0.21)) or "")
     config = Config.model_validate({"model": {"path": "a/b"}, "optim": {"lr": 1.0}})
     with pytest.raises(ConfigError, match=r"optim\.lr = 1: one update moves every weight"):
         check_supervised(config, provided=["data.train"])
