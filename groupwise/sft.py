@@ -16,9 +16,10 @@ from groupwise.checkpoint.saver import Saver
 from groupwise.clock import Clock
 from groupwise.config import Config, ModelConfig
 from groupwise.config.checks import check_supervised
+from groupwise.config.limits import check_lengths, say_high_rate
 from groupwise.config.model_name import short_name
-from groupwise.data import SupervisedSet, check_supervised_rows, load_supervised, read_rows
-from groupwise.data.files import Source
+from groupwise.data import SupervisedSet, check_supervised_rows, load_supervised
+from groupwise.data.files import Source, read_for_training
 from groupwise.data.sampler import epoch_order
 from groupwise.empty_steps import EmptySteps, Usable
 from groupwise.errors import Interrupted
@@ -27,6 +28,7 @@ from groupwise.fingerprint import machine_facts, model_facts, supervised_facts
 from groupwise.interrupt import StopRequest, catch_interrupts, interrupted
 from groupwise.metrics import Last
 from groupwise.model.checkpoints import keep_base, settle_model
+from groupwise.model.limits import find_limits
 from groupwise.model.loading import (
     LoadedModel,
     given_or_loaded,
@@ -101,12 +103,18 @@ def prepare_sft(
     check_supervised(config, provided=[*provided, *begun.provided])
     check_backends(config.tracking)
     prepare_device(config.model.device)
-    source = read_rows(config.data.train if train_data is None else train_data)
+    needed = None if config.train.steps is None else config.train.steps * config.sft.rows_per_step
+    given_rows = config.data.train if train_data is None else train_data
+    source = read_for_training(given_rows, needed=needed, setting="train.steps")
     check_supervised_rows(source, config.data, text_column=config.sft.text_column)
     tokenizer = load_tokenizer(model) if loaded is None else loaded.tokenizer
     data = load_supervised(
         source, config.data, tokenizer, max_tokens=config.sft.max_tokens, text_column=config.sft.text_column
     )
+    limits = find_limits(loaded, model)
+    whole = [(*row.prompt_ids, *row.token_ids) for row in data.rows]
+    check_lengths(whole, limits, most=0, setting="sft.max_tokens", prompts="conversations")
+    say_high_rate(config.optim, limits, lora=config.lora.rank > 0)
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(data.rows) / config.sft.rows_per_step))
     output = _output(config)
     check_place(output, resume=resume, overwrite=overwrite)

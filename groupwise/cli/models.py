@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 from groupwise.cli.parsing import Parser, set_key
@@ -101,18 +103,45 @@ def sampling_of(rollout: RolloutConfig, *, seed: int) -> SamplingParams:
 
 
 class Talker:
-    """A loaded model that answers messages or continues text."""
+    """A model that answers messages or continues text. Its weights are loaded when `engine` is first asked for."""
 
     def __init__(self, config: Config) -> None:
-        from groupwise.engines import build_engine, check_engine
-        from groupwise.model.loading import load_model, load_tokenizer
+        from groupwise.config.limits import check_stop_tokens
+        from groupwise.engines import check_engine
+        from groupwise.model.limits import find_limits
+        from groupwise.model.loading import load_tokenizer
 
         check_engine(config.rollout.engine)
         quiet_loading()
-        tokenizer = load_tokenizer(config.model)
         self._config = config
-        self._tokenizer = cast("Tokenizer", tokenizer)
-        self.engine: Engine = build_engine(config.rollout, load_model(config.model, tokenizer=tokenizer))
+        self._tokenizer = cast("Tokenizer", load_tokenizer(config.model))
+        self._limits = find_limits(None, config.model)
+        check_stop_tokens(config.rollout.stop_token_ids, self._limits, setting="rollout.stop_token_ids")
+
+    @cached_property
+    def engine(self) -> Engine:
+        from groupwise.engines import build_engine
+        from groupwise.model.loading import load_model
+
+        return build_engine(self._config.rollout, load_model(self._config.model, tokenizer=self._tokenizer))
+
+    def load(self) -> None:
+        """Load the weights now, before somebody waits for an answer."""
+        _ = self.engine
+
+    def within(self, prompt: Prompt, sampling: SamplingParams) -> SamplingParams:
+        """The sampling, with no more tokens than the model has positions for after this prompt.
+
+        Raises:
+            ConfigError: there are none, or the prompt has tokens that the model does not know.
+        """
+        from groupwise.config.limits import check_lengths
+
+        check_lengths([prompt.token_ids], self._limits, most=1, setting="--max-tokens", prompts="prompts")
+        positions = self._limits.positions
+        if positions is None:
+            return sampling
+        return replace(sampling, max_tokens=min(sampling.max_tokens, positions - len(prompt.token_ids)))
 
     def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
         """The conversation, rendered with the model's chat template.

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from groupwise.config import Config, LoraConfig, ModelConfig, OptimConfig
+from groupwise.config.limits import rate_problem
 from groupwise.config.lora import ADAPTER_FILE, AdapterShape, read_adapter_file
 from groupwise.config.model_name import RunCheckpoint, base_of, is_model, named_checkpoint, settled_model
 from groupwise.errors import ConfigError
@@ -180,6 +181,8 @@ def _method_problems(config: Config) -> list[str]:
             f"model.quantization = {config.model.quantization!r}: weights of 4 bits cannot be trained, and lora.rank = "
             "0 trains all weights; set lora.rank, e.g. to 16, which trains adapters on them"
         )
+    if problem := rate_problem(optim):
+        found.append(problem)
     if config.model.batch_invariant:
         found += _batch_invariance_problems(config.model)
     if config.model.quantization != "none":

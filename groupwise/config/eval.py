@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from groupwise.config.base import Section
+from groupwise.config.temperature import temperature_problem
 
 
 class EvalConfig(Section):
@@ -16,3 +17,10 @@ class EvalConfig(Section):
     max_completion_tokens: int | None = Field(None, ge=1, description="none is rollout.max_completion_tokens")
     limit: int | None = Field(None, ge=1, description="only the first rows")
     threshold: float = Field(0.0, description="a completion is correct when its first reward is above this")
+
+    @field_validator("temperature")
+    @classmethod
+    def _acts(cls, value: float) -> float:
+        if problem := temperature_problem(value):
+            raise ValueError(problem)
+        return value

@@ -13,6 +13,8 @@ from groupwise.config.base import Section
 from groupwise.errors import ConfigError
 
 ADAPTER_FILE = "adapter_config.json"
+OWN_BASE = "base"
+"""The folder beside an adapter that holds its base, where that is nowhere else."""
 
 
 class LoraConfig(Section):
@@ -108,6 +110,7 @@ def read_adapter_file(folder: Path) -> AdapterFile | None:
     targets = content.get("target_modules")
     targets = [targets] if isinstance(targets, str) else targets
     base, rank, alpha = content.get("base_model_name_or_path"), content.get("r"), content.get("lora_alpha")
+    base = own_base(folder) or base
     if not (isinstance(rank, int) and isinstance(alpha, int | float) and isinstance(targets, list)):
         raise ConfigError(f"{file}: expected r, lora_alpha and target_modules, as peft writes them")
     if not isinstance(base, str) or not base:
@@ -117,6 +120,12 @@ def read_adapter_file(folder: Path) -> AdapterFile | None:
         )
     shape = AdapterShape(rank, float(alpha), bool(content.get("use_rslora")), tuple(sorted(targets)))
     return AdapterFile(folder, _resolved(base, folder), shape)
+
+
+def own_base(folder: Path) -> str | None:
+    """The base that was saved beside the adapter, which comes before any that its file names."""
+    found = folder / OWN_BASE
+    return str(found) if (found / "config.json").is_file() else None
 
 
 def check_plain(file: str, content: dict[str, Any]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from groupwise.config.base import Section
+from groupwise.config.temperature import temperature_problem
 
 EXACT_ENGINES = ("native",)
 """Engines whose log-probs are the trainer's own, bit by bit on a CPU."""
@@ -35,6 +36,27 @@ class RolloutConfig(Section):
         gt=0,
         description="memory for keys and values; none is 60 % of what training leaves free on the GPU, 4 on a CPU",
     )
+
+    @field_validator("temperature")
+    @classmethod
+    def _acts(cls, value: float) -> float:
+        if problem := temperature_problem(value):
+            raise ValueError(problem)
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in stop:
+            raise ValueError("got an empty text, which would end every completion at once; leave it out")
+        return stop
+
+    @field_validator("stop_token_ids")
+    @classmethod
+    def _are_tokens(cls, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        if any(token < 0 for token in tokens):
+            raise ValueError(f"got {min(tokens)}; tokens are numbered from 0")
+        return tokens
 
     @property
     def filters(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ exactly that prompt, so that what is learned is what is asked later.
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any
 from groupwise.data.files import nearest
 from groupwise.errors import ConfigError, DataError
 from groupwise.types import Message, Tokenizer
+
+logger = logging.getLogger(__name__)
 
 _RESERVED_KWARGS = frozenset(
     {
@@ -110,16 +112,39 @@ def check_template(tokenizer: Tokenizer, template_kwargs: Mapping[str, Any]) -> 
             "the data has messages, but the tokenizer has no chat template; set model.chat_template to a Jinja "
             "template or a file that holds one, or give prompts as plain text"
         )
-    text = "\n".join(str(part) for part in template.values()) if isinstance(template, Mapping) else str(template)
-    words = set(re.findall(r"[A-Za-z_]\w*", text))
+    if not template_kwargs:
+        return
+    read = _variables_of(str(template.get("default", "")) if isinstance(template, Mapping) else str(template))
     for name in template_kwargs:
         if name in _RESERVED_KWARGS:
             raise ConfigError(f"data.chat_template_kwargs.{name} is decided by Groupwise; remove it")
-        if name not in words:
+        if name not in read:
             raise ConfigError(
                 f"data.chat_template_kwargs.{name} has no effect: the chat template never reads it; remove it"
-                f"{nearest(name, words)}"
+                f"{nearest(name, read)}"
             )
+
+
+def _variables_of(template: str) -> set[str]:
+    """The variables that a template takes from outside; words in its comments and texts are none."""
+    import jinja2
+    from jinja2 import meta
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        """transformers' tag around what the assistant says."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation])
+    try:
+        return meta.find_undeclared_variables(environment.parse(template))
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
 
 
 def render(
@@ -159,20 +184,33 @@ def encode_rendered(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 def encode_text(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """`[P]` tokens of a plain-text prompt, with the tokenizer's own beginning-of-sequence token.
 
-    An end-of-sequence token that the tokenizer appends is taken off: nothing would be left to continue.
+    A text that begins with that token already, as rendered chats do, gets no second one. What the tokenizer appends,
+    an end-of-sequence token mostly, is taken off: nothing would be left to continue.
     """
     token_ids = tuple(tokenizer.encode(text, add_special_tokens=True))
-    eos = tokenizer.eos_token_id
-    if token_ids[-1:] == (eos,):
-        plain = tuple(tokenizer.encode(text, add_special_tokens=False))
-        # The text itself may end with end tokens; those are the user's.
-        if _trailing(token_ids, eos) > _trailing(plain, eos):
-            return token_ids[:-1]
-    return token_ids
+    bare = tuple(tokenizer.encode(text, add_special_tokens=False))
+    added = len(token_ids) - len(bare)
+    start = next((i for i in range(added + 1) if token_ids[i : i + len(bare)] == bare), None) if bare else None
+    if start is None:  # no text, or one that special tokens change
+        return token_ids[:-1] if added > 0 and token_ids[-1] == tokenizer.eos_token_id else token_ids
+    prefix = token_ids[:start]
+    return bare if bare[:start] == prefix else (*prefix, *bare)
 
 
-def _trailing(token_ids: tuple[int, ...], token: int | None) -> int:
-    return next((i for i, other in enumerate(reversed(token_ids)) if other != token), len(token_ids))
+def say_missing_start(token_ids: Sequence[int] | None, tokenizer: Tokenizer) -> None:
+    """Warn where a rendered prompt lacks what the tokenizer puts before any text.
+
+    Args:
+        token_ids: of one rendered prompt; None where there is none.
+    """
+    plain, full = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    prefix = full[: len(full) - len(plain)] if plain and full[-len(plain) :] == plain else []
+    if token_ids is not None and prefix and list(token_ids[: len(prefix)]) != prefix:
+        logger.warning(
+            "the chat template begins without %s, which the tokenizer puts before plain texts: prompts are as the "
+            "template writes them; if the model was trained with it, put it into model.chat_template",
+            tokenizer.decode(prefix, skip_special_tokens=False),
+        )
 
 
 def encode_text_pair(prompt: str, completion: str, *, tokenizer: Tokenizer) -> EncodedConversation:
@@ -198,9 +236,7 @@ def encode_whole_text(text: str, tokenizer: Tokenizer) -> EncodedConversation:
     Raises:
         ConfigError: the tokenizer has no end-of-sequence token.
     """
-    bare, token_ids = encode_rendered(text, tokenizer), encode_text(text, tokenizer)
-    if token_ids[:2] == (token_ids[0],) * 2 and len(bare) < len(token_ids):
-        token_ids = bare
+    token_ids = encode_text(text, tokenizer)
     eos = _end_of_sequence(tokenizer)
     if eos not in token_ids[-2:]:  # a template may write a line end after it
         token_ids = (*token_ids, eos)

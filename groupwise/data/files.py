@@ -9,15 +9,18 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from groupwise.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 Source: TypeAlias = str | Path | Iterable[Any]
 """A path, or rows in memory, each a dict: a list, a `datasets.Dataset`, a streaming dataset, a generator."""
@@ -53,6 +56,28 @@ def read_rows(source: Source, *, limit: int | None = None) -> list[SourceRow]:
     if not rows:
         name = str(source) if isinstance(source, str | Path) else f"the {type(source).__name__} given as data"
         raise DataError(f"{name} has no rows; expected at least one")
+    return rows
+
+
+def read_for_training(source: Source, *, needed: int | None, setting: str) -> list[SourceRow]:
+    """Read all rows; of a source without a length, which may never end, as many as a run asks for.
+
+    Args:
+        needed: rows that the run's steps ask for; None where only the data could say how many steps there are.
+        setting: what would decide them.
+
+    Raises:
+        DataError: as `read_rows`, or the source has no length and nothing bounds what is read of it.
+    """
+    if isinstance(source, str | Path | Sized) or not isinstance(source, Iterable):
+        return read_rows(source)
+    if needed is None:
+        raise DataError(
+            f"the {type(source).__name__} given as data has no length and may never end; set {setting}, or give a list "
+            "of its rows"
+        )
+    rows = read_rows(source, limit=needed)
+    logger.info("read %d rows of a stream, of %d that %s asks for", len(rows), needed, setting)
     return rows
 
 

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from groupwise.config.data import DataConfig
-from groupwise.data.chat import check_template, encode_rendered, encode_text, render
+from groupwise.data.chat import check_template, encode_rendered, encode_text, render, say_missing_start
 from groupwise.data.files import Source, SourceRow, read_rows
 from groupwise.data.rows import (
     check_settings,
@@ -87,6 +87,7 @@ def load_prompts(source: Source, config: DataConfig, tokenizer: Tokenizer, *, li
     if any(not isinstance(prompt_value(row.values, config), str) for row in rows):
         check_template(tokenizer, config.chat_template_kwargs)
     made = [make_prompt(row, index, config=config, tokenizer=tokenizer) for index, row in enumerate(rows)]
+    say_missing_start(next((prompt.token_ids for prompt in made if prompt.messages), None), tokenizer)
     kept = tuple(prompt for prompt in made if len(prompt.token_ids) <= config.max_prompt_tokens)
     if not kept:
         raise DataError(_all_too_long([len(prompt.token_ids) for prompt in made], config.max_prompt_tokens))

@@ -15,6 +15,7 @@ from groupwise.data.chat import (
     encode_conversation,
     encode_text_pair,
     encode_whole_text,
+    say_missing_start,
 )
 from groupwise.data.files import Source, SourceRow, read_rows
 from groupwise.data.rows import (
@@ -128,6 +129,8 @@ def load_supervised(
     if any(isinstance(item, _Turns) for item in worked):
         check_template(tokenizer, config.chat_template_kwargs)
     encoded = [_encode(item, row, config=config, tokenizer=tokenizer) for item, row in zip(worked, rows, strict=True)]
+    turns = (one.prompt_ids for one, item in zip(encoded, worked, strict=True) if isinstance(item, _Turns))
+    say_missing_start(next(turns, None), tokenizer)
     kept = [(index, item) for index, item in enumerate(encoded) if _fits(item, config, max_tokens=max_tokens)]
     if not kept:
         raise DataError(_all_too_long(encoded, config, max_tokens=max_tokens))

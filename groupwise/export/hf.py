@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from groupwise.config.lora import OWN_BASE, own_base
 from groupwise.errors import ConfigError, ExportError
 from groupwise.export.card import CARD_FILE, write_card
 from groupwise.export.loading import Merged, load_merged, load_tokenizer
 from groupwise.export.record import ExportRecord
-from groupwise.export.source import Source, read_object
+from groupwise.export.source import Source, name_own_base, read_object
 from groupwise.export.writing import check_new_folder, new_place
 from groupwise.files import write_json_atomic
 
@@ -43,7 +44,7 @@ def export_hf(source: Source, out: str | Path, *, form: Form = "full", dtype: Dt
     with new_place(place) as folder:
         folder.mkdir()
         if form == "adapter":
-            record = _copy_adapter(source, folder)
+            record = _copy_adapter(source, folder, home=place)
         else:
             merged = load_merged(source)
             record = _save_full(source, merged, folder, dtype=dtype)
@@ -94,7 +95,7 @@ def _quantise(source: Source, folder: Path) -> ExportRecord:
     return ExportRecord.of(source, form="4bit", precision="nf4")
 
 
-def _copy_adapter(source: Source, folder: Path) -> ExportRecord:
+def _copy_adapter(source: Source, folder: Path, *, home: Path) -> ExportRecord:
     for name in ADAPTER_FILES:
         if not (source.folder / name).is_file():
             raise ConfigError(f"{source.folder} has no {name}; expected an adapter that peft wrote")
@@ -102,4 +103,7 @@ def _copy_adapter(source: Source, folder: Path) -> ExportRecord:
     config = {**read_object(source.folder / ADAPTER_FILES[0]), "base_model_name_or_path": source.base}
     write_json_atomic(folder / ADAPTER_FILES[0], config)
     load_tokenizer(source).save_pretrained(folder)
+    if source.base == own_base(source.folder):  # nowhere else
+        shutil.copytree(source.folder / OWN_BASE, folder / OWN_BASE)
+        name_own_base(folder, home)
     return ExportRecord.of(source, form="adapter", precision="as trained")

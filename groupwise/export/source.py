@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from groupwise.config.lora import ADAPTER_FILE as ADAPTER_CONFIG
+from groupwise.config.lora import OWN_BASE, own_base
 from groupwise.config.model_name import MODEL_FILE as MODEL_CONFIG
 from groupwise.config.model_name import is_run, named_checkpoint, read_object, run_of, settled_model
 from groupwise.errors import ConfigError
+from groupwise.files import write_json_atomic
 
 __all__ = ["ADAPTER_CONFIG", "MODEL_CONFIG", "Source", "find_source", "is_run", "read_object"]
 
@@ -70,8 +72,18 @@ def find_source(path: str | Path, *, base: str | None = None) -> Source:
     return Source(folder, run=run)
 
 
+def name_own_base(folder: Path, home: Path) -> None:
+    """Let the adapter in `folder` name the base beside it, for readers that know nothing of that.
+
+    Args:
+        home: where the folder is to lie in the end.
+    """
+    file = folder / ADAPTER_CONFIG
+    write_json_atomic(file, {**read_object(file), "base_model_name_or_path": str(home.resolve() / OWN_BASE)})
+
+
 def _base_of(folder: Path, base: str | None) -> str:
-    found = base or read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    found = base or own_base(folder) or read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not found:
         raise ConfigError(f"{folder / ADAPTER_CONFIG} names no base model; give it with --base FOLDER")
     if Path(found).is_dir() or (found.count("/") == 1 and not found.startswith((".", "/", "~"))):

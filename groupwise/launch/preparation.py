@@ -12,12 +12,13 @@ from groupwise.algorithms import Algorithm, build_algorithm
 from groupwise.config import Config, ModelConfig
 from groupwise.config.checks import check_trainable
 from groupwise.config.model_name import short_name
-from groupwise.data import PromptSet, check_rows, load_prompts, read_rows
-from groupwise.data.files import Source
+from groupwise.data import PromptSet, check_rows, load_prompts
+from groupwise.data.files import Source, read_for_training
 from groupwise.engines import check_engine
 from groupwise.errors import ConfigError
 from groupwise.fingerprint import machine_facts, model_facts, prompt_facts, reward_facts
 from groupwise.model.checkpoints import settle_model
+from groupwise.model.limits import check_run, find_limits
 from groupwise.model.loading import LoadedModel, load_tokenizer, prepare_device, resolve_device, resolve_dtype
 from groupwise.model.outline import check_model
 from groupwise.resume import Identity
@@ -162,10 +163,12 @@ def _load_data(config: Config, given: Given, scorer: RewardScorer, *, model: Mod
     """Check the rows' shape first: that needs no tokenizer. Then tokenize, and check that rewards can score them."""
     train_source = config.data.train if given.train_data is None else given.train_data
     eval_source = config.data.eval if given.eval_data is None else given.eval_data
-    train_rows = read_rows(train_source)
+    train_rows = read_for_training(train_source, needed=_rows_needed(config), setting="train.steps")
     check_rows(train_rows, config.data)
     # A program's own data is there for evaluations that its watcher asks for.
-    eval_rows = read_rows(eval_source) if config.eval.every or given.eval_data is not None else None
+    eval_rows = None
+    if config.eval.every or given.eval_data is not None:
+        eval_rows = read_for_training(eval_source, needed=config.eval.limit, setting="eval.limit")
     if eval_rows is not None:
         check_rows(eval_rows, config.data)
     tokenizer = given.loaded.tokenizer if given.loaded is not None else load_tokenizer(model)
@@ -174,7 +177,16 @@ def _load_data(config: Config, given: Given, scorer: RewardScorer, *, model: Mod
     prompts = (*train.prompts, *(() if held_out is None else held_out.prompts))
     scorer.check_prompts(prompts)
     _check_routes(config, {prompt.data_source for prompt in prompts})
+    limits = find_limits(given.loaded, model)
+    check_run(config, limits, prompts=train.prompts, eval_prompts=() if held_out is None else held_out.prompts)
     return _Data(train, held_out, tokenizer)
+
+
+def _rows_needed(config: Config) -> int | None:
+    """Prompts that all steps ask for, with those that may come in place of others."""
+    if config.train.steps is None:
+        return None
+    return config.train.steps * config.rollout.prompts_per_step * max(1, config.rollout.dynamic_sampling_cap)
 
 
 def _check_routes(config: Config, sources: Collection[str]) -> None:

@@ -110,9 +110,26 @@ def adopt_adapter(model: PreTrainedModel) -> None:
     strange = sorted(key for key, value in found.items() if key not in _FREE and value != plain.get(key))
     if strange:
         raise ConfigError(f"{place}: {strange[0]} = {found[strange[0]]!r} is more than plain LoRA; leave it out")
+    require_apart(model)
     model._hf_peft_config_loaded = True
     _check_targets(model, configs[_NAME], _linears_without(model))
     settle_adapters(model)
+
+
+def require_apart(model: nn.Module) -> None:
+    """Refuse an adapter that stands beside its layers without acting, or is added to their weights already.
+
+    Raises:
+        ConfigError: says which call undoes it.
+    """
+    layers = _layers(model)
+    if any(layer.merged for layer in layers):
+        raise ConfigError(
+            "the model's adapter is merged into its base and still there, so it would be neither trained nor saved "
+            "apart; call unmerge_adapter() to go on with it, or merge_and_unload() to have a whole model"
+        )
+    if any(layer.disable_adapters for layer in layers):
+        raise ConfigError("the model's adapter is switched off, so nothing would be learned; switch it on first")
 
 
 _FREE = frozenset(

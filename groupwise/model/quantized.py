@@ -23,6 +23,11 @@ def nf4_settings(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Whether its frozen weights have 4 bits."""
+    return bool(vars(model).get("is_loaded_in_4bit"))
+
+
 def unpack_before_products(model: nn.Module) -> None:
     """Make every 4-bit layer of the module compute as an ordinary one."""
     from bitsandbytes.nn import Linear4bit  # pyright: ignore[reportMissingImports]

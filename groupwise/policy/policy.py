@@ -27,6 +27,7 @@ from groupwise.model.head import TokenScores
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packing import Packed, pack
 from groupwise.model.recompute import recompute_layers
+from groupwise.model.saving import check_whole, complete_adapter
 from groupwise.policy.adapter_reference import make_reference
 from groupwise.policy.bundle import BundleWriter, LearnedBatch
 from groupwise.policy.lanes import Lanes
@@ -365,8 +366,14 @@ class Policy:
         temporary = path.with_name(f".{path.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            self.loaded.model.save_pretrained(temporary)
+            model = self.loaded.model
+            model.save_pretrained(temporary)
             self.loaded.tokenizer.save_pretrained(temporary)
+            if self.loaded.adapter is None:
+                same = check_whole(model, temporary)
+            else:
+                same = complete_adapter(model, temporary, tokenizer=self.loaded.tokenizer, home=path)
+            logger.info("%s: %d weights compared with those in memory, all the same", path, same)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(temporary, path)
         finally:

@@ -20,6 +20,7 @@ from groupwise.cli.models import (
 )
 from groupwise.cli.output import say, tell
 from groupwise.cli.parsing import Command, Parser
+from groupwise.errors import ConfigError
 from groupwise.texts import encodable
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def _chat(args: argparse.Namespace) -> None:
     talker = Talker(config)
     system: list[Message] = [] if args.system is None else [{"role": "system", "content": encodable(args.system)}]
     sampling = sampling_of(config.rollout, seed=config.train.seed)
+    talker.load()
     print(_HELP, file=sys.stderr)
     # One runner for all turns, because the engine's work belongs to one event loop.
     with asyncio.Runner() as runner:
@@ -62,9 +64,15 @@ def _chat(args: argparse.Namespace) -> None:
 
 
 def _reply(runner: asyncio.Runner, talker: Talker, messages: list[Message], *, sampling: SamplingParams) -> str | None:
-    """The printed reply, or None when the user ended it with Ctrl-C."""
+    """The printed reply; None when the user ended it with Ctrl-C, or there is no room for one."""
     try:
-        [completion] = runner.run(sample(talker.engine, talker.chat_prompt(messages), sampling=sampling))
+        prompt = talker.chat_prompt(messages)
+        try:
+            within = talker.within(prompt, sampling)
+        except ConfigError as error:
+            print(f"{error}\n/clear begins anew", file=sys.stderr)
+            return None
+        [completion] = runner.run(sample(talker.engine, prompt, sampling=within))
     except KeyboardInterrupt:
         runner.run(talker.engine.abort())
         print("(reply ended)", file=sys.stderr)

@@ -108,12 +108,14 @@ def _evaluate(config: Config, *, quiet: bool) -> EvalReport:
     if not quiet:
         tell(f"evaluating {config.model.path} on {config.data.eval}")
 
+    from groupwise.model.limits import check_evaluation, find_limits
     from groupwise.model.loading import load_model, load_tokenizer
 
     quiet_loading()
     tokenizer = load_tokenizer(config.model)
     found = load_prompts(config.data.eval, config.data, cast("Tokenizer", tokenizer), limit=config.eval.limit)
     scorer.check_sources([prompt.data_source for prompt in found.prompts])
+    check_evaluation(found.prompts, find_limits(None, config.model), config)
     if found.num_too_long:
         logger.warning("%s", found.describe())
     for remark in counted_remarks(scorer, (prompt.data_source for prompt in found.prompts)):

@@ -48,7 +48,7 @@ def _generate(args: argparse.Namespace) -> None:
     talker = Talker(config)
     system = [] if args.system is None else [{"role": "system", "content": encodable(args.system)}]
     prompt = talker.raw_prompt(text) if args.raw else talker.chat_prompt([*system, {"role": "user", "content": text}])
-    sampling = sampling_of(config.rollout, seed=config.train.seed)
+    sampling = talker.within(prompt, sampling_of(config.rollout, seed=config.train.seed))
     replies = asyncio.run(sample(talker.engine, prompt, sampling=sampling, count=args.n))
     for reply in replies:
         if len(replies) > 1:

@@ -16,15 +16,16 @@ from transformers.trainer_utils import TrainOutput
 from groupwise.compat.trl.arguments import GRPOConfig
 from groupwise.compat.trl.callbacks import CallbackWatcher
 from groupwise.compat.trl.surface import GRPO_MEMBERS
-from groupwise.compat.trl.trainer import Plan, Trainer, check_options
+from groupwise.compat.trl.trainer import Plan, Trainer, check_options, stream_rows
 from groupwise.compat.trl.translate import Values, build_config, grpo_batch, grpo_values, in_trl_words
 from groupwise.config.checks import check_trainable
-from groupwise.data import load_prompts, read_rows
-from groupwise.data.files import SourceRow
+from groupwise.data import load_prompts
+from groupwise.data.files import SourceRow, read_for_training
 from groupwise.engines import build_engine
 from groupwise.errors import ConfigError
 from groupwise.evaluation import eval_sampling, evaluate
 from groupwise.launch.local import Given, run_async, run_training, training_sampling
+from groupwise.model.limits import check_evaluation, check_run, find_limits
 from groupwise.rewards import RewardScorer
 from groupwise.rewards.signature import function_name
 from groupwise.rollout.producer import produce_group
@@ -130,6 +131,7 @@ class GRPOTrainer(Trainer):
         with self._held.at_work() as loaded:
             prompts = load_prompts(rows, config.data, loaded.tokenizer, limit=config.eval.limit).prompts
             scorer.check_prompts(prompts)
+            check_evaluation(prompts, find_limits(loaded, config.model), config)
             sampling = eval_sampling(config.eval, config.rollout, seed=config.train.seed)
             engine = build_engine(config.rollout, loaded)
             report = run_async(evaluate(engine, prompts, scorer, config=config.eval, sampling=sampling, version=0))
@@ -150,6 +152,7 @@ class GRPOTrainer(Trainer):
         with self._held.at_work() as loaded:
             prompts = load_prompts(_as_rows(dataset), config.data, loaded.tokenizer).prompts
             scorer.check_prompts(prompts)
+            check_run(config, find_limits(loaded, config.model), prompts=prompts, eval_prompts=())
             engine, sampling = build_engine(config.rollout, loaded), training_sampling(config)
 
             async def sample() -> list[RolloutGroup]:
@@ -173,11 +176,12 @@ class GRPOTrainer(Trainer):
         return [each if isinstance(each, str) else function_name(each) for each in given]
 
     def _planned(self, model: Any = None) -> Plan:
-        eval_rows = None if self.eval_dataset is None else read_rows(_as_rows(self.eval_dataset))
+        eval_rows = None if self.eval_dataset is None else _eval_rows(self.eval_dataset)
         rewards = _rewards(self.reward_funcs, self.args.reward_weights)
         functions = [(function, weight) for function, weight in rewards if not isinstance(function, str)]
         self._set(_eval_rows=eval_rows, _functions=functions)
-        rows, batch = read_rows(self.train_dataset), grpo_batch(self.args)
+        batch = grpo_batch(self.args)
+        rows = stream_rows(self.train_dataset, self.args, batch)
         values = grpo_values(self.args, batch, num_rows=len(rows))
         if named := [{"name": function, "weight": weight} for function, weight in rewards if isinstance(function, str)]:
             values["reward"] = named
@@ -233,6 +237,10 @@ def _rewards(given: Any, weights: Sequence[float] | None) -> list[tuple[Any, flo
     if weights is not None and len(weights) != len(functions):
         raise ConfigError(f"GRPOConfig.reward_weights: got {len(weights)} for {len(functions)} reward functions")
     return list(zip(functions, weights or [1.0] * len(functions), strict=True))
+
+
+def _eval_rows(data: Any) -> list[SourceRow]:
+    return read_for_training(_as_rows(data), needed=None, setting="a number of rows, by take(n) or a slice")
 
 
 def _as_rows(data: Any) -> Any:

@@ -27,6 +27,8 @@ from groupwise.installed import require_adapters
 from groupwise.model.adapters import has_adapter_layers
 from groupwise.model.borrowing import borrow
 from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, resolve_device
+from groupwise.model.quantized import is_packed
+from groupwise.model.saving import check_savable, check_whole, complete_adapter
 from groupwise.types import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,20 @@ class HeldModel:
             "lora.rslora": adapter.use_rslora,
             "lora.target_modules": (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
         }
+
+    def save(self, folder: Path) -> None:
+        """Write the model, or its adapter alone, and the base beside it where what is in memory is not what it names.
+
+        Raises:
+            ExportError: what is on disk is not what is in memory.
+        """
+        if not isinstance(self.model, peft.PeftModel):
+            self.model.save_pretrained(str(folder))
+            check_whole(self.module, folder)
+            return
+        check_savable(self.module)
+        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        complete_adapter(self.module, folder, tokenizer=self.tokenizer)
 
     def at_work(self) -> AbstractContextManager[LoadedModel]:
         """Within it the module samples and learns; afterwards it is as transformers knows it."""
@@ -110,6 +126,8 @@ def hold_model(
         _place(module, args)
         path = ModelConfig.model_validate({"path": module.name_or_path or ""})
         held = HeldModel(model, module, tokenizer or load_tokenizer(path))
+    if not isinstance(model, str | Path):
+        check_savable(held.module)
     if has_adapter_layers(held.module):
         if peft_config is not None:
             raise ConfigError(
@@ -166,11 +184,6 @@ def _with_new_adapter(module: PreTrainedModel, config: Any, *, seed: int) -> pef
             raise ConfigError(f"peft_config: {error}") from error
     assert isinstance(made, peft.PeftModel), "one adapter type is one class"
     return made
-
-
-def is_packed(module: PreTrainedModel) -> bool:
-    """Whether its frozen weights have 4 bits."""
-    return bool(getattr(module, "is_loaded_in_4bit", False))
 
 
 def _place(module: PreTrainedModel, args: Arguments) -> None:

@@ -10,11 +10,10 @@ from transformers.trainer_utils import TrainOutput
 
 from groupwise.compat.trl.arguments import SFTConfig
 from groupwise.compat.trl.surface import SFT_MEMBERS
-from groupwise.compat.trl.trainer import Plan, Trainer, check_options
+from groupwise.compat.trl.trainer import Plan, Trainer, check_options, stream_rows
 from groupwise.compat.trl.translate import Values, build_config, in_trl_words, sft_batch, sft_values
 from groupwise.config import Config
 from groupwise.config.checks import check_supervised
-from groupwise.data import read_rows
 from groupwise.data.chat import render
 from groupwise.data.files import SourceRow
 from groupwise.errors import ConfigError
@@ -112,7 +111,8 @@ class SFTTrainer(Trainer):
     def _planned(self, model: Any = None) -> Plan:
         if self.eval_dataset is not None:
             raise ConfigError(_NO_EVALUATION)
-        rows, batch = _formatted(read_rows(self.train_dataset), self._formatting), sft_batch(self.args)
+        batch = sft_batch(self.args)
+        rows = _formatted(stream_rows(self.train_dataset, self.args, batch), self._formatting)
         column = self._text_column(rows[0].values, formatted=self._formatting is not None)
         values = {**sft_values(self.args, batch, num_rows=len(rows)), "sft.text_column": column}
         self._check(values, self._held.name if model is None else model)

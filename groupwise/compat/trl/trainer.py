@@ -15,15 +15,16 @@ from groupwise.compat.keeping import Place
 from groupwise.compat.trl.arguments import Arguments
 from groupwise.compat.trl.callbacks import CallbackWatcher, ConfigDecides, Course, Hooks
 from groupwise.compat.trl.checkpoints import checkpoints_in, ready_to_resume, write_checkpoint
-from groupwise.compat.trl.models import HeldModel, hold_model, is_packed, loading_values
+from groupwise.compat.trl.models import HeldModel, hold_model, loading_values
 from groupwise.compat.trl.script_tail import RESULTS, STATE, ScriptTail, state_dict
 from groupwise.compat.trl.translate import Batch, Values, build_config
 from groupwise.config import Config
-from groupwise.data.files import SourceRow
+from groupwise.data.files import SourceRow, read_for_training
 from groupwise.errors import ConfigError, Interrupted
 from groupwise.files import write_json_atomic, write_text_atomic
+from groupwise.model.quantized import is_packed
 from groupwise.model.recompute import recomputes_layers
-from groupwise.place import Place
+from groupwise.place import Place as RunPlace
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ class Trainer(ScriptTail):
         place = self._output_place if own else self._places.setdefault(folder.resolve(), Place(folder))
 
         def write(new: Path) -> None:
-            self.model.save_pretrained(new)
+            self._held.save(new)
             self._held.tokenizer.save_pretrained(new)
 
         place.save(write)
@@ -246,13 +247,13 @@ class Trainer(ScriptTail):
         )
         self._set(state=state)
         run = Path(config.train.output)
-        Place.of(run).check_free()  # before anything of it is moved
+        RunPlace.of(run).check_free()  # before anything of it is moved
         given = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         if given is not None and given is not False:
             ready_to_resume(given, output=output, run=run)
             return True
         earlier = [path.name for path in checkpoints_in(output)]
-        if Place.of(run).names:
+        if RunPlace.of(run).names:
             earlier.append(run.name)
         if earlier:
             self._output_place.forget()
@@ -282,6 +283,17 @@ def _checked_callbacks(callbacks: Any) -> list[Any]:
         if not issubclass(kind, TrainerCallback):
             raise ConfigError(f"callbacks: got a {kind.__name__}; expected transformers.TrainerCallback, or its class")
     return list(callbacks or ())
+
+
+def stream_rows(data: Any, args: Arguments, batch: Batch) -> list[SourceRow]:
+    """The rows of a data set; of one without a length, as many as `max_steps` asks for.
+
+    Raises:
+        DataError: it has no length, and there is no `max_steps`.
+    """
+    updates = args.max_steps
+    needed = batch.steps_for(updates) * batch.size if updates > 0 else None
+    return read_for_training(data, needed=needed, setting="max_steps")
 
 
 def check_options(name: str, options: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from groupwise.compat.unsloth.models import (
 )
 from groupwise.compat.unsloth.settings import ADAPTER, LOADING, read_options
 from groupwise.config import ModelConfig
+from groupwise.config.limits import limits_of
 from groupwise.config.lora import AdapterFile, read_adapter_file
 from groupwise.config.model_name import named_checkpoint, settled_model
 from groupwise.errors import ConfigError
@@ -217,7 +218,7 @@ def _say_what_differs(asked: Mapping[str, Any], *, given: Mapping[str, Any], dev
 
 def _check_length(module: PreTrainedModel, settings: FastSettings) -> None:
     length = settings.max_seq_length
-    positions = module.config.get_text_config().to_dict().get("max_position_embeddings")
+    positions = limits_of(module.config.get_text_config().to_dict()).positions
     if positions is not None and length > positions:
         logger.warning(
             "max_seq_length = %s: the model knows %s positions, and prompts and answers are held to that",

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 
 from groupwise.compat.unsloth.sampling import CompletionOutput, RequestOutput, SamplingParams
-from groupwise.config import RolloutConfig
+from groupwise.config import ModelConfig, RolloutConfig
+from groupwise.config.limits import check_stop_tokens
+from groupwise.data import encode_text
 from groupwise.engines import build_engine
 from groupwise.errors import ConfigError
 from groupwise.launch.local import run_async
+from groupwise.model.limits import find_limits
 from groupwise.model.loading import LoadedModel
 from groupwise.types import Completion, Engine, Prompt, SampleRequest
 
@@ -64,6 +67,8 @@ def answer(loaded: LoadedModel, prompts: Any, sampling_params: Any, *, limits: L
                 f"fast_generate: prompt {each.index} has {len(each.token_ids)} tokens; expected 1 to "
                 f"{limits.max_tokens - 1}, less than max_seq_length = {limits.max_tokens}"
             )
+        stops = tuple(each.params.stop_token_ids or ())
+        check_stop_tokens(stops, find_limits(loaded, ModelConfig()), setting="SamplingParams.stop_token_ids")  # type: ignore[call-arg]
     engine = build_engine(RolloutConfig.model_validate({"kv_cache_gib": _cache_gib(loaded, limits)}), loaded)
 
     async def all_of_them() -> list[RequestOutput]:
@@ -125,7 +130,7 @@ def _asked(loaded: LoadedModel, prompts: Any, sampling_params: Any) -> list[_Ask
     for index, prompt in enumerate(listed):
         text, ids = _read(prompt, index)
         if ids is None:
-            ids = loaded.tokenizer.encode(text or "")
+            ids = encode_text(text or "", loaded.tokenizer)
         found.append(_Asked(index, text, tuple(ids), params[index] if each else params[0]))
     return found
 

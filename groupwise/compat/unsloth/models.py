@@ -22,6 +22,7 @@ from groupwise.config.lora import AdapterFile, read_adapter_file
 from groupwise.errors import ConfigError
 from groupwise.model.adapters import settle_adapters
 from groupwise.model.borrowing import borrow
+from groupwise.model.saving import check_savable, complete_adapter
 from groupwise.types import Tokenizer
 
 _REQUESTED = "requested"
@@ -186,12 +187,23 @@ class FastPeftModel(FastMethods, peft.PeftModelForCausalLM):
             if _REQUESTED in self.peft_config:
                 self.delete_adapter(_REQUESTED)
 
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Write the adapter as peft does; and its base beside it where what is in memory is not what it names.
+
+        Args:
+            options: peft's.
+        """
+        check_savable(self.base)
+        super().save_pretrained(str(save_directory), **{"save_embedding_layers": False, **options})
+        if not options.keys() & {"selected_adapters", "state_dict"}:
+            complete_adapter(self.base, Path(save_directory), tokenizer=self.settings.tokenizer)
+
     def save_lora(self, save_directory: str | Path) -> None:
-        """Write the adapter as peft does: adapter_config.json and adapter_model.safetensors.
+        """Write the adapter: adapter_config.json and adapter_model.safetensors, and the base where that is needed.
 
         What another program left there is moved aside.
         """
-        place_of(save_directory).save(lambda new: self.save_pretrained(str(new)))
+        place_of(save_directory).save(self.save_pretrained)
 
     def load_lora(self, save_directory: str | Path, load_tensors: bool = True) -> LoRARequest:
         """A saved adapter, for `fast_generate`; the model keeps its own. Its file is read when it is used.

@@ -13,6 +13,7 @@ from types import NoneType
 from typing import Any
 
 from groupwise import types
+from groupwise.config.temperature import COLDEST, HOTTEST, temperature_problem
 from groupwise.errors import ConfigError
 
 _REFUSED: Mapping[str, str] = {
@@ -122,6 +123,7 @@ class SamplingParams:
         for name, fits, expected in (
             ("n", self.n >= 1, "1 or more"),
             ("temperature", self.temperature >= 0, "0 or more"),
+            ("temperature", temperature_problem(self.temperature) is None, f"0, or {COLDEST} to {HOTTEST}"),
             ("top_p", 0 < self.top_p <= 1, "above 0, to 1"),
             ("top_k", self.top_k >= -1, "a number of tokens; 0 and -1 keep all"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),

@@ -7,6 +7,7 @@ left alone, and refused.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +18,13 @@ from typing import Any, Protocol
 
 from groupwise.compat.keeping import ASIDE, place_of
 from groupwise.compat.unsloth.settings import SAVING, read_options
+from groupwise.config.lora import OWN_BASE, own_base
 from groupwise.errors import ConfigError
 from groupwise.export.hf import Dtype, Form, export_hf
 from groupwise.export.llama_quantize import K_QUANTS, find_llama_quantize
 from groupwise.export.push import check_repo, plan_push, push, require_token
 from groupwise.export.record import ExportRecord, record_file
-from groupwise.export.source import Source, find_source
+from groupwise.export.source import Source, find_source, name_own_base
 from groupwise.types import Tokenizer
 
 IN_MEMORY = "the model that was in memory"
@@ -77,6 +79,8 @@ def save_merged(saved: Saved, folder: str | Path, *, method: str, options: Mappi
     _check_replaceable(out)
     with _source(saved) as source, _beside(out) as new:
         _write_folder(source, new, method, wanted)
+        if wanted.form == "adapter" and Path(source.base or "").resolve().is_relative_to(out.resolve()):
+            shutil.copytree(source.base or "", new / OWN_BASE)  # it lies in what is replaced
         written = [file.name for file in new.iterdir()]
         if out.is_dir():
             earlier = [file.name for file in out.iterdir() if not _stays(file)]
@@ -85,6 +89,8 @@ def save_merged(saved: Saved, folder: str | Path, *, method: str, options: Mappi
                 os.replace(file, new / file.name)
             os.replace(out, new.with_name("before"))
         os.replace(new, out)
+        if own_base(out):
+            name_own_base(out, out)
     place_of(out).wrote(written)
     return out
 
