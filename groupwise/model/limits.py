@@ -13,6 +13,7 @@ from groupwise.config.limits import ModelLimits, check_cache, check_lengths, che
 from groupwise.config.lora import read_adapter_file
 from groupwise.config.model_name import named_checkpoint
 from groupwise.errors import ConfigError
+from groupwise.model.checkpoints import base_config
 from groupwise.model.loading import LoadedModel, resolve_device, resolve_dtype
 from groupwise.types import Prompt
 
