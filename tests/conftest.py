@@ -1,14 +1,63 @@
-"""Nothing of a test's is kept in the user's own folders."""
+"""What all tests share: no network, steady hypothesis settings, tests skipped where their GPU or package is missing."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
+from hypothesis import settings
+
+# Before transformers or datasets are imported: a test that reaches for the Hub must fail, not wait.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch is: models of tests gain nothing from a second thread, which makes them many times slower on a busy
+# machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shared machine makes single examples slow; the suite's own timeout is the bound.
+settings.register_profile("groupwise", deadline=None, derandomize=True)
+settings.load_profile("groupwise")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--extras", action="store_true", help="refuse to skip tests whose package is not installed")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _skip_without_gpu(items)
+    for item in items:
+        packages = [mark.kwargs["package"] for mark in item.iter_markers("extras")]
+        for package in (name for name in packages if find_spec(name) is None):
+            item.add_marker(pytest.mark.skip(reason=f"needs {package}: make test-extras"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Only those that were chosen: `-m` may leave out what cannot be installed here."""
+    if not session.config.getoption("extras"):
+        return
+    packages = {mark.kwargs["package"] for item in session.items for mark in item.iter_markers("extras")}
+    missing = sorted(name for name in packages if find_spec(name) is None)
+    if missing:
+        raise pytest.UsageError(f"--extras: not installed here: {', '.join(missing)}")
+
+
+def _skip_without_gpu(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def state_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing of a test's is kept in the user's own folders."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield

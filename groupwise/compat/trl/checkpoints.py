@@ -19,7 +19,9 @@ from safetensors import SafetensorError
 
 from groupwise.checkpoint import find_latest, list_checkpoints
 from groupwise.checkpoint.store import forget_after, step_of
+from groupwise.config.lora import own_base
 from groupwise.errors import CheckpointError, ConfigError
+from groupwise.export.source import name_own_base
 from groupwise.files import sync_folder
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,8 @@ def write_checkpoint(
         if folder.exists():  # of this run, which did the step again
             os.replace(folder, place / "before")
         os.replace(new, folder)
+        if own_base(folder):  # written under another name
+            name_own_base(folder, folder)
         sync_folder(output)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

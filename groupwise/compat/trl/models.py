@@ -68,19 +68,20 @@ class HeldModel:
             "lora.target_modules": (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
         }
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, home: Path | None = None) -> None:
         """Write the model, or its adapter alone, and the base beside it where what is in memory is not what it names.
 
         Raises:
             ExportError: what is on disk is not what is in memory.
         """
-        if not isinstance(self.model, peft.PeftModel):
+        if not has_adapter_layers(self.module):
             self.model.save_pretrained(str(folder))
             check_whole(self.module, folder)
             return
         check_savable(self.module)
-        self.model.save_pretrained(str(folder), save_embedding_layers=False)
-        complete_adapter(self.module, folder, tokenizer=self.tokenizer)
+        options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(self.model, peft.PeftModel) else {}
+        self.model.save_pretrained(str(folder), **options)
+        complete_adapter(self.module, folder, tokenizer=self.tokenizer, home=home)
 
     def at_work(self) -> AbstractContextManager[LoadedModel]:
         """Within it the module samples and learns; afterwards it is as transformers knows it."""

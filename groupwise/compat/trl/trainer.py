@@ -144,7 +144,7 @@ class Trainer(ScriptTail):
         place = self._output_place if own else self._places.setdefault(folder.resolve(), Place(folder))
 
         def write(new: Path) -> None:
-            self._held.save(new)
+            self._held.save(new, home=folder)
             self._held.tokenizer.save_pretrained(new)
 
         place.save(write)

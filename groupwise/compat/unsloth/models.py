@@ -193,17 +193,22 @@ class FastPeftModel(FastMethods, peft.PeftModelForCausalLM):
         Args:
             options: peft's.
         """
+        self._save_adapter(Path(save_directory), home=Path(save_directory), **options)
+
+    def _save_adapter(self, folder: Path, *, home: Path, **options: Any) -> None:
         check_savable(self.base)
-        super().save_pretrained(str(save_directory), **{"save_embedding_layers": False, **options})
+        super().save_pretrained(str(folder), **{"save_embedding_layers": False, **options})
         if not options.keys() & {"selected_adapters", "state_dict"}:
-            complete_adapter(self.base, Path(save_directory), tokenizer=self.settings.tokenizer)
+            complete_adapter(self.base, folder, tokenizer=self.settings.tokenizer, home=home)
 
     def save_lora(self, save_directory: str | Path) -> None:
         """Write the adapter: adapter_config.json and adapter_model.safetensors, and the base where that is needed.
 
         What another program left there is moved aside.
         """
-        place_of(save_directory).save(self.save_pretrained)
+        check_savable(self.base)
+        home = Path(save_directory)
+        place_of(home).save(lambda new: self._save_adapter(new, home=home))
 
     def load_lora(self, save_directory: str | Path, load_tensors: bool = True) -> LoRARequest:
         """A saved adapter, for `fast_generate`; the model keeps its own. Its file is read when it is used.

@@ -130,7 +130,7 @@ def test_a_stream_without_end_is_read_as_far_as_the_steps_go(make: Any, tiny_fol
         made = trainer(str(tiny_folder), train_dataset=make(), **options)
         made.train()
         assert (tmp_path / name / "run" / "final").is_dir()
-        assert len(made._rows) == 2
+        assert len(made._plan.rows) == 2
 
 
 @pytest.mark.parametrize("make", [endless, lambda: datasets.IterableDataset.from_generator(endless)])
