@@ -228,14 +228,14 @@ def test_resume_without_recipe_takes_the_runs_own_config(
     run = tmp_path / "run"
     run.mkdir()
     words = [f"--{key}={value}" for key, value in (("model.path", training[1]), ("data.train", training[3]))]
-    config = load_config(None, [*words, '--reward=[{"name": "gsm8k"}]', "--optim.lr=0.125"]).config
+    config = load_config(None, [*words, '--reward=[{"name": "gsm8k"}]', "--optim.lr=0.003"]).config
     (run / "config.json").write_text(config_json(config))
-    refusal = refused(capsys, "train", "--output", str(run), "--resume", "--optim.lr", "0.15", "--dry-run")
-    assert "optim.lr: was 0.125, now 0.15" in refusal
+    refusal = refused(capsys, "train", "--output", str(run), "--resume", "--optim.lr", "0.004", "--dry-run")
+    assert "optim.lr: was 0.003, now 0.004" in refusal
     assert main(["train", "--output", str(run), "--resume", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert out.endswith(f"# {run}: the run begins again: nothing was saved\n")
-    assert "lr = 0.125" in out
+    assert "lr = 0.003" in out
     assert "lr = 1e-06" not in out
 
 
