@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from groupwise import metrics
-from groupwise.algorithms.base import LossInputs, LossOutput
+from groupwise.algorithms.base import LossInputs, LossOutput, with_balance
 from groupwise.checkpoint import find_latest, load_checkpoint, save_checkpoint
 from groupwise.clock import Clock
 from groupwise.config import Config
@@ -23,6 +23,7 @@ from groupwise.errors import CheckpointError, Interrupted
 from groupwise.files import write_json_atomic
 from groupwise.interrupt import StopRequest, catch_interrupts
 from groupwise.metrics import Last
+from groupwise.model.experts import check_balance_loss
 from groupwise.model.loading import (
     LoadedModel,
     given_or_loaded,
@@ -46,9 +47,12 @@ class SupervisedLoss:
 
     needs_reference: bool = False
     needs_entropy: bool = False
+    router_aux_loss_coef: float = 0.0
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        return LossOutput(-(inputs.logprobs * inputs.mask).sum() / inputs.denominators.tokens, {})
+        output = LossOutput(-(inputs.logprobs * inputs.mask).sum() / inputs.denominators.tokens, {})
+        coef = self.router_aux_loss_coef
+        return with_balance(output, inputs, coef) if coef > 0 else output
 
 
 def run_sft(
@@ -84,13 +88,14 @@ def run_sft(
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(data.rows) / config.sft.rows_per_step))
     check_place(_output(config), resume=resume, overwrite=overwrite)
     loaded = with_adapter(given_or_loaded(loaded, config.model), config.lora, seed=config.train.seed)
+    check_balance_loss(loaded.model, config.algorithm.router_aux_loss_coef)
     run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
     run.record(config)
     with run.logging(), catch_interrupts() as stop:
         logger.info("supervised data: %s", data.describe())
         policy = Policy(
             loaded,
-            SupervisedLoss(),
+            SupervisedLoss(router_aux_loss_coef=config.algorithm.router_aux_loss_coef),
             optim=config.optim,
             train=config.train,
             total_updates=steps,

@@ -25,6 +25,7 @@ from groupwise.evaluation.evaluator import Evaluator, eval_sampling
 from groupwise.evaluation.report import EvalReport
 from groupwise.files import append_rows, write_json_atomic
 from groupwise.interrupt import catch_interrupts
+from groupwise.model.experts import check_balance_loss
 from groupwise.model.loading import LoadedModel, given_or_loaded, load_tokenizer, prepare_device, with_adapter
 from groupwise.policy import Objective, Policy
 from groupwise.policy.bundle import BundleWriter
@@ -110,6 +111,7 @@ def run_training(
     steps = _num_steps(config, len(data.train.prompts))
     check_place(_output(config), resume=resume, overwrite=overwrite)
     loaded = with_adapter(given_or_loaded(given.loaded, config.model), config.lora, seed=config.train.seed)
+    check_balance_loss(loaded.model, config.algorithm.router_aux_loss_coef)
     run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
     run.record(config)
     with run.logging(), catch_interrupts() as stop:
