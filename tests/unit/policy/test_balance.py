@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig, LoraConfig, OptimConfig, TrainConfig
+from groupwise.errors import ConfigError
 from groupwise.metrics import Load, Mean, merge, resolve
 from groupwise.model.loading import LoadedModel, with_adapter, wrap_model
 from groupwise.policy import Policy
@@ -178,17 +179,37 @@ def test_a_row_without_advantage_is_learned_for_its_balance() -> None:
     assert algorithm.learns_without_advantage
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "mixtral", "qwen2_moe"])
 def test_lora_adapts_attention_and_says_that_experts_are_left(
-    mixture: LoadedModel, caplog: pytest.LogCaptureFixture
+    family: str, make_mixture: MakeMixture, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    adapted = with_adapter(mixture, LoraConfig(rank=4))  # pyright: ignore[reportCallIssue]
-    with caplog.at_level(logging.INFO):
-        policy = policy_of(adapted)
-    assert "the experts and their routers have no adapter" in caplog.text
-    rows = rows_of(advantage=1.0)
-    policy.learn(split_rows(rows, 60), denominators_of(rows))
-    learned = {
-        name for name, weight in adapted.model.named_parameters() if weight.grad is not None and weight.grad.any()
-    }
-    assert learned
-    assert all(".self_attn." in name and ".lora_B." in name for name in learned)
+    """Beside each other on two lanes, where an adapter that changes its module in a forward would fail."""
+    model = wrap_model(make_mixture(family), tiny_tokenizer)
+    adapted = with_adapter(model, LoraConfig(rank=4))  # pyright: ignore[reportCallIssue]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with caplog.at_level(logging.INFO):
+            policy = policy_of(adapted, 0.0)
+        assert "the experts and their routers have no adapter" in caplog.text
+        rows = rows_of(advantage=1.0)
+        policy.learn(split_rows(rows, 60), denominators_of(rows))
+    finally:
+        torch.set_num_threads(before)
+    weights = {name: weight for name, weight in adapted.model.named_parameters() if weight.requires_grad}
+    assert weights
+    assert all(".self_attn." in name for name in weights)
+    assert all(bool(weight.grad.any()) for name, weight in weights.items() if ".lora_B." in name)
+    adapter = adapted.adapter
+    assert adapter is not None
+    assert adapter.target_modules == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert not adapter.target_parameters
+
+
+def test_lora_on_names_that_peft_takes_for_experts_is_refused(make_mixture: MakeMixture, tiny_tokenizer: Any) -> None:
+    model = wrap_model(make_mixture("glm4_moe"), tiny_tokenizer)
+    names = ("gate_proj", "up_proj", "q_proj")
+    with pytest.raises(
+        ConfigError, match=r"takes some of these names for the experts of this mixture \(gate_up_proj\).*all-linear"
+    ):
+        with_adapter(model, LoraConfig(rank=4, target_modules=names))  # pyright: ignore[reportCallIssue]
