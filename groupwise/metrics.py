@@ -12,9 +12,9 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,46 @@ class Last:
         return other
 
 
-Metric: TypeAlias = Mean | Sum | Max | Min | Last
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How tokens are spread over experts, of a mixture's layers; merging adds the counts.
+
+    Attributes:
+        counts: `[layers][experts]`, how often each expert was chosen.
+        statistic: `max_load`, the largest count over its layer's mean, in the layer where that is largest; `dead`, the
+            share of experts that no token chose; `entropy`, in nats, of the choices of a layer, mean over layers: the
+            log of the number of experts where all are chosen alike.
+
+    Example:
+        >>> Load(((3, 1, 0, 0), (1, 1, 1, 1)), "max_load").value
+        3.0
+    """
+
+    counts: tuple[tuple[int, ...], ...]
+    statistic: Literal["max_load", "dead", "entropy"]
+
+    @property
+    def value(self) -> float:
+        layers = [layer for layer in self.counts if sum(layer)]
+        if not layers:
+            return math.nan
+        if self.statistic == "max_load":
+            return max(max(layer) * len(layer) / sum(layer) for layer in layers)
+        if self.statistic == "dead":
+            return sum(layer.count(0) for layer in layers) / sum(map(len, layers))
+        return sum(map(_entropy, layers)) / len(layers)
+
+    def merge(self, other: Load) -> Load:
+        added = (tuple(map(sum, zip(*pair, strict=True))) for pair in zip(self.counts, other.counts, strict=True))
+        return Load(tuple(added), self.statistic)
+
+
+def _entropy(counts: Sequence[int]) -> float:
+    shares = [count / sum(counts) for count in counts if count]
+    return -sum(share * math.log(share) for share in shares)
+
+
+Metric: TypeAlias = Mean | Sum | Max | Min | Last | Load
 Metrics: TypeAlias = Mapping[str, Metric]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from groupwise import metrics
-from groupwise.algorithms.base import LossInputs, LossOutput
+from groupwise.algorithms.base import LossInputs, LossOutput, with_balance
 from groupwise.checkpoint.saver import Saver
 from groupwise.clock import Clock
 from groupwise.config import Config, ModelConfig
@@ -28,6 +28,7 @@ from groupwise.fingerprint import machine_facts, model_facts, supervised_facts
 from groupwise.interrupt import StopRequest, catch_interrupts, interrupted
 from groupwise.metrics import Last
 from groupwise.model.checkpoints import keep_base, settle_model
+from groupwise.model.experts import check_balance_loss
 from groupwise.model.limits import find_limits
 from groupwise.model.loading import (
     LoadedModel,
@@ -59,9 +60,12 @@ class SupervisedLoss:
 
     needs_reference: bool = False
     needs_entropy: bool = False
+    router_aux_loss_coef: float = 0.0
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        return LossOutput(-(inputs.logprobs * inputs.mask).sum() / max(inputs.denominators.tokens, 1.0), {})
+        output = LossOutput(-(inputs.logprobs * inputs.mask).sum() / max(inputs.denominators.tokens, 1.0), {})
+        coef = self.router_aux_loss_coef
+        return with_balance(output, inputs, coef) if coef > 0 else output
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,7 @@ def run_sft(
     with hold_place(ready.output, resume=resume, overwrite=overwrite) as lock, catch_interrupts() as stop:
         start = find_start(ready.output, identity, resume=resume, accept=accept_changes)
         loaded = given_or_loaded(loaded, ready.model)
+        check_balance_loss(loaded.model, config.algorithm.router_aux_loss_coef)
         run = open_run(config, identity, ready.output, resume=resume, overwrite=overwrite)
         prove(run.path)
         keep_base(loaded, ready.model, run.path)  # after the config, which says whose folder this is
@@ -182,7 +187,7 @@ def run_sft(
 def _policy(config: Config, run: RunDirectory, loaded: LoadedModel, *, steps: int) -> Policy:
     policy = Policy(
         loaded,
-        SupervisedLoss(),
+        SupervisedLoss(router_aux_loss_coef=config.algorithm.router_aux_loss_coef),
         optim=config.optim,
         train=config.train,
         total_updates=steps,

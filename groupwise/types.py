@@ -200,11 +200,14 @@ class Denominators:
         tokens: tokens with `loss_mask = 1`.
         sequences: rows with at least one such token.
         max_tokens: the completion cap, the constant of Dr. GRPO's normaliser.
+        expert_counts: `[layers][experts]`, how often the loss tokens chose each expert of a mixture; for a balance loss
+            alone, whose policy counts them where they are None.
     """
 
     tokens: float
     sequences: float
     max_tokens: float
+    expert_counts: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

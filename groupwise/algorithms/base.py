@@ -74,6 +74,8 @@ class LossInputs:
         mask: `[N]`, 1 where the loss counts, else 0. What stands at a 0 is never read, be it NaN.
         row: `[N]`, int64, the row of each token, 0 to `num_rows - 1`.
         denominators: counted over the whole optimiser batch.
+        balance: scalar, the micro-batch's part of the balance loss of a mixture of experts; needed where the algorithm
+            weighs it.
         sampler_logprobs: `[N]`, of the sampler, where `old_logprobs` were recomputed; None says that they are the
         sampler's.
 
@@ -93,6 +95,7 @@ class LossInputs:
     num_rows: int
     denominators: Denominators
     sampler_logprobs: Tensor | None = None
+    balance: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = self.logprobs.shape
@@ -138,8 +141,9 @@ PolicyLoss: TypeAlias = Callable[[LossInputs], TokenLoss]
 class Algorithm:
     """Advantages from rewards, a loss from log-probs; stateless.
 
-    The loss is Σ_t w_t·(c_t·l_t + kl_coef·KL_t - entropy_coef·H_t): l the policy loss, c the corrections and the
-    entropy filter, w the normaliser's weights (`groupwise.algorithms.reduce.token_weights`), which c does not change.
+    The loss is Σ_t w_t·(c_t·l_t + kl_coef·KL_t - entropy_coef·H_t) + router_aux_loss_coef·B: l the policy loss, c the
+    corrections and the entropy filter, w the normaliser's weights (`groupwise.algorithms.reduce.token_weights`), which
+    c does not change, B the balance loss of a mixture of experts.
 
     Attributes:
         kl_in: with `reward` the KL is taken off the rewards before advantages, and is no part of the loss.
@@ -159,6 +163,7 @@ class Algorithm:
     top_entropy_fraction: float = 1.0
     masks_truncated: bool = False
     correction: Correction = NO_CORRECTION
+    router_aux_loss_coef: float = 0.0
 
     @property
     def needs_reference(self) -> bool:
@@ -184,7 +189,7 @@ class Algorithm:
     @property
     def learns_without_advantage(self) -> bool:
         """Whether a token whose advantage is zero has a gradient."""
-        return self.kl_in_loss or self.has_entropy_bonus
+        return self.kl_in_loss or self.has_entropy_bonus or self.router_aux_loss_coef > 0
 
     @property
     def needs_sampler_logprobs(self) -> bool:
@@ -232,7 +237,10 @@ class Algorithm:
         if self.correction != NO_CORRECTION:
             sums.add("correction/weight_mean", corrections)
             sums.add("correction/dropped", corrections == 0)
-        return LossOutput(loss, sums.metrics(policy_loss, inputs.denominators))
+        metrics = sums.metrics(policy_loss, inputs.denominators)
+        if self.router_aux_loss_coef > 0:
+            return with_balance(LossOutput(loss, metrics), inputs, self.router_aux_loss_coef)
+        return LossOutput(loss, metrics)
 
     def _entropy_filter(self, inputs: LossInputs) -> Tensor:
         """`[N]`: 1 for tokens that keep their policy loss."""
@@ -267,6 +275,14 @@ class Algorithm:
                 drift, inputs.advantages, threshold=rule.off_policy_mask, mask=mask, row=row, num_rows=num_rows
             )
         return factors
+
+
+def with_balance(output: LossOutput, inputs: LossInputs, coef: float) -> LossOutput:
+    """The loss with `coef` times the balance loss, and `aux_loss`, which is the batch's as the parts are merged."""
+    assert inputs.balance is not None, "router_aux_loss_coef needs the balance loss"
+    share = float(inputs.mask.sum()) / max(inputs.denominators.tokens, 1.0)
+    aux = Mean(float(inputs.balance.detach()), share)
+    return LossOutput(output.loss + coef * inputs.balance, {**output.metrics, "aux_loss": aux})
 
 
 class _Sums:

@@ -90,6 +90,7 @@ def build_algorithm(config: AlgorithmConfig) -> Algorithm:
             veto=config.correction_veto,
             off_policy_mask=config.off_policy_mask,
         ),
+        router_aux_loss_coef=config.router_aux_loss_coef,
     )
 
 

@@ -226,6 +226,12 @@ class AlgorithmConfig(Section):
     top_entropy_fraction: float = Field(
         1.0, gt=0, le=1, description="this part of each completion's tokens, those of most entropy, has a policy loss"
     )
+    router_aux_loss_coef: float = Field(
+        0.0,
+        ge=0,
+        description="weight of a mixture of experts' balance loss, over the loss tokens of the whole optimiser batch; "
+        "counting takes one more forward",
+    )
     overlong: Literal["keep", "mask"] = Field(
         "keep", description="mask: a completion cut at max_completion_tokens shapes the baseline, but has no loss"
     )

@@ -27,6 +27,7 @@ from groupwise.launch.preparation import Given, Prepared, make_scorer, prepare
 from groupwise.launch.record import Reports, restore, summarize
 from groupwise.lock import FolderLock
 from groupwise.model.checkpoints import keep_base
+from groupwise.model.experts import check_balance_loss
 from groupwise.model.loading import LoadedModel, given_or_loaded, with_adapter
 from groupwise.policy import Objective, Policy
 from groupwise.policy.bundle import BundleWriter
@@ -103,6 +104,7 @@ def run_training(
     with hold_place(ready.output, resume=resume, overwrite=overwrite) as lock, catch_interrupts() as stop:
         start = find_start(ready.output, identity, resume=resume, accept=accept_changes)
         loaded = given_or_loaded(given.loaded, ready.model)
+        check_balance_loss(loaded.model, config.algorithm.router_aux_loss_coef)
         run = open_run(config, identity, ready.output, resume=resume, overwrite=overwrite)
         prove(run.path)
         keep_base(loaded, ready.model, run.path)  # after the config, which says whose folder this is

@@ -33,7 +33,9 @@ def replay_bundle(folder: str | Path) -> dict[str, Gradient]:
     config = read_run_config(folder)
     policy = Policy(
         with_adapter(load_model(config.model), config.lora, seed=config.train.seed),
-        SupervisedLoss() if bundle.supervised else build_algorithm(config.algorithm),
+        SupervisedLoss(router_aux_loss_coef=config.algorithm.router_aux_loss_coef)
+        if bundle.supervised
+        else build_algorithm(config.algorithm),
         optim=config.optim,
         train=config.train,
         total_updates=bundle.update + 1,

@@ -6,6 +6,7 @@ trainer would not see. The base stays in place: without its adapters the module 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from groupwise.config import LoraConfig
 from groupwise.config.lora import AdapterFile, AdapterShape, check_plain
 from groupwise.errors import ConfigError
 from groupwise.installed import require_adapters
+from groupwise.model.experts import experts_of
 
 if TYPE_CHECKING:
     import peft
@@ -52,7 +54,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> N
     """
     import peft
 
-    targets = _linears_without(model) if lora.target_modules == ("all-linear",) else sorted(set(lora.target_modules))
+    targets = _all_linear(model) if lora.target_modules == ("all-linear",) else sorted(set(lora.target_modules))
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.scaling_alpha,  # pyright: ignore[reportArgumentType]
@@ -79,7 +81,7 @@ def continue_adapter(model: PreTrainedModel, lora: LoraConfig) -> None:
     targets = tuple(sorted([targets] if isinstance(targets, str) else targets))
     shape = AdapterShape(config.r, float(config.lora_alpha), config.use_rslora, targets)
     wrong = shape.disagreements(lora)
-    bare = _linears_without(model) if lora.target_modules == ("all-linear",) else []
+    bare = _all_linear(model) if lora.target_modules == ("all-linear",) else []
     if bare:
         wrong.append(f"lora.target_modules = ['all-linear'], but the adapter leaves out {', '.join(bare)}")
     if wrong:
@@ -203,11 +205,26 @@ def _inject(model: PreTrainedModel, config: peft.LoraConfig) -> None:
         raise ConfigError(
             f"lora.target_modules: {error}; the model's linear layers are {', '.join(linears)}"
         ) from error
+    _settle_targets(config, linears)
     _check_targets(model, config, linears)
     base = Path(model.name_or_path or "")
     if model.name_or_path and base.is_dir():  # so that the adapter finds it from everywhere
         config.base_model_name_or_path = str(base.resolve())
     settle_adapters(model)
+
+
+def _settle_targets(config: peft.LoraConfig, linears: list[str]) -> None:
+    """Where a family's experts had layers of these names once, peft takes a name for the experts' weights as well; and
+    it makes sets of both lists, which would be saved in any order."""
+    if config.target_parameters:
+        taken = ", ".join(sorted(config.target_parameters))
+        raise ConfigError(
+            f"lora.target_modules: peft takes some of these names for the experts of this mixture ({taken}), "
+            f"which get no adapter; name others of {', '.join(linears)}, or all-linear, which is attention here"
+        )
+    config.target_parameters = None
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)
 
 
 def settle_adapters(model: PreTrainedModel) -> None:
@@ -245,13 +262,23 @@ def _layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-def _linears_without(model: PreTrainedModel) -> list[str]:
-    """Last names of the linear layers, the head left out, that have no adapter."""
+def _all_linear(model: PreTrainedModel) -> list[str]:
+    """What `all-linear` is for layers that have no adapter yet; in a mixture of experts those of attention, because
+    peft takes the names of others for its experts."""
+    return _linears_without(model, within="attn|attention" if experts_of(model) else "")
+
+
+def _linears_without(model: PreTrainedModel, *, within: str = "") -> list[str]:
+    """Last names of the linear layers, the head left out, that have no adapter.
+
+    Args:
+        within: a pattern in their whole names.
+    """
     inside = {id(part) for layer in _layers(model) for part in layer.modules()} | {id(model.get_output_embeddings())}
     return sorted(
         {
             name.rpartition(".")[2]
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and id(module) not in inside
+            if isinstance(module, nn.Linear | Conv1D) and id(module) not in inside and re.search(within, name)
         }
     )

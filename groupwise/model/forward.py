@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ from groupwise.model.invariant.use import is_batch_invariant
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packed_attention import PackedLayout
 from groupwise.model.packing import Packed
+from groupwise.model.routing import Routing
 
 
 def hidden_states(model: PreTrainedModel, token_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
@@ -47,9 +49,15 @@ def packed_scores(
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     with_entropy: bool = False,
+    routing: Routing | None = None,
 ) -> TokenScores:
-    """Log-probs (and entropies) of a packed sequence's completion tokens; arguments as for `token_scores`."""
-    hidden = packed_hidden_states(loaded.model, packed)
+    """Log-probs (and entropies) of a packed sequence's completion tokens; arguments as for `token_scores`.
+
+    Args:
+        routing: takes note of what the routers of a mixture of experts choose.
+    """
+    with nullcontext() if routing is None else routing.recording():
+        hidden = packed_hidden_states(loaded.model, packed)
     return token_scores(
         loaded.head,
         hidden[packed.predictors],

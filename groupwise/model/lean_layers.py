@@ -255,22 +255,22 @@ def make_layers_lean(model: PreTrainedModel) -> None:
     if len({type(layer) for layer in layers}) != 1:
         return
     window_of = _WINDOWS[type(layers[0]).__name__]
-    _lay(LeanDecoder, decoder)
-    _lay(LeanRotary, decoder.rotary_emb)
+    lay(LeanDecoder, decoder)
+    lay(LeanRotary, decoder.rotary_emb)
     for layer in layers:
-        _lay(LeanLayer, layer)
-        _lay(LeanAttention, layer.self_attn)
+        lay(LeanLayer, layer)
+        lay(LeanAttention, layer.self_attn)
         type(layer.self_attn).window_of = window_of
-        if _is_silu(layer.mlp.act_fn):
-            _lay(LeanMlp, layer.mlp)
+        if is_silu(layer.mlp.act_fn):
+            lay(LeanMlp, layer.mlp)
 
 
-def _is_silu(activation: nn.Module) -> bool:
+def is_silu(activation: nn.Module) -> bool:
     inner = activation.activation if isinstance(activation, EvenActivation) else activation
     return isinstance(inner, nn.SiLU | SiLUActivation)
 
 
-def _lay(lean: type[nn.Module], module: nn.Module) -> None:
+def lay(lean: type[nn.Module], module: nn.Module) -> None:
     """Give `module` the methods of `lean`, and its own behind them."""
     own = type(module)
     module.__class__ = type(f"Lean{own.__name__}", (lean, own), {})

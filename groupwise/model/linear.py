@@ -35,7 +35,7 @@ class Ordered:
 
 
 def ordered_product(x: Tensor, layer: Ordered) -> Tensor:
-    return _product(x, layer.weight, layer.bias)
+    return dnn_product(x, layer.weight, layer.bias)
 
 
 class DnnLinear(nn.Linear):
@@ -52,14 +52,11 @@ class DnnLinear(nn.Linear):
         return self.weight.dtype == torch.float32 and self.weight.device.type == "cpu"
 
     def forward(self, input: Tensor) -> Tensor:
-        learns = torch.is_grad_enabled()
-        if self.ordered is not None and not learns:
+        if self.ordered is not None and not torch.is_grad_enabled():
             return ordered_product(input, self.ordered)
         if input.dtype != torch.float32 or not self.computes_by_dnn:
             return super().forward(input)
-        if learns and (input.requires_grad or self.weight.requires_grad):
-            return _DnnProduct.apply(input, self.weight, self.bias)
-        return _product(input, self.weight, self.bias)
+        return dnn_linear(input, self.weight, self.bias)
 
     def order(self) -> Sequence[nn.Module]:
         """Hold the weight in oneDNN's order until `forget_order`."""
@@ -71,7 +68,16 @@ class DnnLinear(nn.Linear):
         self.ordered = None
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def dnn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`nn.functional.linear` in float32 on a CPU, by oneDNN where torch has it."""
+    if not torch.backends.mkldnn.is_available():
+        return nn.functional.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _DnnProduct.apply(x, weight, bias)
+    return dnn_product(x, weight, bias)
+
+
+def dnn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -79,11 +85,11 @@ class _DnnProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return dnn_product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> ProductGradients:
-        return product_gradients(ctx, grads[0].contiguous(), lambda grad, weight: _product(grad, weight.t(), None))
+        return product_gradients(ctx, grads[0].contiguous(), lambda grad, weight: dnn_product(grad, weight.t(), None))
 
 
 ProductGradients = tuple[Tensor | None, Tensor | None, Tensor | None]

@@ -21,6 +21,7 @@ from groupwise.installed import require_adapters, require_versions
 from groupwise.model.adapters import adapter_of, add_adapter, continue_adapter, load_adapter
 from groupwise.model.attention import ATTENTION_NAME
 from groupwise.model.evenly import make_activations_even
+from groupwise.model.experts import make_experts_even
 from groupwise.model.head import LanguageHead
 from groupwise.model.host_memory import keep_freed_memory
 from groupwise.model.invariant.use import is_batch_invariant, make_batch_invariant, require_gpu
@@ -229,6 +230,7 @@ def wrap_model(model: PreTrainedModel, tokenizer: Tokenizer, *, batch_invariant:
     if model.config._attn_implementation != ATTENTION_NAME:
         model.set_attn_implementation(ATTENTION_NAME)
     make_activations_even(model)
+    make_experts_even(model)
     make_norms_lean(model)
     make_layers_lean(model)
     if batch_invariant or is_batch_invariant(model):

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +143,10 @@ def _plain(value: Any) -> Any:
 
 def _from_json(content: Any) -> LearnedBatch:
     rows = tuple(_row(row) for row in content["rows"])
-    return LearnedBatch(
-        MicroBatch(rows, content["backward"]), Denominators(**content["denominators"]), float(content["loss"])
-    )
+    denominators = Denominators(**content["denominators"])
+    if denominators.expert_counts is not None:
+        denominators = replace(denominators, expert_counts=tuple(map(tuple, denominators.expert_counts)))
+    return LearnedBatch(MicroBatch(rows, content["backward"]), denominators, float(content["loss"]))
 
 
 def _row(content: Any) -> TrainingRow:

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,13 +22,16 @@ from groupwise.config import OptimConfig, TrainConfig
 from groupwise.errors import TrainingError
 from groupwise.metrics import Last, Max, Mean, Metrics, Sum
 from groupwise.model.adapters import dropout_layers
+from groupwise.model.experts import experts_of
 from groupwise.model.forward import packed_scores
 from groupwise.model.head import TokenScores
 from groupwise.model.loading import LoadedModel
 from groupwise.model.packing import Packed, pack
 from groupwise.model.recompute import recompute_layers
+from groupwise.model.routing import Routing
 from groupwise.model.saving import check_whole, complete_adapter
 from groupwise.policy.adapter_reference import make_reference
+from groupwise.policy.balance import routing_of, with_expert_counts
 from groupwise.policy.bundle import BundleWriter, LearnedBatch
 from groupwise.policy.lanes import Lanes
 from groupwise.policy.optimizer import Gradient, MasterOptimizer
@@ -47,6 +50,9 @@ class Objective(Protocol):
 
     @property
     def needs_entropy(self) -> bool: ...
+
+    @property
+    def router_aux_loss_coef(self) -> float: ...
 
     def loss(self, inputs: LossInputs) -> LossOutput: ...
 
@@ -110,12 +116,15 @@ class Policy:
         self._chunk_tokens = train.logprob_chunk_tokens
         self._checkpointing = gradient_checkpointing
         self._dropout = dropout_layers(loaded.model)
+        self._is_mixture = bool(experts_of(loaded.model))
         self.lanes = Lanes(loaded.model)
         self.reference: Reference | None = None
         if objective.needs_reference:
             self.reference = make_reference(loaded, temperature=temperature, chunk_tokens=train.logprob_chunk_tokens)
         if gradient_checkpointing:
             recompute_layers(loaded.model)
+        if self._is_mixture and loaded.adapter is not None:
+            logger.info("the experts and their routers have no adapter: LoRA leaves them as they are")
         self._optimizer = MasterOptimizer(loaded.model, optim, ends=_ends(loaded))
         self._learned: list[LearnedBatch] = []
         self._updates = 0
@@ -143,6 +152,9 @@ class Policy:
         if not batches:
             return [{"loss": Sum(0.0)}]
         packs = [pack(batch.rows).to(self.loaded.device) for batch in batches]
+        if self._objective.router_aux_loss_coef > 0:
+            model, lanes = self.loaded.model, self.lanes
+            denominators = with_expert_counts(denominators, model, lanes, batches=batches, packs=packs)
         passes = [
             _Pass(len(self._learned) + place, *each)
             for place, each in enumerate(zip(batches, packs, self._references(batches, packs), strict=True))
@@ -178,8 +190,12 @@ class Policy:
         """
         gradients: tuple[Tensor | None, ...] = ()
         with torch.set_grad_enabled(one.batch.backward), self._dropping(one):
-            scores = self._scores(one.packed, self._objective.needs_entropy)
+            weighs = self._objective.router_aux_loss_coef > 0
+            routing = routing_of(one.batch, one.packed, keeps_logits=weighs) if self._is_mixture else None
+            scores = self._scores(one.packed, self._objective.needs_entropy, routing)
             inputs = self._inputs(one.batch.rows, one.packed, scores, one.reference, denominators)
+            if routing is not None and denominators.expert_counts is not None:
+                inputs = replace(inputs, balance=routing.balance(denominators.expert_counts, denominators.tokens))
             output = self._objective.loss(inputs)
             if one.batch.backward and apart:
                 gradients = self._optimizer.gradients_of(output.loss)
@@ -188,6 +204,8 @@ class Policy:
         loss = float(output.loss.detach())
         metrics = dict(output.metrics)
         metrics["loss"] = Sum(loss)
+        if routing is not None:
+            metrics.update(routing.metrics())
         if self._is_sampler:
             metrics.update(self._mismatch(one.batch.rows, inputs))
         return _Passed(loss, metrics, gradients)
@@ -214,13 +232,14 @@ class Policy:
                 torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest()))
             yield
 
-    def _scores(self, packed: Packed, with_entropy: bool) -> TokenScores:
+    def _scores(self, packed: Packed, with_entropy: bool, routing: Routing | None = None) -> TokenScores:
         return packed_scores(
             self.loaded,
             packed,
             temperature=self._temperature,
             chunk_tokens=self._chunk_tokens,
             with_entropy=with_entropy,
+            routing=routing,
         )
 
     def _inputs(

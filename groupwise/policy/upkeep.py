@@ -34,6 +34,10 @@ class AdaptiveEntropy:
         return True
 
     @property
+    def router_aux_loss_coef(self) -> float:
+        return self._algorithm.router_aux_loss_coef
+
+    @property
     def coef(self) -> float:
         """The weight that acts now."""
         return self._control.acting(self._coef, self._entropy)

@@ -1,4 +1,5 @@
-"""A tiny model with the flags of a run; and a server that speaks the Hub's API: repositories, LFS and commits."""
+"""A tiny model with the flags of a run; tiny mixtures of experts; and a server that speaks the Hub's API: repositories,
+LFS and commits."""
 
 from __future__ import annotations
 
@@ -8,14 +9,11 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
-
-from groupwise.cli import main
 
 TOKEN = "hf_" + "x" * 20
 ROWS = '{"prompt": [{"role": "user", "content": "2+2?"}], "answer": "4"}\n{"prompt": "3+3?", "answer": "6"}\n'
@@ -115,17 +113,5 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "texts.jsonl").write_text(ROWS)
-    flags = ["--tokenizer-from", str(folder / "texts.jsonl"), "--size", "0.1m", "--vocab-size", "280"]
-    assert main(["model", "tiny", "--out", str(folder / "model"), *flags]) == 0
-    return folder / "model"
-
-
-@pytest.fixture
-def training(tiny: Path, tmp_path: Path) -> list[str]:
-    """Flags of a run that passes every check."""
-    (tmp_path / "train.jsonl").write_text(ROWS)
-    return ["--model", str(tiny), "--data", str(tmp_path / "train.jsonl"), "--reward", "gsm8k"]
+"""A tiny model with the flags of a run; tiny mixtures of experts; and a server that speaks the Hub's API: repositories,
+LFS and commits."""

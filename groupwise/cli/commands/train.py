@@ -19,6 +19,7 @@ _TRAIN_SETTINGS = (*_SHARED_SETTINGS, "reward.", "rollout.", "algorithm.", "eval
 _SFT_SETTINGS = (
     *_SHARED_SETTINGS,
     "sft.",
+    "algorithm.router_aux_loss_coef",
     *(f"tracking.{name}" for name in ("backends", "project", "run_name", "mode", "folder")),
 )
 # It evaluates nothing, routes no rewards, and makes one update of each batch.

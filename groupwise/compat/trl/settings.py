@@ -216,7 +216,9 @@ TRAINING: Mapping[str, Setting] = {**_RUN, **_OPTIMISER, **_HARDWARE, **_EVALUAT
 _MODEL = {
     "model_init_kwargs": _acts(None, "as in AutoModelForCausalLM.from_pretrained, for a model given by name"),
     "trust_remote_code": _same(False, "model.trust_remote_code"),
-    **_only("the balance loss of mixtures of experts is not there", router_aux_loss_coef=(None, 0.0)),
+    "router_aux_loss_coef": _same(
+        None, "algorithm.router_aux_loss_coef; none is 0 here, and in TRL what the model's config.json says"
+    ),
     **_only("nothing is padded to a multiple that matters", pad_to_multiple_of=(None, "auto")),
     **_only("models keep no cache in training", use_cache=False),
 }

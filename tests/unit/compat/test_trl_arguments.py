@@ -111,6 +111,7 @@ ACTING: dict[str, tuple[Any, dict[str, Any]]] = {
     "entropy_coef_max": (0.5, ADAPTS),
     "entropy_coef_delta": (0.01, ADAPTS),
     "off_policy_mask_threshold": (0.5, {}),
+    "router_aux_loss_coef": (0.001, {}),
 }
 """A value that is not TRL's default, and what else it needs."""
 

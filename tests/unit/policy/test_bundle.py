@@ -21,7 +21,7 @@ from groupwise.policy.bundle import BundleWriter, load_bundle
 from groupwise.rundir import RunDirectory
 from groupwise.types import Denominators, MicroBatch, TrainingRow
 
-DENOMINATORS = Denominators(6.0, 2.0, 16.0)
+DENOMINATORS = Denominators(6.0, 2.0, 16.0, ((3, 1), (0, 4)))
 ROW = TrainingRow(0, (10, 11, 12), (5, 6, 7), (1, 1, 0), (0.5, -0.5, 0.1), (-4.0, -3.5, -math.inf))
 
 
