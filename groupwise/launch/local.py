@@ -6,8 +6,9 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from groupwise.evaluation.evaluator import Evaluator, eval_sampling
 from groupwise.evaluation.report import EvalReport
 from groupwise.files import append_rows, write_json_atomic
 from groupwise.interrupt import catch_interrupts
+from groupwise.launch.watching import GuardedWatcher
 from groupwise.model.loading import LoadedModel, given_or_loaded, load_tokenizer, prepare_device, with_adapter
 from groupwise.policy import Objective, Policy
 from groupwise.policy.bundle import BundleWriter
@@ -49,7 +51,8 @@ class Given:
     Attributes:
         loaded: instead of `model.path`.
         train_data, eval_data: instead of `data.train` and `data.eval`: a `datasets.Dataset`, or rows.
-        rewards: functions beside those in the config, with `reward_weights` (all 1 when empty).
+        rewards: functions beside those in the config, with `reward_weights` (all 1 when empty) and `reward_extras`,
+            objects of the program's own for those that name them.
         watcher: follows the run, and may end it.
     """
 
@@ -58,6 +61,7 @@ class Given:
     eval_data: Source | None = None
     rewards: Sequence[Callable[..., Any]] = ()
     reward_weights: Sequence[float] = ()
+    reward_extras: Mapping[str, Any] = field(default_factory=dict)
     watcher: Watcher | None = None
 
     @property
@@ -112,7 +116,7 @@ def run_training(
     loaded = with_adapter(given_or_loaded(given.loaded, config.model), config.lora, seed=config.train.seed)
     run = RunDirectory.create(_output(config), resume=resume, overwrite=overwrite)
     run.record(config)
-    with run.logging(), catch_interrupts() as stop:
+    with run.logging(), catch_interrupts() as stop, closing(scorer), closing(_scorer(config, given)) as judge:
         logger.info("training data: %s", data.train.describe())
         if remark := sampling_remark(config):
             logger.warning(remark)
@@ -134,12 +138,12 @@ def run_training(
             logprobs=_logprobs(config, policy, algorithm),
             scorer=scorer,
             weight_sync=InProcessSync(policy, engine),
-            evaluator=_evaluator(config, given, data, engine, reports=reports),
+            evaluator=_evaluator(config, data, engine, scorer=judge, reports=reports),
             trackers=_trackers(config, run, steps=steps),
             run=run,
             num_steps=steps,
             stop=stop,
-            watcher=given.watcher or Unwatched(),
+            watcher=GuardedWatcher(given.watcher or Unwatched()),
         )
         try:
             done = run_async(_run(parts))
@@ -197,7 +201,12 @@ def _resumed_step(run: RunDirectory) -> int | None:
 
 
 def _scorer(config: Config, given: Given) -> RewardScorer:
-    return RewardScorer(config.reward, functions=given.rewards, function_weights=given.reward_weights)
+    return RewardScorer(
+        config.reward,
+        functions=given.rewards,
+        function_weights=given.reward_weights,
+        extras=given.reward_extras,
+    )
 
 
 def _load_data(config: Config, given: Given, scorer: RewardScorer) -> _Data:
@@ -215,9 +224,10 @@ def _load_data(config: Config, given: Given, scorer: RewardScorer) -> _Data:
         train=load_prompts(train_rows, config.data, tokenizer),
         eval=None if eval_rows is None else load_prompts(eval_rows, config.data, tokenizer, limit=config.eval.limit),
     )
-    scorer.check_prompts(data.train.prompts)
+    stop = () if config.rollout.min_completion_tokens else config.rollout.stop  # before those, none ends an answer
+    scorer.check_prompts(data.train.prompts, stop=stop, tokenizer=tokenizer)
     if data.eval is not None:
-        scorer.check_prompts(data.eval.prompts)
+        scorer.check_prompts(data.eval.prompts, stop=stop)
     return data
 
 
@@ -316,12 +326,12 @@ def _upkeep(config: Config, policy: Policy, adaptive: AdaptiveEntropy | None) ->
     return Upkeep(entropy=adaptive, sync=ReferenceSync(reference, config.algorithm.reference_sync_every, alpha))
 
 
-def _evaluator(config: Config, given: Given, data: _Data, engine: Engine, *, reports: _Reports) -> Evaluator:
+def _evaluator(config: Config, data: _Data, engine: Engine, *, scorer: RewardScorer, reports: _Reports) -> Evaluator:
     """With a scorer of its own, so that training's reward metrics hold training's rewards alone."""
     return Evaluator(
         engine,
         () if data.eval is None else data.eval.prompts,
-        scorer=_scorer(config, given),
+        scorer=scorer,
         config=config.eval,
         sampling=eval_sampling(config.eval, config.rollout, seed=config.train.seed),
         on_report=reports.add,

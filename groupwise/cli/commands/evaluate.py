@@ -95,7 +95,7 @@ def _evaluate(config: Config, *, quiet: bool) -> EvalReport:
     quiet_loading()
     tokenizer = load_tokenizer(config.model)
     found = load_prompts(config.data.eval, config.data, cast("Tokenizer", tokenizer), limit=config.eval.limit)
-    scorer.check_sources([prompt.data_source for prompt in found.prompts])
+    scorer.check_prompts(found.prompts)
     if found.num_too_long:
         print(f"warning: {found.describe()}", file=sys.stderr)
     engine = build_engine(config.rollout, load_model(config.model, tokenizer=tokenizer))
