@@ -44,21 +44,10 @@ def independent(value: Any, count: int) -> list[Any]:
         >>> two
         {'allowed': ['a']}
     """
-    kind = type(value)
-    if kind in _FROZEN:
-        return [value] * count
     try:
-        if kind is list:
-            return _lists(value, count)
-        if kind is dict:
-            return _dicts(value, count)
-        if kind is tuple:
-            return [tuple(entries) for entries in _lists(list(value), count)]
-        return [copy.deepcopy(value) for _ in range(count)]
-    except (RecursionError, ValueError):  # it refers to itself, or lies too deep
-        return _deep_or_shared(value, count)
-    except Exception as error:  # noqa: BLE001 - copying an object is its own code
-        return _shared(value, count, error)
+        return _copies(value, count)
+    except (RecursionError, ValueError) as error:  # it refers to itself, or lies too deep
+        return _deep(value, count, error)
 
 
 def independent_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,12 +55,25 @@ def independent_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: independent(value, 1)[0] for name, value in values.items()}
 
 
+def _copies(value: Any, count: int) -> list[Any]:
+    kind = type(value)
+    if kind in _FROZEN:
+        return [value] * count
+    if kind is list:
+        return _lists(value, count)
+    if kind is dict:
+        return _dicts(value, count)
+    if kind is tuple:
+        return [tuple(entries) for entries in _lists(list(value), count)]
+    return _deep(value, count)
+
+
 def _lists(value: list[Any], count: int) -> list[list[Any]]:
     if _FROZEN.issuperset(map(type, value)):
         return [value.copy() for _ in range(count)]
     if _is_many_small(value, value[0]) and _is_plain(value):
         return _marshalled(value, count)
-    columns = [independent(entry, count) for entry in value]
+    columns = [_copies(entry, count) for entry in value]
     return [list(entries) for entries in zip(*columns, strict=True)]
 
 
@@ -80,7 +82,7 @@ def _dicts(value: dict[Any, Any], count: int) -> list[dict[Any, Any]]:
         return [value.copy() for _ in range(count)]
     if _is_many_small(value, next(iter(value.values()))) and _is_plain(value):
         return _marshalled(value, count)
-    columns = [independent(entry, count) for entry in value.values()]
+    columns = [_copies(entry, count) for entry in value.values()]
     return [dict(zip(value, entries, strict=True)) for entries in zip(*columns, strict=True)]
 
 
@@ -107,11 +109,11 @@ def _marshalled(value: Any, count: int) -> list[Any]:
     return [marshal.loads(written) for _ in range(count)]
 
 
-def _deep_or_shared(value: Any, count: int) -> list[Any]:
+def _deep(value: Any, count: int, reason: Exception | None = None) -> list[Any]:
     try:
         return [copy.deepcopy(value) for _ in range(count)]
     except Exception as error:  # noqa: BLE001 - copying an object is its own code
-        return _shared(value, count, error)
+        return _shared(value, count, reason or error)
 
 
 def _shared(value: Any, count: int, error: Exception) -> list[Any]:

@@ -16,7 +16,6 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
 
 from groupwise.errors import ConfigError, DataError
 from groupwise.process_state import guarded
@@ -44,7 +43,7 @@ class ThreadRunner:
             future, watch, started = started_future(), Watch(), time.perf_counter()
             thread = threading.Thread(
                 target=contextvars.copy_context().run,
-                args=(_resolve, future, self._work(arguments(), size, watch), self._call.file),
+                args=(_resolve, future, self._work(arguments, size, watch), self._call.file),
                 name=f"reward-{self._call.name}",
                 daemon=True,
             )
@@ -57,11 +56,11 @@ class ThreadRunner:
                 if not future.done():
                     self._given_up.append(thread)
 
-    def _work(self, arguments: dict[str, Any], size: int, watch: Watch) -> Callable[[], Graded]:
+    def _work(self, arguments: Arguments, size: int, watch: Watch) -> Callable[[], Graded]:
         def work() -> Graded:
             decimal.setcontext(decimal.getcontext().copy())  # what the call sets is its own
             with watching(watch):
-                return grade(self._call.function(**arguments, **self._call.extras), size)
+                return grade(self._call.function(**arguments(), **self._call.extras), size)
 
         return work
 
@@ -87,7 +86,7 @@ class LoopRunner:
     async def run(self, arguments: Arguments, size: int) -> Outcome:
         loop, started = self._running_loop(), time.perf_counter()
         future, watch = started_future(), Watch()
-        work = _resolve_async(future, self._call, arguments(), size=size, watch=watch)
+        work = _resolve_async(future, self._call, arguments, size=size, watch=watch)
         with guarded(f"reward {self._call.name!r}"):
             task = asyncio.run_coroutine_threadsafe(work, loop)
             try:
@@ -176,11 +175,11 @@ def _resolve(future: Future[Graded | Failed], work: Callable[[], Graded], file: 
 
 
 async def _resolve_async(
-    future: Future[Graded | Failed], call: RewardCall, arguments: dict[str, Any], *, size: int, watch: Watch
+    future: Future[Graded | Failed], call: RewardCall, arguments: Arguments, *, size: int, watch: Watch
 ) -> None:
     try:
         with watching(watch):
-            returned = call.function(**arguments, **call.extras)
+            returned = call.function(**arguments(), **call.extras)
             result = grade(await returned if inspect.isawaitable(returned) else returned, size)
     except BaseException as error:
         task = asyncio.current_task()
