@@ -50,9 +50,14 @@ class Child:
     def __init__(self, pid: int, connection: Connection) -> None:
         self.pid, self.connection = pid, connection
         self.is_ready = False
+        self._parent = threading.current_thread()
         self._status: int | None = None
         self._lock = threading.Lock()
         _children.add(self)
+
+    def is_of(self, thread: threading.Thread) -> bool:
+        """Whether this thread started it: the child ends with that one, as Linux has it."""
+        return self._parent is thread
 
     def has_ended(self) -> bool:
         with self._lock:
@@ -124,7 +129,8 @@ class ProcessRunner:
 
     async def _start(self) -> Failed | None:
         """Make sure that there is a process which waits for a call."""
-        if self._child is not None and self._child.has_ended():
+        child = self._child
+        if child is not None and (child.has_ended() or not child.is_of(threading.current_thread())):
             self.close()
         if self._child is None:
             self._child = start_child(self._call)

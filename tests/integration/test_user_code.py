@@ -84,7 +84,7 @@ def test_a_reward_that_uses_its_column_up_scores_equal_answers_equally_and_a_res
     samples = [row for file in sorted((whole / "trajectories").iterdir()) for row in read_jsonl(file)]
     scores: dict[str, set[float]] = {}
     for row in samples:
-        scores.setdefault(row["text"], set()).add(row["reward"])
+        scores.setdefault(row["completion"], set()).add(row["reward"])
     assert all(len(found) == 1 for found in scores.values())
     assert max(row["reward"] for row in samples if row["step"] == 4) > 0.1
 

@@ -312,6 +312,48 @@ def test_the_trainers_own_thread_runs_signals_and_event_loops(user: Callable[...
             )
 
 
+def test_a_copy_computes_with_torch_though_the_pools_of_its_threads_are_gone(threads: Callable[[int], None]) -> None:
+    import torch
+
+    threads(2)
+    one = torch.ones(600, 600)
+    assert float((one @ one).sum()) == 600**3
+
+    def reward(completions: Any, answer: Any) -> list[float]:
+        timed(completions, answer)
+        grown = (one @ one).mul(0).add(1).softmax(-1)  # products and elementwise work, both in parallel
+        return [float(grown.sum())] * len(completions)
+
+    scorer = RewardScorer([], functions=[reward])
+    scores = score(scorer, "a", "b")
+    assert scores[1].reward == pytest.approx(600, rel=1e-3), scores[1].cause
+    scorer.close()
+
+
+def test_a_run_in_another_thread_as_in_a_notebook_gives_rewards_a_main_thread() -> None:
+    def reward(completions: Any, answer: Any) -> list[float]:
+        return timed(completions, answer)
+
+    found: list[Score] = []
+    scorer = RewardScorer([], functions=[reward])
+    for _ in range(2):  # the process ends with the thread that made it, and is made anew
+        thread = threading.Thread(target=lambda: found.extend(score(scorer, "4")))
+        thread.start()
+        thread.join()
+    assert [s.reward for s in found] == [1.0, 1.0], found
+    scorer.close()
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("auto", "auto"), ("main", "main")])
+def test_where_it_runs_is_set_on_the_command_line(text: str, value: Any) -> None:
+    from groupwise.config.loading import load_config
+
+    loaded = load_config(None, ["--reward.0.name", "gsm8k", "--reward.0.isolated", text])
+    assert loaded.config.reward[0].isolated == value
+    with pytest.raises(ConfigError, match="isolated"):
+        load_config(None, ["--reward.0.name", "gsm8k", "--reward.0.isolated", "sometimes"])
+
+
 def test_false_stays_in_a_thread(user: Callable[..., RewardConfig]) -> None:
     failed = score(RewardScorer([user("signal.signal(signal.SIGALRM, signal.SIG_DFL)", isolated=False)]), "a")[0]
     assert "signal only works in main thread" in failed.cause
