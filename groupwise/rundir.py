@@ -123,7 +123,7 @@ class RunDirectory:
             (folder / "trajectories").mkdir(exist_ok=True)
         except OSError as error:
             raise ConfigError(f"train.output = {str(folder)!r}: cannot be made: {error}") from error
-        return cls(folder, resumed=resume)
+        return cls(folder.absolute(), resumed=resume)  # wherever the working directory goes
 
     def record(self, config: Config) -> None:
         """Write config.json and versions.json."""

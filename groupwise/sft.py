@@ -48,6 +48,7 @@ from groupwise.rundir import RunDirectory, check_place, describe_place
 from groupwise.tracking import build_trackers, check_backends
 from groupwise.trust import prove
 from groupwise.types import Denominators, Stateful, Tokenizer, TrainingRow, Unwatched, Watcher
+from groupwise.watching import GuardedWatcher
 
 logger = logging.getLogger(__name__)
 
@@ -151,11 +152,12 @@ def run_sft(
     started = time.perf_counter()
     ready = prepare_sft(config, resume=resume, overwrite=overwrite, loaded=loaded, train_data=train_data)
     config, data, steps, identity = ready.config, ready.data, ready.steps, ready.identity
-    with hold_place(ready.output, resume=resume, overwrite=overwrite) as lock, catch_interrupts() as stop:
-        start = find_start(ready.output, identity, resume=resume, accept=accept_changes)
+    place = ready.output.absolute()
+    with hold_place(place, resume=resume, overwrite=overwrite) as lock, catch_interrupts() as stop:
+        start = find_start(place, identity, resume=resume, accept=accept_changes)
         loaded = given_or_loaded(loaded, ready.model)
         check_balance_loss(loaded.model, config.algorithm.router_aux_loss_coef)
-        run = open_run(config, identity, ready.output, resume=resume, overwrite=overwrite)
+        run = open_run(config, identity, place, resume=resume, overwrite=overwrite)
         prove(run.path)
         keep_base(loaded, ready.model, run.path)  # after the config, which says whose folder this is
         loaded = with_adapter(loaded, config.lora, seed=config.train.seed)
@@ -164,7 +166,7 @@ def run_sft(
             level = logging.WARNING if data.num_too_long else logging.INFO
             logger.log(level, "supervised data: %s", data.describe())
             policy = _policy(config, run, loaded, steps=steps)
-            progress, watcher = _Progress(), watcher or Unwatched()
+            progress, watcher = _Progress(), GuardedWatcher(watcher or Unwatched())
             empty = EmptySteps(config.train.stop_after_empty_steps, remedy=_REMEDY)
             saved: dict[str, Stateful] = {"policy": policy, "progress": progress, "empty": empty}
             saver = Saver(

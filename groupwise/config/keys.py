@@ -135,6 +135,8 @@ def describe_type(annotation: Any) -> str:
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(f'"{part}"' for part in parts)
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(describe_type, parts))
     if origin is tuple and parts[-1] is Ellipsis:
         item = describe_type(parts[0])
         return f"list of {item if item == 'text' else f'{item}s'}"

@@ -18,3 +18,8 @@ class RewardConfig(Section):
     on_error: Literal["fail", "zero", "stop"] = Field(
         "fail", description="fail marks the rollouts as failed, zero scores them 0, stop ends the run"
     )
+    isolated: bool | Literal["auto", "main"] = Field(
+        "auto",
+        description="where it runs: false is a thread, true the main thread of a process of its own, main the "
+        "trainer's own thread; auto is a thread until a call turns out to need a main thread, then a process",
+    )

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -41,6 +42,7 @@ from groupwise.tracking import Trackers, build_trackers
 from groupwise.train import TrainParts, train
 from groupwise.trust import prove
 from groupwise.types import Engine, RolloutGroup, SamplingParams, Stateful, Unwatched, Watcher
+from groupwise.watching import GuardedWatcher
 from groupwise.weight_sync import InProcessSync
 
 __all__ = ["Given", "prepare", "run_async", "run_training", "training_sampling"]
@@ -52,7 +54,11 @@ _WHERE = ". Every sample is in trajectories/ with its text and cause"
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """The run directory, held by this process, and what is in it."""
+    """The run directory, held by this process, what is in it, and what ends with the run.
+
+    Attributes:
+        judge: scores evaluations.
+    """
 
     run: RunDirectory
     start: Start
@@ -60,6 +66,7 @@ class _Opened:
     reports: Reports
     lock: FolderLock
     stop: StopRequest
+    judge: RewardScorer
 
     def saver(
         self,
@@ -101,16 +108,17 @@ def run_training(
     started = time.perf_counter()
     ready = prepare(config, resume=resume, overwrite=overwrite, given=given)
     config, identity = ready.config, ready.identity
-    with hold_place(ready.output, resume=resume, overwrite=overwrite) as lock, catch_interrupts() as stop:
-        start = find_start(ready.output, identity, resume=resume, accept=accept_changes)
+    place = ready.output.absolute()  # wherever user code takes the working directory
+    with hold_place(place, resume=resume, overwrite=overwrite) as lock, catch_interrupts() as stop:
+        start = find_start(place, identity, resume=resume, accept=accept_changes)
         loaded = given_or_loaded(given.loaded, ready.model)
         check_balance_loss(loaded.model, config.algorithm.router_aux_loss_coef)
-        run = open_run(config, identity, ready.output, resume=resume, overwrite=overwrite)
+        run = open_run(config, identity, place, resume=resume, overwrite=overwrite)
         prove(run.path)
         keep_base(loaded, ready.model, run.path)  # after the config, which says whose folder this is
         loaded = with_adapter(loaded, config.lora, seed=config.train.seed)
-        opened = _Opened(run, start, identity, Reports(run), lock, stop)
-        with run.logging():
+        with run.logging(), closing(ready.scorer), closing(make_scorer(config, given)) as judge:
+            opened = _Opened(run, start, identity, Reports(run), lock, stop, judge)
             describe_start(run, start, identity, resume=resume)
             _describe(ready)
             parts = _build(ready, given, loaded=loaded, opened=opened)
@@ -135,8 +143,8 @@ def _build(ready: Prepared, given: Given, *, loaded: LoadedModel, opened: _Opene
     buffer = _buffer(config)
     producer = _producer(config, _sampler(config, ready.train, start), engine, scorer, buffer=buffer, steps=steps)
     upkeep = _upkeep(config, policy, adaptive)
-    evaluator = _evaluator(config, given, ready.eval, engine, reports=reports)
-    watcher, empty = given.watcher or Unwatched(), _empty_steps(config)
+    evaluator = _evaluator(config, ready.eval, engine, scorer=opened.judge, reports=reports)
+    watcher, empty = GuardedWatcher(given.watcher or Unwatched()), _empty_steps(config)
     saved: dict[str, Stateful] = {
         "policy": policy,
         "upkeep": upkeep,
@@ -308,12 +316,14 @@ def _upkeep(config: Config, policy: Policy, adaptive: AdaptiveEntropy | None) ->
     return Upkeep(entropy=adaptive, sync=ReferenceSync(reference, config.algorithm.reference_sync_every, alpha))
 
 
-def _evaluator(config: Config, given: Given, data: PromptSet | None, engine: Engine, *, reports: Reports) -> Evaluator:
+def _evaluator(
+    config: Config, data: PromptSet | None, engine: Engine, *, scorer: RewardScorer, reports: Reports
+) -> Evaluator:
     """With a scorer of its own, so that training's reward metrics hold training's rewards alone."""
     return Evaluator(
         engine,
         () if data is None else data.prompts,
-        scorer=make_scorer(config, given),
+        scorer=scorer,
         config=config.eval,
         sampling=eval_sampling(config.eval, config.rollout, seed=config.train.seed),
         on_report=reports.add,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ class Given:
     Attributes:
         loaded: instead of `model.path`.
         train_data, eval_data: instead of `data.train` and `data.eval`: a `datasets.Dataset`, or rows.
-        rewards: functions beside those in the config, with `reward_weights` (all 1 when empty).
+        rewards: functions beside those in the config, with `reward_weights` (all 1 when empty) and `reward_extras`,
+            objects of the program's own for those that name them.
         watcher: follows the run, and may end it.
     """
 
@@ -44,6 +45,7 @@ class Given:
     eval_data: Source | None = None
     rewards: Sequence[Callable[..., Any]] = ()
     reward_weights: Sequence[float] = ()
+    reward_extras: Mapping[str, Any] = field(default_factory=dict)
     watcher: Watcher | None = None
 
     @property
@@ -149,7 +151,12 @@ def _check_keep_best(config: Config, scorer: RewardScorer) -> None:
 
 
 def make_scorer(config: Config, given: Given) -> RewardScorer:
-    return RewardScorer(config.reward, functions=given.rewards, function_weights=given.reward_weights)
+    return RewardScorer(
+        config.reward,
+        functions=given.rewards,
+        function_weights=given.reward_weights,
+        extras=given.reward_extras,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +182,8 @@ def _load_data(config: Config, given: Given, scorer: RewardScorer, *, model: Mod
     train = load_prompts(train_rows, config.data, tokenizer)
     held_out = None if eval_rows is None else load_prompts(eval_rows, config.data, tokenizer, limit=config.eval.limit)
     prompts = (*train.prompts, *(() if held_out is None else held_out.prompts))
-    scorer.check_prompts(prompts)
+    stop = () if config.rollout.min_completion_tokens else config.rollout.stop  # before those, none ends an answer
+    scorer.check_prompts(prompts, stop=stop, tokenizer=tokenizer)
     _check_routes(config, {prompt.data_source for prompt in prompts})
     limits = find_limits(given.loaded, model)
     check_run(config, limits, prompts=train.prompts, eval_prompts=() if held_out is None else held_out.prompts)

@@ -6,6 +6,7 @@ or None where it has nothing to say. Arguments are given by name, and only those
     prompts         list of message lists, or of strings when the data has text prompts; G times the same one
     completions     list of `[{"role": "assistant", "content": text}]`, or of strings when the data has text prompts
     completion_ids  list of token-id lists
+    rendered_prompts  list of the prompt's text as the model saw it, G times; only for functions that name it
     <column>        list of that column's value, one entry per completion; `**columns` gets every column
 
 Example, `my_rewards.py`:
@@ -39,11 +40,11 @@ Test it like any function, before any model is loaded:
         assert close_to(["15", "no idea"], answer=["10", "10"]) == [0.5, None]
 
 What the scorer promises: a reward that raises, hangs, or returns something that is no reward does what `on_error` says
-and never changes the score of another. A sync reward runs in a thread of its own, one call at a time, so it needs no
-locks; declare it `async` when calls should overlap (a judge behind HTTP, say). A call that outlives `timeout` is
-abandoned. Python cannot abandon C code that keeps the interpreter's lock: match untrusted text against regular
-expressions of your own with the `regex` package and its `timeout=` and `concurrent=True`, not with `re`.
-Treat what a reward is given as read-only.
+and never changes the score of another. What a call is given is its own to change. A sync reward runs in a thread of its
+own, one call at a time, so it needs no locks; declare it `async` when calls should overlap (a judge behind HTTP, say).
+A call that outlives `timeout` is abandoned, or killed where the reward has a process (`isolated = true`, or by itself
+where it turns out to need a main thread). Python cannot abandon C code that keeps the interpreter's lock: give such a
+function a process.
 '''
 
 from __future__ import annotations

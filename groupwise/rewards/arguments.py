@@ -50,3 +50,19 @@ def flag(value: Any, *, reward: str, name: str) -> bool:
     if not isinstance(value, bool):
         raise ConfigError(f"reward {reward!r}: {name} = {value!r} is neither true nor false")
     return value
+
+
+def must_differ(reward: str, *others: float, **scores: float) -> None:
+    """Refuse scores that are all the same: whatever the answer, it would get that.
+
+    Args:
+        others: what answers can get besides.
+
+    Raises:
+        ConfigError: they are.
+    """
+    if len({*others, *scores.values()}) == 1:
+        shown = " and ".join(f"{name} = {value:g}" for name, value in scores.items())
+        raise ConfigError(
+            f"reward {reward!r}: with {shown}, every answer gets the same, and nothing is learned from it"
+        )

@@ -47,4 +47,4 @@ def read_number(text: str) -> Decimal | None:
         return None
     number = Decimal(match["digits"].replace(",", "") + (match["exponent"] or ""))
     negative = bool(match["sign"]) != bool(match["inner_sign"])
-    return -number if negative else number
+    return number.copy_negate() if negative else number  # unary minus would round to the context's precision

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import regex
 
 from groupwise.errors import ConfigError
-from groupwise.rewards.arguments import finite_number, text
+from groupwise.rewards.arguments import finite_number, must_differ, text
 from groupwise.rewards.texts import RewardCompletion, completion_texts
 
 GSM8K_PATTERN = r"(?s:.*)#### -?[0-9][0-9,]*(?:\.[0-9]+)?\s*"
 """Any text whose last line ends with `#### <number>`."""
+
+OPEN, CLOSE = "<think>", "</think>"
 
 _SECONDS_PER_COMPLETION = 5.0
 
@@ -42,6 +44,7 @@ def format_reward(
         ) from error
     hit = finite_number(score, reward="format", name="score")
     miss = finite_number(miss_score, reward="format", name="miss_score")
+    must_differ("format", score=hit, miss_score=miss)
 
     def matches_pattern(completions: Sequence[RewardCompletion], **_: Any) -> list[float | None]:
         rewards: list[float | None] = []
@@ -62,6 +65,8 @@ def format_reward(
 def think_format_reward(*, score: float = 1.0, miss_score: float = 0.0) -> Callable[..., list[float | None]]:
     """Make a reward for completions that think once, first, between `<think>` and `</think>`, and then answer.
 
+    Where the prompt ends with `<think>`, as many chat templates have it, the completion begins inside its thoughts.
+
     Args:
         score: for a completion in this format.
         miss_score: for any other.
@@ -71,15 +76,29 @@ def think_format_reward(*, score: float = 1.0, miss_score: float = 0.0) -> Calla
     """
     hit = finite_number(score, reward="think_format", name="score")
     miss = finite_number(miss_score, reward="think_format", name="miss_score")
+    must_differ("think_format", score=hit, miss_score=miss)
 
-    def think_format(completions: Sequence[RewardCompletion], **_: Any) -> list[float | None]:
-        return [hit if _thinks_then_answers(completion) else miss for completion in completion_texts(completions)]
+    def think_format(
+        completions: Sequence[RewardCompletion], rendered_prompts: Sequence[str] = (), **_: Any
+    ) -> list[float | None]:
+        begun = [OPEN if thoughts_are(prompt) == "open" else "" for prompt in rendered_prompts]
+        texts = completion_texts(completions)
+        return [
+            hit if _thinks_then_answers(beginning + text) else miss
+            for beginning, text in zip(begun or [""] * len(texts), texts, strict=True)
+        ]
 
     return think_format
 
 
+def thoughts_are(prompt: str) -> Literal["open", "closed", "none"]:
+    """What the end of a rendered prompt says of the answer's thoughts: begun, over already, or nothing."""
+    end = prompt.rstrip()
+    return "open" if end.endswith(OPEN) else "closed" if end.endswith(CLOSE) else "none"
+
+
 def _thinks_then_answers(completion: str) -> bool:
-    if completion.count("<think>") != 1 or completion.count("</think>") != 1:
+    if completion.count(OPEN) != 1 or completion.count(CLOSE) != 1:
         return False
-    thought, _, answer = completion.partition("</think>")
-    return thought.lstrip().startswith("<think>") and bool(answer.strip())
+    thought, _, answer = completion.partition(CLOSE)
+    return thought.lstrip().startswith(OPEN) and bool(answer.strip())

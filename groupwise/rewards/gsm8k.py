@@ -15,7 +15,7 @@ from numbers import Number
 from typing import Any
 
 from groupwise.errors import ConfigError, DataError
-from groupwise.rewards.arguments import finite_number
+from groupwise.rewards.arguments import finite_number, must_differ
 from groupwise.rewards.final_number import read_number
 from groupwise.rewards.signature import STANDARD_ARGUMENTS
 from groupwise.rewards.texts import RewardCompletion, completion_texts
@@ -45,6 +45,7 @@ def gsm8k_reward(
     judge = judge_flexible if mode == "flexible" else judge_strict
     right = finite_number(score, reward="gsm8k", name="score")
     wrong = finite_number(format_score, reward="gsm8k", name="format_score")
+    must_differ("gsm8k", 0.0, score=right, format_score=wrong)
 
     def gsm8k(completions: Sequence[RewardCompletion], **columns: Sequence[Any]) -> list[float | None]:
         rewards: list[float | None] = []

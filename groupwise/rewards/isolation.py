@@ -1,4 +1,4 @@
-"""Where code that users wrote is called: nothing it does may end, stall or confuse the run.
+"""Rewards in threads of this process: nothing that they do may end, stall or confuse the run.
 
 A boundary module: it catches everything but what must end the process (`KeyboardInterrupt`) and what the user has to
 mend before anything else (`ConfigError`, `DataError`). Threads are daemons, so a call that never returns does not keep
@@ -8,113 +8,67 @@ the process alive either.
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import decimal
 import inspect
 import threading
 import time
-import traceback
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 from groupwise.errors import ConfigError, DataError
-from groupwise.rewards.values import BadReturn, Graded, grade
+from groupwise.process_state import guarded
+from groupwise.rewards.calls import Arguments, Failed, Outcome, Place, RewardCall, describe
+from groupwise.rewards.main_thread import Watch, watching
+from groupwise.rewards.values import Graded, grade
 
-_MESSAGE_LIMIT = 500
 _UNBLOCK_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A call that gave no answer.
-
-    Attributes:
-        kind: the exception's type, or `timeout`.
-        message: what happened and where.
-        trace: the traceback, or "".
-
-    Example:
-        Failed(kind="KeyError", message="KeyError: 'answer' (at my_rewards.py:12)", trace="Traceback …")
-    """
-
-    kind: str
-    message: str
-    trace: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of one call, and how long it took in seconds, waiting for its turn not counted."""
-
-    result: Graded | Failed
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class RewardCall:
-    """One reward, ready to be called.
-
-    Attributes:
-        function: the user's function, sync or async.
-        name: for thread names.
-        file: the user's file, whose line an error message shows.
-        timeout: seconds.
-    """
-
-    function: Callable[..., Any]
-    name: str
-    file: str
-    timeout: float
-
-
-class Runner(Protocol):
-    """Calls one reward in isolation."""
-
-    async def run(self, arguments: dict[str, Any], size: int) -> Outcome:
-        """Call the reward for a group of `size` completions."""
-        ...
-
-    def abandoned(self) -> int:
-        """Threads that hang in an abandoned call now."""
-        ...
 
 
 class ThreadRunner:
     """Calls a sync reward in a thread, one call at a time.
 
-    Each call has a thread of its own: one that hangs blocks no later call.
+    Each call has a thread of its own: one that hangs blocks no later call. It has the caller's context variables, so
+    that what the user's file set where it was loaded (a decimal precision, say) holds in it.
     """
 
     def __init__(self, call: RewardCall) -> None:
         self._call = call
         self._given_up: list[threading.Thread] = []
-        self._turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
+        self._turns = Turns()
 
-    async def run(self, arguments: dict[str, Any], size: int) -> Outcome:
-        call = self._call
-        # A lock belongs to the event loop that first waits for it, and a scorer may outlive a loop.
-        turn = self._turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
-        async with turn:
-            future: Future[Graded | Failed] = Future()
-            future.set_running_or_notify_cancel()
+    async def run(self, arguments: Arguments, size: int) -> Outcome:
+        async with self._turns.next():
+            future, watch, started = started_future(), Watch(), time.perf_counter()
             thread = threading.Thread(
-                target=_resolve,
-                args=(future, lambda: grade(call.function(**arguments), size), call.file),
-                name=f"reward-{call.name}",
+                target=contextvars.copy_context().run,
+                args=(_resolve, future, self._work(arguments, size, watch), self._call.file),
+                name=f"reward-{self._call.name}",
                 daemon=True,
             )
-            started = time.perf_counter()
-            thread.start()
             try:
-                return Outcome(await _within(call.timeout, future), time.perf_counter() - started)
+                with guarded(f"reward {self._call.name!r}"):
+                    thread.start()
+                    result = await within(self._call.timeout, future)
+                return Outcome(result, time.perf_counter() - started, _needs(result, watch))
             finally:
                 if not future.done():
                     self._given_up.append(thread)
 
+    def _work(self, arguments: Arguments, size: int, watch: Watch) -> Callable[[], Graded]:
+        def work() -> Graded:
+            decimal.setcontext(decimal.getcontext().copy())  # what the call sets is its own
+            with watching(watch):
+                return grade(self._call.function(**arguments(), **self._call.extras), size)
+
+        return work
+
     def abandoned(self) -> int:
         self._given_up = [thread for thread in self._given_up if thread.is_alive()]
         return len(self._given_up)
+
+    def close(self) -> None: ...
 
 
 class LoopRunner:
@@ -129,23 +83,26 @@ class LoopRunner:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
-    async def run(self, arguments: dict[str, Any], size: int) -> Outcome:
+    async def run(self, arguments: Arguments, size: int) -> Outcome:
         loop, started = self._running_loop(), time.perf_counter()
-        future: Future[Graded | Failed] = Future()
-        future.set_running_or_notify_cancel()
-        task = asyncio.run_coroutine_threadsafe(_resolve_async(future, self._call, arguments, size), loop)
-        try:
-            result = await _within(self._call.timeout, future)
-        finally:
-            task.cancel()
+        future, watch = started_future(), Watch()
+        work = _resolve_async(future, self._call, arguments, size=size, watch=watch)
+        with guarded(f"reward {self._call.name!r}"):
+            task = asyncio.run_coroutine_threadsafe(work, loop)
+            try:
+                result = await within(self._call.timeout, future)
+            finally:
+                task.cancel()
         seconds = time.perf_counter() - started
         if not future.done() and not await _responds(loop):
             self._give_up(loop)
-        return Outcome(result, seconds)
+        return Outcome(result, seconds, _needs(result, watch))
 
     def abandoned(self) -> int:
         self._given_up = [thread for thread in self._given_up if thread.is_alive()]
         return len(self._given_up)
+
+    def close(self) -> None: ...
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None or self._thread is None or not self._thread.is_alive():
@@ -164,34 +121,48 @@ class LoopRunner:
             _stop(loop)
 
 
-def make_runner(call: RewardCall, *, is_async: bool) -> Runner:
-    """The runner for a sync or an async reward."""
-    return LoopRunner(call) if is_async else ThreadRunner(call)
+class Turns:
+    """A lock for each event loop: it belongs to the one that first waits for it, and a scorer may outlive a loop."""
+
+    def __init__(self) -> None:
+        self._locks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
+
+    def next(self) -> asyncio.Lock:
+        return self._locks.setdefault(asyncio.get_running_loop(), asyncio.Lock())
 
 
-def describe(error: BaseException, file: str) -> Failed:
-    """Say what was raised and where in the user's code: the innermost line in `file`, else the innermost line."""
-    if isinstance(error, BadReturn):
-        return Failed(type(error).__name__, str(error))
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    own = [frame for frame in frames if file and frame.filename == file] or frames
-    place = f" (at {own[-1].filename}:{own[-1].lineno})" if own else ""
-    kind = type(error).__name__
-    try:
-        text = str(error)
-        trace = "".join(traceback.format_exception(error))
-    except Exception:  # noqa: BLE001 - an exception's own __str__ is the user's code too
-        text, trace = "(its message cannot be shown)", ""
-    text = text if len(text) <= _MESSAGE_LIMIT else text[:_MESSAGE_LIMIT] + "…"
-    return Failed(kind, f"{kind}: {text}{place}" if text else f"{kind}{place}", trace)
+def started_future() -> Future[Graded | Failed]:
+    future: Future[Graded | Failed] = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
-async def _within(timeout: float, future: Future[Graded | Failed]) -> Graded | Failed:
+async def within(
+    timeout: float, future: Future[Graded | Failed], *, ending: str = "the call was abandoned"
+) -> Graded | Failed:
+    """The future's result, or after `timeout` seconds the failure that says so."""
     try:
         async with asyncio.timeout(timeout):
             return await asyncio.wrap_future(future)
     except TimeoutError:
-        return Failed("timeout", f"no answer within {timeout:g} s (reward.timeout); the call was abandoned")
+        return Failed("timeout", f"no answer within {timeout:g} s (reward.timeout); {ending}")
+
+
+def settle(error: BaseException, file: str) -> Failed:
+    """What the caller is told of the error; what must not be kept from it is raised.
+
+    Raises:
+        KeyboardInterrupt, ConfigError, DataError: it is one.
+    """
+    if isinstance(error, KeyboardInterrupt | ConfigError | DataError):
+        raise error
+    return describe(error, file)
+
+
+def _needs(result: Graded | Failed, watch: Watch) -> Place:
+    if isinstance(result, Failed) and result.needs:
+        return result.needs
+    return "main thread" if watch.wants_main else ""
 
 
 def _resolve(future: Future[Graded | Failed], work: Callable[[], Graded], file: str) -> None:
@@ -204,11 +175,12 @@ def _resolve(future: Future[Graded | Failed], work: Callable[[], Graded], file: 
 
 
 async def _resolve_async(
-    future: Future[Graded | Failed], call: RewardCall, arguments: dict[str, Any], size: int
+    future: Future[Graded | Failed], call: RewardCall, arguments: Arguments, *, size: int, watch: Watch
 ) -> None:
     try:
-        returned = call.function(**arguments)
-        result = grade(await returned if inspect.isawaitable(returned) else returned, size)
+        with watching(watch):
+            returned = call.function(**arguments(), **call.extras)
+            result = grade(await returned if inspect.isawaitable(returned) else returned, size)
     except BaseException as error:
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
@@ -220,10 +192,10 @@ async def _resolve_async(
 
 
 def _settle(future: Future[Graded | Failed], error: BaseException, file: str) -> None:
-    if isinstance(error, KeyboardInterrupt | ConfigError | DataError):
-        future.set_exception(error)
-    else:
-        future.set_result(describe(error, file))
+    try:
+        future.set_result(settle(error, file))
+    except (KeyboardInterrupt, ConfigError, DataError) as theirs:
+        future.set_exception(theirs)
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:

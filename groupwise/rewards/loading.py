@@ -20,6 +20,8 @@ from typing import Any
 
 from groupwise.config.reward import RewardConfig
 from groupwise.errors import ConfigError, GroupwiseError
+from groupwise.process_state import guarded
+from groupwise.rewards.earnable import PromptCheck
 from groupwise.rewards.registry import built_in, check_args
 from groupwise.rewards.signature import Signature, read_signature
 
@@ -32,6 +34,8 @@ class LoadedReward:
         name: short, for metrics.
         args: keyword arguments that each call gets besides the group's; built-in rewards have theirs inside.
         row_check: raises for a row that the reward cannot score, or None.
+        prompt_check: raises for a prompt to which no answer can earn it, or None.
+        marks: what every answer that earns it has, with more text after it.
 
     Example:
         load_reward(RewardConfig(name="gsm8k", args={"mode": "strict"})).function(["#### 72"], answer=["72"])  # [1.0]
@@ -42,6 +46,8 @@ class LoadedReward:
     signature: Signature
     args: Mapping[str, Any]
     row_check: Callable[[Mapping[str, Any]], None] | None = None
+    prompt_check: PromptCheck | None = None
+    marks: tuple[str, ...] = ()
 
 
 def load_reward(config: RewardConfig) -> LoadedReward:
@@ -70,7 +76,11 @@ def _load_built_in(name: str, args: Mapping[str, Any]) -> LoadedReward:
     check_args(name, args)
     function = found.make(**args)
     row_check = found.row_check(**args) if found.row_check else None
-    return LoadedReward(name, function, read_signature(function, name=name, args={}), {}, row_check)
+    signature = read_signature(function, name=name, args={})
+    prompt_check = found.prompt_check(**args) if found.prompt_check else None
+    return LoadedReward(
+        name, function, signature, {}, row_check, prompt_check, found.marks(**args) if found.marks else ()
+    )
 
 
 def _module_of_file(name: str, path: Path) -> ModuleType:
@@ -96,7 +106,8 @@ def _module_of_file(name: str, path: Path) -> ModuleType:
         sys.path.append(folder)
     sys.modules[module_name] = module
     try:
-        spec.loader.exec_module(module)
+        with guarded(f"loading reward {name!r}"):
+            spec.loader.exec_module(module)
     except (KeyboardInterrupt, GroupwiseError):
         del sys.modules[module_name]
         raise
@@ -108,7 +119,8 @@ def _module_of_file(name: str, path: Path) -> ModuleType:
 
 def _module_of_name(name: str, place: str) -> ModuleType:
     try:
-        return importlib.import_module(place)
+        with guarded(f"loading reward {name!r}"):
+            return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is not None and (place == error.name or place.startswith(error.name + ".")):
             raise ConfigError(

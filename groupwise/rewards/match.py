@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from groupwise.errors import ConfigError
-from groupwise.rewards.arguments import finite_number, flag, text
+from groupwise.rewards.arguments import finite_number, flag, must_differ, text
 from groupwise.rewards.texts import RewardCompletion, completion_texts
 
 
@@ -26,6 +26,7 @@ def exact_match_reward(
     wanted = text(column, reward="exact_match", name="column")
     fold = flag(ignore_case, reward="exact_match", name="ignore_case")
     right = finite_number(score, reward="exact_match", name="score")
+    must_differ("exact_match", 0.0, score=right)
 
     def normalised(value: Any) -> str:
         stripped = str(value).strip()

@@ -9,6 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from groupwise.errors import ConfigError
+from groupwise.rewards.earnable import (
+    PromptCheck,
+    exact_match_prompt_check,
+    format_marks,
+    format_prompt_check,
+    gsm8k_marks,
+    think_marks,
+    think_prompt_check,
+)
 from groupwise.rewards.format import format_reward, think_format_reward
 from groupwise.rewards.gsm8k import gsm8k_reward, gsm8k_row_check
 from groupwise.rewards.length import overlong_reward
@@ -22,6 +31,8 @@ class BuiltIn:
     Attributes:
         make: from `reward.args` to the reward function.
         row_check: from `reward.args` to a check of one row, run before a model is loaded.
+        prompt_check: from `reward.args` to a check that an answer to one prompt can earn it, run then too.
+        marks: from `reward.args` to what every answer that earns it has, with more text after it.
         data_sources: rows with one of these need no other reward.
 
     Example:
@@ -30,14 +41,16 @@ class BuiltIn:
 
     make: Callable[..., Callable[..., Any]]
     row_check: Callable[..., Callable[[Mapping[str, Any]], None]] | None = None
+    prompt_check: Callable[..., PromptCheck] | None = None
+    marks: Callable[..., tuple[str, ...]] | None = None
     data_sources: tuple[str, ...] = ()
 
 
 BUILT_INS: Mapping[str, BuiltIn] = {
-    "gsm8k": BuiltIn(gsm8k_reward, gsm8k_row_check, data_sources=("openai/gsm8k",)),
-    "format": BuiltIn(format_reward),
-    "think_format": BuiltIn(think_format_reward),
-    "exact_match": BuiltIn(exact_match_reward, exact_match_row_check),
+    "gsm8k": BuiltIn(gsm8k_reward, gsm8k_row_check, marks=gsm8k_marks, data_sources=("openai/gsm8k",)),
+    "format": BuiltIn(format_reward, prompt_check=format_prompt_check, marks=format_marks),
+    "think_format": BuiltIn(think_format_reward, prompt_check=think_prompt_check, marks=think_marks),
+    "exact_match": BuiltIn(exact_match_reward, exact_match_row_check, prompt_check=exact_match_prompt_check),
     "overlong": BuiltIn(overlong_reward),
 }
 

@@ -6,20 +6,24 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from groupwise.config.reward import RewardConfig
 from groupwise.errors import ConfigError, DataError, RewardError
-from groupwise.metrics import Last, Mean, Metric, Metrics, Sum
+from groupwise.metrics import Last, Metric, Metrics
 from groupwise.rewards.arguments import finite_number
-from groupwise.rewards.isolation import Failed, RewardCall, Runner, make_runner
+from groupwise.rewards.calls import Failed, RewardCall, Runner, shortened
+from groupwise.rewards.earnable import check_marks, check_tokens
 from groupwise.rewards.loading import LoadedReward, load_reward
+from groupwise.rewards.placement import make_runner
 from groupwise.rewards.signature import function_name, group_arguments, read_signature, require_columns
+from groupwise.rewards.tally import Tally
 from groupwise.rewards.values import Graded
-from groupwise.types import Completion, Prompt
+from groupwise.types import Completion, Prompt, Tokenizer
 
 MAX_ABANDONED_THREADS = 8
+_KINDS_LOGGED = 20
 
 _log = logging.getLogger("groupwise.rewards")
 
@@ -46,33 +50,6 @@ class Score:
 
 
 @dataclass(slots=True)
-class _Tally:
-    """Running numbers of one reward since they were last read; Welford's recurrence for the spread."""
-
-    count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
-    errors: int = 0
-    seconds: float = 0.0
-
-    def add(self, value: float) -> None:
-        self.count += 1
-        delta = value - self.mean
-        self.mean += delta / self.count
-        self.squares += delta * (value - self.mean)
-
-    def metrics(self, name: str) -> dict[str, Metric]:
-        metrics: dict[str, Metric] = {}
-        if self.count:
-            metrics[f"rewards/{name}/mean"] = Mean(self.mean * self.count, self.count)
-        if self.count > 1:
-            metrics[f"rewards/{name}/std"] = Last(math.sqrt(self.squares / (self.count - 1)))
-        metrics[f"rewards/{name}/errors"] = Sum(float(self.errors))
-        metrics[f"rewards/{name}/seconds"] = Sum(self.seconds)
-        return metrics
-
-
-@dataclass(slots=True)
 class _Entry:
     """One reward of the scorer."""
 
@@ -80,16 +57,18 @@ class _Entry:
     config: RewardConfig
     loaded: LoadedReward
     runner: Runner
-    tally: _Tally = field(default_factory=_Tally)
+    tally: Tally = field(default_factory=Tally)
     logged: set[str] = field(default_factory=set)
 
     def covers(self, data_source: str) -> bool:
         return not self.config.data_source or data_source in self.config.data_source
 
-    def check(self, prompt: Prompt) -> None:
+    def check(self, prompt: Prompt, stop: Sequence[str]) -> None:
         require_columns(self.loaded.signature, prompt, name=self.name)
         if self.loaded.row_check is not None:
             self.loaded.row_check(prompt.columns)
+        if self.loaded.prompt_check is not None:
+            self.loaded.prompt_check(prompt, stop)
 
 
 class RewardScorer:
@@ -103,6 +82,7 @@ class RewardScorer:
         configs: rewards by name, from the config.
         functions: rewards given as Python callables, with the default timeout and `on_error`.
         function_weights: `[functions]`, their weights; empty means 1 for each.
+        extras: the caller's own objects for those of `functions` that name them; each call gets the object itself.
 
     Raises:
         ConfigError: a reward cannot be found or called, or there is none at all.
@@ -118,6 +98,7 @@ class RewardScorer:
         *,
         functions: Sequence[Callable[..., Any]] = (),
         function_weights: Sequence[float] = (),
+        extras: Mapping[str, Any] | None = None,
     ) -> None:
         if not configs and not functions:
             raise ConfigError("no reward is set; add one, such as --reward gsm8k or --reward my_rewards.py:function")
@@ -127,14 +108,17 @@ class RewardScorer:
             )
         self._entries: list[_Entry] = []
         for config in configs:
-            self._add(config, load_reward(config))
+            self._add(config, load_reward(config), named=True)
         for function, weight in zip(functions, function_weights or [1.0] * len(functions), strict=True):
             if not callable(function):
                 raise ConfigError(f"a reward function is expected, got {function!r} ({type(function).__name__})")
             name = function_name(function)
             signature = read_signature(function, name=name, args={})
+            given = {key: value for key, value in (extras or {}).items() if signature.takes(key)}
+            needed = tuple(column for column in signature.needed_columns if column not in given)
             setting = {"name": name, "weight": finite_number(weight, reward=name, name="weight")}
-            self._add(RewardConfig.model_validate(setting), LoadedReward(name, function, signature, {}))
+            loaded = LoadedReward(name, function, replace(signature, needed_columns=needed), {})
+            self._add(RewardConfig.model_validate(setting), loaded, extras=given)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -164,18 +148,29 @@ class RewardScorer:
                 f"settings are {routes}. Add a reward for them, or one without data_source, which scores all rows"
             )
 
-    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
-        """Check, before anything is sampled, that every row can be scored: its data source, columns and reference.
+    def check_prompts(
+        self, prompts: Iterable[Prompt], *, stop: Sequence[str] = (), tokenizer: Tokenizer | None = None
+    ) -> None:
+        """Check, before anything is sampled, that every row can be scored: its data source, columns and reference; and
+        that each built-in reward can be earned.
+
+        Args:
+            stop: texts that end a completion.
+            tokenizer: makes the completions' texts.
 
         Raises:
-            ConfigError: a data source has no reward, or a row lacks a column.
+            ConfigError: a data source has no reward, a row lacks a column, or no answer could earn a reward.
             DataError: a row's reference answer cannot be used.
         """
+        for entry in self._entries:
+            check_marks(entry.name, entry.loaded.marks, stop)
+            if tokenizer is not None:
+                check_tokens(entry.name, entry.loaded.marks, tokenizer)
         for prompt in prompts:
             self.check_sources([prompt.data_source])
             for entry in self._covering(prompt.data_source):
                 try:
-                    entry.check(prompt)
+                    entry.check(prompt, stop)
                 except (ConfigError, DataError) as error:
                     raise _with_row(error, prompt) from error
 
@@ -204,17 +199,37 @@ class RewardScorer:
         metrics: dict[str, Metric] = {}
         for entry in self._entries:
             metrics.update(entry.tally.metrics(entry.name))
-            entry.tally = _Tally()
+            entry.tally = Tally()
         metrics["rewards/abandoned_threads"] = Last(float(self._abandoned()))
         return metrics
 
-    def _add(self, config: RewardConfig, loaded: LoadedReward) -> None:
+    def close(self) -> None:
+        """End the processes of rewards."""
+        for entry in self._entries:
+            entry.runner.close()
+
+    def _add(
+        self,
+        config: RewardConfig,
+        loaded: LoadedReward,
+        *,
+        named: bool = False,
+        extras: Mapping[str, Any] | None = None,
+    ) -> None:
         name, number = loaded.name, 1
         while name in self.names:
             number += 1
             name = f"{loaded.name}_{number}"
-        call = RewardCall(loaded.function, name, loaded.signature.file, config.timeout)
-        runner = make_runner(call, is_async=loaded.signature.is_async)
+        call = RewardCall(
+            loaded.function,
+            name,
+            file=loaded.signature.file,
+            timeout=config.timeout,
+            is_async=loaded.signature.is_async,
+            config=config if named else None,
+            extras=extras or {},
+        )
+        runner = make_runner(call, config.isolated)
         self._entries.append(_Entry(name, config, loaded, runner))
 
     def _covering(self, data_source: str) -> list[_Entry]:
@@ -236,9 +251,11 @@ class RewardScorer:
     async def _grade(self, entry: _Entry, prompt: Prompt, completions: Sequence[Completion]) -> Graded:
         """One reward's answers; `problems` tell what failed, also where `on_error = "zero"` put a 0 in its place."""
         loaded, size = entry.loaded, len(completions)
-        arguments = group_arguments(
-            loaded.signature, prompt, completions=completions, args=loaded.args, name=entry.name
-        )
+        require_columns(loaded.signature, prompt, name=entry.name)
+
+        def arguments() -> dict[str, Any]:
+            return group_arguments(loaded.signature, prompt, completions=completions, args=loaded.args)
+
         try:
             outcome = await entry.runner.run(arguments, size)
         except (ConfigError, DataError) as error:
@@ -258,7 +275,7 @@ class RewardScorer:
                 problems[index] = f"reward {entry.name!r} failed: {problem}"
             value = values[index]
             if value is not None:
-                entry.tally.add(value)
+                entry.tally.values.append(value)
         return Graded(tuple(values), tuple(problems))
 
     def _report(self, entry: _Entry, prompt: Prompt, failed: Failed) -> None:
@@ -267,9 +284,10 @@ class RewardScorer:
                 f"reward {entry.name!r} failed on row {prompt.uid!r}: {failed.message}. The run stops because the "
                 "reward's on_error is 'stop'"
             )
-        if failed.kind not in entry.logged:  # the first of its kind says it all; the metrics count the rest
+        # The first of its kind says it all; the metrics count the rest.
+        if failed.kind not in entry.logged and len(entry.logged) < _KINDS_LOGGED:
             entry.logged.add(failed.kind)
-            trace = f"\n{failed.trace}" if failed.trace else ""
+            trace = f"\n{shortened(failed.trace)}" if failed.trace else ""
             _log.warning("reward %r failed on row %r: %s%s", entry.name, prompt.uid, failed.message, trace)
 
     @staticmethod

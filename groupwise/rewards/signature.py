@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from groupwise.errors import ConfigError
+from groupwise.rewards.copies import independent, independent_arguments
+from groupwise.texts import one_line
 from groupwise.types import Completion, Prompt
 
-STANDARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
+ANSWERS = ("prompts", "completions", "completion_ids")
+STANDARD_ARGUMENTS = (*ANSWERS, "rendered_prompts")
+_LONGEST_NAME = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,9 @@ class Signature:
     is_async: bool
     file: str
 
+    def takes(self, name: str) -> bool:
+        return self.takes_all or name in self.accepted
+
     def missing(self, columns: Mapping[str, Any]) -> tuple[str, ...]:
         """Needed columns that these are not."""
         return tuple(name for name in self.needed_columns if name not in columns)
@@ -51,7 +58,8 @@ def read_signature(function: Callable[..., Any], *, name: str, args: Mapping[str
         args: keyword arguments bound by the user's config.
 
     Raises:
-        ConfigError: it cannot be called by keyword, or `args` holds a name that it does not take.
+        ConfigError: it cannot be called by keyword, takes nothing of what rewards are given, or `args` holds a name
+            that it does not take.
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())
@@ -69,6 +77,11 @@ def read_signature(function: Callable[..., Any], *, name: str, args: Mapping[str
             )
     accepted = tuple(p.name for p in by_name)
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if not takes_all and not set(ANSWERS) & set(accepted):
+        raise ConfigError(
+            f"reward {name!r} takes ({', '.join(accepted)}), so it sees no answer and is no reward function; expected "
+            f"one that names at least one of {', '.join(ANSWERS)}, or **columns"
+        )
     _check_bound(name, args, accepted, takes_all=takes_all)
     given = {*STANDARD_ARGUMENTS, *args}
     needed = tuple(p.name for p in by_name if p.default is p.empty and p.name not in given)
@@ -80,30 +93,32 @@ def function_name(function: Callable[..., Any]) -> str:
     if isinstance(function, functools.partial):
         return function_name(function.func)
     if inspect.isroutine(function) or inspect.isclass(function):
-        return function.__name__.strip("<>")
-    return type(function).__name__
+        return one_line(function.__name__.strip("<>"), limit=_LONGEST_NAME)
+    return one_line(type(function).__name__, limit=_LONGEST_NAME)
 
 
 def group_arguments(
-    signature: Signature, prompt: Prompt, *, completions: Sequence[Completion], args: Mapping[str, Any], name: str
+    signature: Signature, prompt: Prompt, *, completions: Sequence[Completion], args: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The keyword arguments of one call: every list is `[G]` and new, so that no reward can change another's.
+    """The keyword arguments of one call: every list is `[G]`, and nothing in it that could be changed is shared.
 
-    Raises:
-        ConfigError: the row lacks a column that the reward needs.
+    The rendered prompt goes to functions that name `rendered_prompts`, and not to `**columns`.
     """
-    require_columns(signature, prompt, name=name)
     size = len(completions)
-    arguments: dict[str, Any] = {column: [value] * size for column, value in prompt.columns.items()}
+    made: dict[str, Callable[[], Any]] = {
+        name: functools.partial(independent, value, size) for name, value in prompt.columns.items()
+    }
     if prompt.messages:
-        arguments["prompts"] = [[dict(message) for message in prompt.messages] for _ in range(size)]
-        arguments["completions"] = [[{"role": "assistant", "content": c.text}] for c in completions]
+        made["prompts"] = lambda: independent([dict(message) for message in prompt.messages], size)
+        made["completions"] = lambda: [[{"role": "assistant", "content": c.text}] for c in completions]
     else:
-        arguments["prompts"] = [prompt.text] * size
-        arguments["completions"] = [c.text for c in completions]
-    arguments["completion_ids"] = [list(c.token_ids) for c in completions]
-    arguments.update(args)
-    return arguments if signature.takes_all else {k: v for k, v in arguments.items() if k in signature.accepted}
+        made["prompts"] = lambda: [prompt.text] * size
+        made["completions"] = lambda: [c.text for c in completions]
+    made["completion_ids"] = lambda: [list(c.token_ids) for c in completions]
+    if "rendered_prompts" in signature.accepted:
+        made["rendered_prompts"] = lambda: [prompt.text] * size
+    arguments = {name: make() for name, make in made.items() if signature.takes(name)}
+    return arguments | independent_arguments(args)
 
 
 def require_columns(signature: Signature, prompt: Prompt, *, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ logger = logging.getLogger("groupwise.tracking")
 
 
 class Trackers:
-    """Feeds every tracker; one that raises is warned about once, closed and dropped.
+    """Feeds every tracker with copies of its own; one that raises is warned about once, closed and dropped.
 
     Args:
         samples_every: steps between tables of sampled completions; 0 makes none.
@@ -42,17 +43,17 @@ class Trackers:
 
     def start(self, config: Mapping[str, Any], run_dir: Path) -> None:
         clean = json_safe(config)  # third-party trackers and their servers take no lone surrogates
-        self._each(lambda tracker: tracker.start(clean, run_dir))
+        self._each(lambda tracker: tracker.start(deepcopy(clean), run_dir))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         clean = {one_line(name): value for name, value in metrics.items()}  # user code names rewards
-        self._each(lambda tracker: tracker.log(step, clean))
+        self._each(lambda tracker: tracker.log(step, dict(clean)))
 
     def samples(self, step: int, batch: TrainingBatch) -> None:
         """Show some of the batch's completions, if a table is due."""
         if self._samples_every and step % self._samples_every == 0:
             chosen = choose_samples(batch, self._samples)
-            self._each(lambda tracker: tracker.samples(step, chosen))
+            self._each(lambda tracker: tracker.samples(step, list(chosen)))
 
     def close(self) -> None:
         for tracker in self._trackers.values():

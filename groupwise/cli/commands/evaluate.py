@@ -114,7 +114,7 @@ def _evaluate(config: Config, *, quiet: bool) -> EvalReport:
     quiet_loading()
     tokenizer = load_tokenizer(config.model)
     found = load_prompts(config.data.eval, config.data, cast("Tokenizer", tokenizer), limit=config.eval.limit)
-    scorer.check_sources([prompt.data_source for prompt in found.prompts])
+    scorer.check_prompts(found.prompts)
     check_evaluation(found.prompts, find_limits(None, config.model), config)
     if found.num_too_long:
         logger.warning("%s", found.describe())

@@ -143,7 +143,7 @@ class CallbackWatcher:
         """Log an evaluation's `eval/…` numbers under TRL's names; returns them."""
         logs = {name.replace("eval", prefix, 1): value for name, value in self._named(metrics, seconds).items()}
         self._log(logs)
-        self.control = self._handler.on_evaluate(self._args, self._state, self.control, metrics=logs)
+        self.control = self._handler.on_evaluate(self._args, self._state, self.control, metrics=dict(logs))
         return logs
 
     def ended(self, summary: Mapping[str, Any]) -> TrainOutput:
@@ -249,7 +249,7 @@ class CallbackWatcher:
     def tell(self, logs: dict[str, float]) -> None:
         """Into the log, and to the callbacks."""
         self._remember(logs)
-        self.control = self._handler.on_log(self._args, self._state, self.control, logs=logs)
+        self.control = self._handler.on_log(self._args, self._state, self.control, logs=dict(logs))
 
     def _remember(self, logs: dict[str, float]) -> None:
         logs["epoch"] = round(float(self._state.epoch or 0.0), 4)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from groupwise.types import RolloutGroup, SampleRequest
 
 logger = logging.getLogger(__name__)
 
+_EXTRAS = ("trainer_state", "log_metric", "log_extra")
 _OPTIONS = ("processing_class", "tokenizer", "peft_config", "quantization_config", "callbacks")
 
 
@@ -102,8 +101,9 @@ class GRPOTrainer(Trainer):
                 loaded=loaded,
                 train_data=self._plan.rows,
                 eval_data=self._eval_rows,
-                rewards=self._bound(watcher),
+                rewards=[function for function, _ in self._functions],
                 reward_weights=[weight for _, weight in self._functions],
+                reward_extras=self._extras(watcher),
                 watcher=watcher,
             )
             summary = run_training(self.config, resume=resume, accept_changes=accept_changes, given=given)
@@ -203,24 +203,25 @@ class GRPOTrainer(Trainer):
         try:
             config = build_config(self.args, {**values, **path})
             check_trainable(config, provided=provided)
-            RewardScorer(config.reward, functions=[function for function, _ in self._functions])
+            RewardScorer(
+                config.reward,
+                functions=[function for function, _ in self._functions],
+                extras=dict.fromkeys(_EXTRAS),
+            )
         except ConfigError as error:
             raise in_trl_words(self.args, error) from error
 
     def _scorer(self, watcher: CallbackWatcher) -> RewardScorer:
-        weights = [weight for _, weight in self._functions]
-        return RewardScorer(self.config.reward, functions=self._bound(watcher), function_weights=weights)
+        return RewardScorer(
+            self.config.reward,
+            functions=[function for function, _ in self._functions],
+            function_weights=[weight for _, weight in self._functions],
+            extras=self._extras(watcher),
+        )
 
-    def _bound(self, watcher: CallbackWatcher) -> list[Callable[..., Any]]:
-        """The functions, with what TRL hands to those that name it: the trainer's state, and a way to log a number."""
-        extras = {"trainer_state": self.state, "log_metric": watcher.report, "log_extra": _no_columns}
-        bound: list[Callable[..., Any]] = []
-        for function, _ in self._functions:
-            parameters = inspect.signature(function).parameters
-            takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-            wanted = {name: extra for name, extra in extras.items() if takes_all or name in parameters}
-            bound.append(partial(function, **wanted) if wanted else function)
-        return bound
+    def _extras(self, watcher: CallbackWatcher) -> dict[str, Any]:
+        """What TRL hands to functions that name it: the trainer's state, and ways to log."""
+        return dict(zip(_EXTRAS, (self.state, watcher.report, _no_columns), strict=True))
 
 
 def _rewards(given: Any, weights: Sequence[float] | None) -> list[tuple[Any, float]]:

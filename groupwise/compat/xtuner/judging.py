@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +83,7 @@ def _reward(handler: Callable[..., Any], judger: JudgerConfig, *, only: str | No
 
     def calls(completions: Sequence[Any], reward_model: Sequence[Any]) -> list[Any]:
         return [
-            handler(response=text, label=truth.get("ground_truth"), extra_info=dict(judger.extra_info))
+            handler(response=text, label=truth.get("ground_truth"), extra_info=deepcopy(judger.extra_info))
             for text, truth in zip(completion_texts(completions), reward_model, strict=True)
         ]
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import time
@@ -8,12 +9,13 @@ from typing import Any
 import pytest
 
 from groupwise.config import RewardConfig
-from groupwise.errors import ConfigError
-from groupwise.rewards import completion_texts, load_reward, reward_names
+from groupwise.errors import ConfigError, DataError
+from groupwise.rewards import RewardScorer, completion_texts, load_reward, reward_names
 from groupwise.rewards import format as format_module
 from groupwise.rewards.format import format_reward, think_format_reward
 from groupwise.rewards.length import overlong_reward
 from groupwise.rewards.match import exact_match_reward
+from groupwise.types import Completion, Prompt
 
 
 def config(name: str, **args: Any) -> RewardConfig:
@@ -74,6 +76,92 @@ def test_catastrophic_pattern_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_think_format(text: str, expected: float) -> None:
     assert think_format_reward()([text]) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "expected"),
+    [
+        ("<user>2+2?<assistant><think>", "2 and 2 make 4.\n</think>\nThe answer is 4.", 1.0),
+        ("<user>2+2?<assistant><think>\n", "</think>4", 1.0),
+        ("<user>2+2?<assistant><think>\n", "<think>hm</think>4", 0.0),
+        ("<user>2+2?<assistant><think>\n", "hm</think>", 0.0),
+        ("<user>2+2?<assistant><think>\n", "hm", 0.0),
+        ("<user>what is <think>?<assistant>", "<think>hm</think>4", 1.0),
+        ("<user>what is <think>?<assistant>", "hm</think>4", 0.0),
+    ],
+)
+def test_think_format_knows_what_the_prompt_opened(prompt: str, text: str, expected: float) -> None:
+    row = Prompt("r", (), prompt, (1,))
+    scorer = RewardScorer([config("think_format")])
+    done = [Completion("r", 0, (1,), (0.0,), (0,), text, "stop")]
+    assert asyncio.run(scorer.score(row, done))[0].reward == expected
+
+
+UNEARNABLE = [
+    ("think_format", {}, "<assistant><think>\n\n</think>\n\n", {}, (), "thoughts are over before the answer begins"),
+    ("think_format", {}, "<assistant>", {}, ("think>",), "stop string 'think>'"),
+    ("think_format", {}, "<assistant>", {}, ("<think>",), "stop string '<think>'"),
+    ("think_format", {}, "<assistant><think>", {}, ("</think>",), "stop string '</think>'"),
+    ("format", {"pattern": "^(?s)<think>.*"}, "<assistant><think>\n", {}, (), "take '<think>' out of the pattern"),
+    ("format", {}, "?", {}, ("####",), "needs text after '#### '"),
+    ("gsm8k", {}, "?", {"answer": "4"}, ("\n\n", "##"), "stop string '##'"),
+    ("gsm8k", {"mode": "strict"}, "?", {"answer": "4"}, ("#### ",), "needs text after '#### '"),
+    ("exact_match", {}, "?", {"answer": "  "}, (), "row 'r': .*is blank"),
+    ("exact_match", {}, "?", {"answer": "a\nb"}, ("\n",), "row 'r': .*ends it before"),
+]
+
+
+@pytest.mark.parametrize(("name", "args", "text", "columns", "stop", "message"), UNEARNABLE)
+def test_a_reward_that_no_answer_can_earn_is_refused(
+    name: str, args: dict[str, Any], text: str, columns: dict[str, Any], stop: tuple[str, ...], message: str
+) -> None:
+    scorer = RewardScorer([config(name, **args)])
+    with pytest.raises((ConfigError, DataError), match=message):
+        scorer.check_prompts([Prompt("r", (), text, (1,), columns=columns)], stop=stop)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "text", "columns", "stop"),
+    [
+        ("think_format", {}, "<assistant>", {}, ("\n\n",)),
+        ("think_format", {}, "<assistant><think>", {}, ("<think>",)),
+        ("format", {"pattern": ".*</think>.*"}, "<assistant><think>", {}, ("####",)),
+        ("gsm8k", {}, "?", {"answer": "4"}, ("#### ", "\n", "#####")),
+        ("exact_match", {}, "?", {"answer": "a."}, (".",)),
+        ("exact_match", {}, "?", {"answer": None}, (".",)),
+    ],
+)
+def test_a_reward_that_can_be_earned_is_not_refused(
+    name: str, args: dict[str, Any], text: str, columns: dict[str, Any], stop: tuple[str, ...]
+) -> None:
+    RewardScorer([config(name, **args)]).check_prompts([Prompt("r", (), text, (1,), columns=columns)], stop=stop)
+
+
+def test_a_tokenizer_that_hides_the_mark_is_refused() -> None:
+    class Hides:
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+            return [1]
+
+        def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> str:
+            return "" if skip_special_tokens else "</think>"
+
+    tokenizer: Any = Hides()
+    with pytest.raises(ConfigError, match="'think_format' cannot be earned: it looks for '</think>'"):
+        RewardScorer([config("think_format")]).check_prompts([], tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("format", {"score": 0}),
+        ("think_format", {"score": 1, "miss_score": 1}),
+        ("gsm8k", {"score": 0}),
+        ("exact_match", {"score": 0}),
+    ],
+)
+def test_scores_that_are_all_the_same_are_refused(name: str, args: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="every answer gets the same"):
+        load_reward(config(name, **args))
 
 
 def test_exact_match() -> None:

@@ -399,6 +399,54 @@ def test_metrics_start_anew_after_each_reading() -> None:
     assert resolve(scorer.metrics())["rewards/gsm8k/mean"] == 0
 
 
+def test_metrics_do_not_depend_on_the_order_of_arrival() -> None:
+    values = [0.1, 1e16, -1e16, 0.3, 1e-9, 7.7, 1e8, -3.3]
+    waits = {value: 0.01 * i for i, value in enumerate(values)}
+
+    async def slow(completions: Sequence[str]) -> list[float]:
+        await asyncio.sleep(waits[float(completions[0])])
+        return [float(text) for text in completions]
+
+    async def run(scorer: RewardScorer) -> None:
+        await asyncio.gather(*(scorer.score(prompt(), completions(repr(value))) for value in values))
+
+    found = []
+    for order in (values, values[::-1], values[3:] + values[:3]):
+        waits.update({value: 0.01 * i for i, value in enumerate(order)})
+        scorer = RewardScorer([], functions=[slow])
+        asyncio.run(run(scorer))
+        numbers = resolve(scorer.metrics())
+        found.append((numbers["rewards/slow/mean"], numbers["rewards/slow/std"]))
+    assert found[0] == found[1] == found[2]
+    assert found[0][0] == math.fsum(values) / len(values)
+
+
+def test_a_function_that_sees_no_answer_is_refused() -> None:
+    for name in ("os:system", "os.path:join", "time:sleep"):
+        with pytest.raises(ConfigError, match=r"cannot be found out|sees no answer|only be given by position"):
+            RewardScorer([config(name)])
+
+    def wrong(answer: Any) -> list[float]:
+        return [1.0]
+
+    with pytest.raises(ConfigError, match=r"'wrong' takes \(answer\), so it sees no answer"):
+        RewardScorer([], functions=[wrong])
+
+
+def test_what_the_users_file_set_where_it_was_loaded_holds_in_a_call(user: Callable[..., RewardConfig]) -> None:
+    import decimal
+
+    before = decimal.getcontext().prec
+    try:
+        decimal.getcontext().prec = 5
+        scorer = RewardScorer([user("from decimal import getcontext as c; c().prec -= 1; return [c().prec]")])
+        assert [score(scorer, "a")[0].reward for _ in range(2)] == [4.0, 4.0]
+        assert score(RewardScorer([config("gsm8k")]), "#### -1234567", row=prompt(answer="-1234567"))[0].reward == 1.0
+        assert score(RewardScorer([config("gsm8k")]), "#### -1234567", row=prompt(answer="-1234568"))[0].reward == 0.0
+    finally:
+        decimal.getcontext().prec = before
+
+
 def test_first_failure_of_a_kind_is_logged_with_its_traceback(
     user: Callable[..., RewardConfig], caplog: pytest.LogCaptureFixture
 ) -> None:
