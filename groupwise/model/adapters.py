@@ -22,6 +22,7 @@ from groupwise.config.lora import AdapterFile, AdapterShape, check_plain
 from groupwise.errors import ConfigError
 from groupwise.installed import require_adapters
 from groupwise.model.experts import experts_of
+from groupwise.model.linear import dnn_linear
 
 if TYPE_CHECKING:
     import peft
@@ -34,12 +35,14 @@ class FullTileLinear(nn.Linear):
     """A linear layer of few outputs, computed in the company of zeros.
 
     A product with up to 6 columns takes other kernels for a few rows than for many (measured on a CPU, in float32),
-    and so its rows would have other bits.
+    and so its rows would have other bits. torch's own library also shares a deep sum out among threads where there are
+    few columns; oneDNN does not.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         missing = -self.out_features % _COLUMNS
-        return linear(input, pad(self.weight, (0, 0, 0, missing)))[..., : self.out_features].contiguous()
+        product = dnn_linear if input.dtype == torch.float32 and input.device.type == "cpu" else linear
+        return product(input, pad(self.weight, (0, 0, 0, missing)))[..., : self.out_features].contiguous()
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> None:

@@ -28,6 +28,7 @@ from groupwise.model.invariant.use import is_batch_invariant, make_batch_invaria
 from groupwise.model.lean_layers import make_layers_lean
 from groupwise.model.linear import use_dnn_linear
 from groupwise.model.norms import make_norms_lean
+from groupwise.model.processor import keep_rows_exact
 from groupwise.model.quantized import nf4_settings, unpack_before_products
 from groupwise.types import Tokenizer
 
@@ -236,6 +237,8 @@ def wrap_model(model: PreTrainedModel, tokenizer: Tokenizer, *, batch_invariant:
     if batch_invariant or is_batch_invariant(model):
         make_batch_invariant(model)
     elif model.device.type == "cpu":
+        if model.dtype == torch.bfloat16:
+            keep_rows_exact()
         use_dnn_linear(model)
         keep_freed_memory()
     model.eval()

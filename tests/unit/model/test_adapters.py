@@ -132,7 +132,7 @@ def test_only_the_named_layers_get_one(base: Path) -> None:
 @pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 6, 7])
 def test_a_small_rank_gives_each_row_the_same_bits_in_any_company(rank: int) -> None:
     with torch.inference_mode():
-        for width in (16, 24, 32, 48, 64, 160):
+        for width in (16, 24, 32, 48, 64, 160, 1024):
             layer = FullTileLinear(width, rank, bias=False)
             x = torch.randn(96, width)
             whole = layer(x)
