@@ -163,7 +163,7 @@ def test_nothing_is_learned_from_truncated_completions_alone(task: Any, tmp_path
     sections = {
         "rollout": {"max_completion_tokens": 1},
         "optim": {"lr": 0.003, "weight_decay": 0.0},
-        "train": {"steps": 1},
+        "train": {"steps": 1, "stop_after_empty_steps": 0},
     }
     kept = train(task, tmp_path / "keep", **sections)
     run_training(task.config(tmp_path / "mask", algorithm={"overlong": "mask"}, **sections))

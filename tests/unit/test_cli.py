@@ -234,7 +234,7 @@ def test_resume_without_recipe_takes_the_runs_own_config(
     assert "optim.lr: was 0.003, now 0.004" in refusal
     assert main(["train", "--output", str(run), "--resume", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert out.endswith(f"# {run}: the run begins again: nothing was saved\n")
+    assert out.endswith(f"# {run}: the run begins again; none was saved\n")
     assert "lr = 0.003" in out
     assert "lr = 1e-06" not in out
 

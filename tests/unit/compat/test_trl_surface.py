@@ -100,7 +100,7 @@ def test_what_is_set_on_the_class_is_an_override(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match="GRPOTrainer overrides compute_loss"):
         GRPOTrainer.compute_loss = print
     with pytest.raises(ConfigError, match="a name that the trainer uses itself"):
-        GRPOTrainer._bound = print
+        GRPOTrainer._extras = print
     monkeypatch.setattr(GRPOTrainer, "log", GRPOTrainer.log)
 
 
