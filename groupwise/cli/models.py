@@ -144,6 +144,8 @@ class Talker:
         check_template(self._tokenizer, kwargs)
         text = render(messages, self._tokenizer, template_kwargs=kwargs)
         token_ids = encode_rendered(text, self._tokenizer)
+        if not token_ids:
+            raise ConfigError("the chat template makes nothing of the message; set model.chat_template to another")
         return Prompt(uid="prompt", messages=tuple(messages), text=text, token_ids=token_ids)
 
     def raw_prompt(self, text: str) -> Prompt:
