@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from groupwise.checkpoint.codec import CodecError, decode_state, encode_state
 from groupwise.errors import CheckpointError
-from groupwise.files import sync_folder, write_json_atomic, write_text_atomic
+from groupwise.files import leads_outside, sync_folder, use_umask, write_json_atomic, write_text_atomic
 from groupwise.types import Stateful
 
 FORMAT = 2
@@ -159,6 +159,8 @@ def verify_checkpoint(path: Path) -> Verified:
     """
     manifest = read_manifest(path)
     for name, stored in manifest.files.items():
+        if Path(name).name != name:
+            raise CheckpointError(f"{path / MANIFEST}: got {name!r}; expected names of files beside it{_remedy(path)}")
         _verify(path / name, stored)
     return Verified(path, manifest)
 
@@ -272,6 +274,7 @@ def _write_parts(folder: Path, step: int, parts: Mapping[str, Stateful]) -> None
         write_json_atomic(folder / f"{name}.json", encoded.structure)
         if encoded.tensors:
             save_file(encoded.tensors, folder / f"{name}.safetensors")
+    use_umask(folder)
     files = {path.name: asdict(_measure(path)) for path in sorted(folder.iterdir())}
     content = {"format": FORMAT, "step": step, "parts": list(parts), "files": files}
     write_json_atomic(folder / MANIFEST, {**content, "blake2b": _checksum(content)})
@@ -338,6 +341,9 @@ def _prune(root: Path, *, step: int, keep: int) -> None:
 
 
 def _verify(path: Path, stored: StoredFile) -> None:
+    # A manifest may come from anywhere, and so may what lies beside it.
+    if leads_outside(path, path.parent.parent) or path.is_symlink():
+        raise CheckpointError(f"{path}: it is a link, or leads out of the run; expected the file that was saved there")
     if not path.is_file():
         raise CheckpointError(f"{path}: the file is missing{_remedy(path.parent)}")
     size = path.stat().st_size

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from groupwise.errors import ConfigError, DataError
+from groupwise.files import use_umask
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RawTokenizer
@@ -243,6 +244,7 @@ def build_tiny_model(
     try:
         _save_model(temp, shape, vocab_size=vocab_size, tokenizer=tokenizer, seed=seed, dtype=dtype)
         tokenizer.save_pretrained(temp)
+        use_umask(temp)
         temp.chmod(0o755)  # mkdtemp's 0700 would lock out whoever else may read the parent folder
         os.replace(temp, out)
     finally:
