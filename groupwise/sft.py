@@ -16,6 +16,7 @@ from groupwise.checkpoint.saver import Saver
 from groupwise.clock import Clock
 from groupwise.config import Config
 from groupwise.config.checks import check_supervised
+from groupwise.config.secrets import public_values
 from groupwise.data import SupervisedSet, check_supervised_rows, load_supervised, read_rows
 from groupwise.data.files import Source
 from groupwise.data.sampler import epoch_order
@@ -198,7 +199,7 @@ class _Job:
             total_steps=self.steps,
             resumed_step=start.step,
         )
-        trackers.start(self.config.model_dump(mode="json"), self.run.path)
+        trackers.start(public_values(self.config), self.run.path)
         try:
             for step in range(done, self.steps):
                 self.watcher.begins(step + 1, self.steps)

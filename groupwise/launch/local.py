@@ -17,6 +17,7 @@ from groupwise.algorithms import Algorithm, build_algorithm
 from groupwise.checkpoint.saver import Saver
 from groupwise.config import Config
 from groupwise.config.checks import check_trainable, sampling_remark
+from groupwise.config.secrets import public_values
 from groupwise.config.train import TrainConfig
 from groupwise.data import PromptSampler, PromptSet, check_rows, load_prompts, read_rows
 from groupwise.data.files import Source
@@ -229,7 +230,7 @@ def _is_in_loop() -> bool:
 
 async def _run(parts: TrainParts, start: Start) -> int:
     first = restore(parts, start)
-    parts.trackers.start(parts.config.model_dump(mode="json"), parts.run.path)
+    parts.trackers.start(public_values(parts.config), parts.run.path)
     try:
         return await train(parts, start=first)
     finally:
