@@ -258,6 +258,8 @@ def read_manifest(path: Path) -> Manifest:
         files = {name: StoredFile(**entry) for name, entry in content["files"].items()}
         if content["step"] != step_of(path):
             raise ValueError(f"it is of step {content['step']}, and the folder is named {path.name}")
+        if not all(isinstance(name, str) for name in (*content["parts"], *files)):
+            raise ValueError("names of parts and files are text")
         _check_parts(content["parts"], files)
         return Manifest(step_of(path), tuple(content["parts"]), files)
     except FileNotFoundError:

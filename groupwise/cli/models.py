@@ -150,9 +150,15 @@ class Talker:
 
     def raw_prompt(self, text: str) -> Prompt:
         from groupwise.data import encode_text
+        from groupwise.texts import encodable
         from groupwise.types import Prompt
 
-        return Prompt(uid="prompt", messages=(), text=text, token_ids=encode_text(text, self._tokenizer))
+        if encodable(text) != text:
+            raise ConfigError("the prompt holds half a surrogate pair or bytes that are no UTF-8; give text")
+        token_ids = encode_text(text, self._tokenizer)
+        if not token_ids:
+            raise ConfigError("the tokenizer makes no tokens of the prompt; give another text")
+        return Prompt(uid="prompt", messages=(), text=text, token_ids=token_ids)
 
 
 def quiet_loading() -> None:

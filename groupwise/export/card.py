@@ -57,7 +57,7 @@ def read_run(folder: Path) -> RunRecord:
     """Read a run directory; metrics that a killed run left half-written are passed over."""
     rows: list[Mapping[str, Any]] = []
     file = folder / "metrics.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
         try:
             row = json.loads(line)
         except ValueError:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from groupwise.templates.bounded import TemplateLimitError, limited
-from groupwise.texts import one_line
+from groupwise.texts import encodable, one_line
 from groupwise.types import Message, Tokenizer
 
 
@@ -47,6 +47,10 @@ def apply_template(
         raise _fault(error) from error
     if not isinstance(text, str):
         raise TemplateFault(f"gave {type(text).__name__}, expected text", hopeless=True)
+    if encodable(text) != text:
+        raise TemplateFault(
+            f"it writes half a surrogate pair, which no tokenizer takes: {one_line(text)}", hopeless=False
+        )
     return text
 
 

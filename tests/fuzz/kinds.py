@@ -77,7 +77,13 @@ def commands(world: Path) -> st.SearchStrategy[Case]:
     from groupwise.cli.app import COMMANDS
     from groupwise.config.keys import describe_keys
 
-    copies = {"model": "model", "run": "run", "rows.jsonl": "rows.jsonl", "reward.py": "reward.py"}
+    copies = {
+        "model": "model",
+        "run": "run",
+        "rows.jsonl": "rows.jsonl",
+        "reward.py": "reward.py",
+        "talks.jsonl": "talks.jsonl",
+    }
     places = [
         "model",
         "run",
@@ -99,9 +105,15 @@ def commands(world: Path) -> st.SearchStrategy[Case]:
     def one(draw: st.DrawFn) -> Case:
         command = draw(st.sampled_from(commands))
         argv = list(command.name.split())
+        if draw(st.integers(0, 3)):  # mostly what would work, and then one word of it is another
+            argv += VALID.get(command.name, ())
+            if len(argv) > 2 and draw(st.booleans()):
+                argv[draw(st.integers(len(command.name.split()), len(argv) - 1))] = draw(words)
+            if draw(st.booleans()):
+                return Case("commands", tuple(argv), copies, {}, frozenset({0, 1, 2}))
         flags = [flag for flag in command.parser().flags if flag not in ("-h", "--help", "--debug")]
         for _ in range(draw(st.integers(0, 2))):
-            argv.append(draw(words))  # noqa: PERF401
+            argv.append(draw(words))
         for _ in range(draw(st.integers(0, 4))):
             flag = draw(
                 st.one_of(
@@ -120,6 +132,26 @@ def commands(world: Path) -> st.SearchStrategy[Case]:
         )
 
     return one()
+
+
+VALID: Mapping[str, tuple[str, ...]] = {
+    "train": ("--model", "model", "--data", "rows.jsonl", "--reward", "reward.py:low", "--output", "out", *SMALL),
+    "sft": ("--model", "model", "--data", "talks.jsonl", "--output", "out", *SMALL_SFT),
+    "xtuner": ("reward.py", "native", "model", "rows.jsonl"),
+    "eval": ("model", "--data", "rows.jsonl", "--reward", "reward.py:low", "--max-completion-tokens", "4"),
+    "generate": ("model", "--prompt", "hi", "--max-tokens", "4"),
+    "chat": ("model", "--max-tokens", "4"),
+    "data gsm8k": ("--input-dir", ".", "--out-dir", "out"),
+    "data stats": ("rows.jsonl", "--model", "model"),
+    "model tiny": ("--out", "out", "--tokenizer-from", "rows.jsonl", "--size", "0.1m"),
+    "export hf": ("run", "--out", "out"),
+    "export gguf": ("run", "--out", "out.gguf", "--pre", "gpt-2"),
+    "export modelfile": ("model/config.json", "--source", "run", "--out", "Modelfile"),
+    "export card": ("run", "--out", "card.md"),
+    "export push": ("run/final", "--repo", "a/b", "--dry-run"),
+    "export verify": ("model", "--source", "run"),
+    "config": ("optim",),
+}
 
 
 def _toml(value: Any) -> str:

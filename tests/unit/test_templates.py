@@ -202,6 +202,7 @@ def test_a_hopeless_template_is_refused_at_once(tokenizer: Any, template: str, w
         "{{ '{x}'.format() }}",
         "{% for i in range(10**9) %}x{% endfor %}",
         "{{ messages | sort }}",
+        "{{ '\\ud800' }}",
     ],
 )
 def test_every_error_is_a_sentence(tokenizer: Any, template: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from groupwise.errors import ConfigError
-from groupwise.export.card import RunRecord, render_card
+from groupwise.export.card import RunRecord, read_run, render_card
 from groupwise.export.hf import export_hf
 from groupwise.export.loading import load_tokenizer
 from groupwise.export.modelfile import find_turns, write_modelfile
@@ -118,6 +118,11 @@ def test_nothing_in_a_card_is_markup(hostile: str) -> None:
     ]
     rows = [line for line in text.splitlines() if line.startswith("| `") and "reward" not in line.split("|")[1]]
     assert all(line.replace("\\|", "").count("|") in (3, 4) for line in rows)
+
+
+def test_damaged_metrics_make_a_card(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "reward": 0.5}\n{"step": \xa3\n{"step": 2, "reward": 1}\n')
+    assert read_run(tmp_path).curve("reward").values == (0.5, 1.0)
 
 
 def test_odd_configs_make_a_card(tmp_path: Path) -> None:
