@@ -56,7 +56,8 @@ def check_sizes(path: str, config: PreTrainedConfig, *, trust_remote_code: bool)
     """Refuse a config.json that asks for far more weights than the folder has, before memory is taken for them.
 
     Raises:
-        ConfigError: it does, or a file of weights is damaged.
+        ConfigError: it does.
+        ValueError: a file of weights is damaged.
     """
     files = sorted(Path(path).glob("*.safetensors"))
     if not files:  # a Hub name, or weights of another kind
@@ -81,7 +82,7 @@ def stored_shapes(file: Path) -> list[list[int]]:
     """The shapes in a safetensors file, from its head alone.
 
     Raises:
-        ConfigError: it is damaged.
+        ValueError: it is damaged.
     """
     try:
         size = file.stat().st_size
@@ -107,7 +108,5 @@ def stored_shapes(file: Path) -> list[list[int]]:
         AssertionError,
         struct.error,
     ) as error:
-        raise ConfigError(
-            f"{file}: got a damaged safetensors file ({_said(error)}); fetch or write it again"
-        ) from error
+        raise ValueError(f"{file}: got a damaged safetensors file ({_said(error)}); fetch or write it again") from error
     return shapes
