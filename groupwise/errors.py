@@ -29,6 +29,14 @@ class DataError(GroupwiseError, ValueError):
     exit_code = EXIT_USER
 
 
+class FileError(GroupwiseError, OSError):
+    """A file or folder cannot be read or written; names it, says why and what to do. What is an `OSError` stays one.
+
+    Its exit code says whose it is: a full disk or a folder that went away is a failure, a place that cannot be is the
+    user's.
+    """
+
+
 class EngineError(GroupwiseError, RuntimeError):
     """An inference engine failed."""
 

@@ -1,16 +1,189 @@
-"""Small things about files that several layers need: atomic writes, valid JSON, and JSON Lines cut at a step."""
+"""Small things about files that several layers need: atomic writes, valid JSON, JSON Lines cut at a step, and errors
+of the operating system as sentences.
+
+Nothing is written through a symbolic link in a run's place: who may make one there could have us overwrite any file.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from groupwise.errors import DataError
+from groupwise.errors import EXIT_FAILURE, EXIT_USER, DataError, FileError, GroupwiseError
 from groupwise.texts import encodable
+
+_CAUSES = {
+    errno.ENOSPC: "the disk is full; free some space there",
+    errno.EDQUOT: "your quota of the disk is used up; free some space there",
+    errno.EFBIG: "the file would be larger than this disk or process may have; raise the limit, or use another",
+    errno.EIO: "the disk failed; look at it, or use another one",
+    errno.ENOENT: "it is not there, or its folder was removed; put it back",
+    errno.EROFS: "the disk is read-only; use another place",
+    errno.EACCES: "permission is denied; change the permissions, or use another place",
+    errno.EPERM: "permission is denied; change the permissions, or use another place",
+    errno.ENAMETOOLONG: "the name is too long; use a shorter one",
+    errno.ENOTDIR: "a part of the path is a file; expected folders",
+    errno.EISDIR: "it is a folder; expected a file",
+    errno.EEXIST: "something else is there; move it away",
+    errno.ENOTEMPTY: "something else is there; move it away",
+    errno.ELOOP: "it is a symbolic link, and nothing is written or read through one here; put a file in its place",
+    errno.ETXTBSY: "it is being executed; use another place",
+    errno.EMFILE: "this process has too many open files; raise `ulimit -n`",
+    errno.ENFILE: "the system has too many open files; close some",
+}
+_FAILURES = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOENT, errno.EMFILE, errno.ENFILE, errno.ESTALE}
+)
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def file_error(error: OSError, path: Path | str | None = None, *, doing: str = "used") -> FileError:
+    """The sentence for an error of the operating system.
+
+    Args:
+        path: what the error does not name itself.
+
+    Example:
+        str(file_error(OSError(errno.ENOSPC, "")), "runs/a/ledger.jsonl", doing="written"))
+        # runs/a/ledger.jsonl cannot be written: the disk is full; free some space there
+    """
+    if isinstance(error, FileError):
+        return error
+    place = error.filename if path is None else path
+    place = os.fsdecode(place) if isinstance(place, str | bytes | os.PathLike) else "a file"
+    cause = _CAUSES.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
+    found = FileError(f"{place} cannot be {doing}: {cause}")
+    found.errno = error.errno
+    found.exit_code = EXIT_FAILURE if error.errno in _FAILURES else EXIT_USER
+    return found
+
+
+@contextmanager
+def writing(path: Path, *, hint: str = "") -> Iterator[None]:
+    """Within it, what goes wrong with files is said of `path`, as one sentence.
+
+    Args:
+        hint: stands after the sentence.
+
+    Raises:
+        FileError: in place of any `OSError`, and of safetensors' own errors.
+    """
+    try:
+        yield
+    except GroupwiseError:
+        raise
+    except OSError as error:
+        found = file_error(error, path, doing="written")
+        raise _with_hint(found, hint) from error
+    except Exception as error:
+        # safetensors' errors are no OSErrors: their text has the number. Whatever else it is goes on.
+        number = _OS_ERROR.search(str(error))
+        if number is None:
+            raise
+        raise _with_hint(file_error(OSError(int(number[1]), str(error)), path, doing="written"), hint) from error
+
+
+def _with_hint(error: FileError, hint: str) -> FileError:
+    if not hint:
+        return error
+    longer = FileError(f"{error}{hint}")
+    longer.errno, longer.exit_code = error.errno, error.exit_code
+    return longer
+
+
+def open_new(path: Path) -> int:
+    """A descriptor of a new file to write, in place of what a killed writer left there; never through a link."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    try:
+        return os.open(path, flags, 0o666)
+    except FileExistsError:
+        path.unlink()
+        return os.open(path, flags, 0o666)
+
+
+def open_to_append(path: Path) -> int:
+    """A descriptor to append with; a link is refused.
+
+    Raises:
+        OSError: with ELOOP, the file is a symbolic link.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    return os.open(path, flags, 0o666)
+
+
+class LogFile(logging.FileHandler):
+    """Appends records to a file, which is no link. What cannot be written (a full disk) is told once, and ends nothing:
+    the run's other files decide whether it goes on."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace", delay=True)
+        self._told = False
+
+    def _open(self) -> Any:
+        return open(open_to_append(Path(self.baseFilename)), "a", encoding=self.encoding, errors=self.errors)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # from opening it, which its parent does outside of its own care
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told and sys.stderr is not None:
+            self._told = True
+            sys.stderr.write(f"warning: {file_error(error, self.baseFilename, doing='written')}\n")
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError:  # what was not written goes on waiting in its buffer
+            self.stream = None
+            logging.Handler.close(self)
+
+
+def use_umask(folder: Path) -> None:
+    """Give every file under `folder` the mode of a new file: some libraries write for the owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for place, _, names in os.walk(folder):
+        for name in names:
+            file = Path(place, name)
+            if not file.is_symlink():
+                file.chmod(0o666 & ~mask)
+
+
+def make_anew(folder: Path) -> None:
+    """An empty folder, in place of what a killed writer left there; of a link there, not what it leads to."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def refuse_link(path: Path) -> None:
+    """Raises OSError, with ELOOP, where the path is a symbolic link."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+
+
+def leads_outside(path: Path, folder: Path) -> bool:
+    """Whether the path, links followed, is no longer in the folder."""
+    return not path.resolve().is_relative_to(folder.resolve())
 
 
 def json_safe(value: Any) -> Any:
@@ -42,19 +215,21 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
     A file has one writer. What a killed one leaves, `.<name>.tmp`, the next write takes over.
 
     Raises:
-        OSError: the folder is missing, the disk is full, …; the old file is untouched.
+        FileError: the folder is missing, the disk is full, …; the old file is untouched.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with writing(path):
+        try:
+            with open(open_new(temporary), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -73,8 +248,12 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows to a JSON Lines file and make them durable before returning."""
-    with path.open("a", encoding="utf-8") as file:
+    """Append rows to a JSON Lines file and make them durable before returning.
+
+    Raises:
+        FileError: they could not be written; some may be in the file.
+    """
+    with writing(path), open(open_to_append(path), "a", encoding="utf-8") as file:
         file.writelines(json_line(row) for row in rows)
         file.flush()
         os.fsync(file.fileno())
@@ -90,7 +269,10 @@ def truncate_rows(path: Path, step: int) -> int:
     """
     if not path.exists():
         return 0
-    lines = path.read_bytes().splitlines(keepends=True)
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise file_error(error, path, doing="read") from error
     kept: list[bytes] = []
     for number, line in enumerate(lines, start=1):
         if line.endswith(b"\n") and _step_of(line, where=f"{path}:{number}") <= step:

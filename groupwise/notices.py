@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from groupwise.files import LogFile
 from groupwise.texts import one_line, printable
 
 OURS = "groupwise"
@@ -126,7 +127,7 @@ def once_each() -> Iterator[None]:
 def logged_to(file: Path, level: int = logging.INFO) -> Iterator[None]:
     """Within it, records of groupwise from `level` up, and Python's warnings, are appended to the file."""
     logger, python = logging.getLogger(OURS), logging.getLogger(PYTHON)
-    handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace", delay=True)
+    handler = LogFile(file)
     handler.setFormatter(LogFormatter())
     handler.setLevel(level)
     before, shown = logger.level, _terminal.level

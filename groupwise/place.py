@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from groupwise.errors import ConfigError
-from groupwise.files import last_step, write_text_atomic
+from groupwise.files import last_step, leads_outside, write_text_atomic
 from groupwise.lock import holder, is_lock, refusal
 
 KNOWN_NAMES = frozenset(
@@ -102,6 +102,16 @@ class Place:
                 f"{self.folder}: the run has no checkpoint, so there is nothing to --resume; start it again with "
                 "--overwrite, or choose another --output"
             )
+
+    def check_links(self) -> None:
+        """Raises ConfigError if a link leads out of the run: it would be read or written anywhere."""
+        found = [entry for pattern in ("*", "checkpoints/*", "checkpoints/*/*") for entry in self.folder.glob(pattern)]
+        for entry in sorted(found):
+            if entry.is_symlink() and leads_outside(entry, self.folder):
+                raise ConfigError(
+                    f"{entry}: it is a link that leads out of the run, to {entry.resolve()}; put what it leads to in "
+                    "its place, or use --overwrite, which removes the link alone"
+                )
 
     def check_removable(self) -> None:
         """Raises ConfigError if something is there that no run writes."""

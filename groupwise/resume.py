@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from groupwise.checkpoint import Verified, find_verified
 from groupwise.config import Config
 from groupwise.config.loading import settings
+from groupwise.config.secrets import without_secrets
 from groupwise.errors import ConfigError
 from groupwise.fingerprint import value_digest
 from groupwise.lock import FolderLock, hold
@@ -232,7 +233,7 @@ def _settings(config: Config) -> dict[str, Any]:
     """By dotted name; of a reward's arguments, which may hold a key, a fingerprint."""
     return {
         name: value_digest(value) if name.endswith(".args") and value else value
-        for name, value in settings(config).items()
+        for name, value in settings(without_secrets(config)).items()
     }
 
 

@@ -170,6 +170,8 @@ def check_place(path: str | Path, *, resume: bool, overwrite: bool, mine: bool =
     place = Place.of(folder)
     if not mine:
         place.check_free()
+    if not overwrite:
+        place.check_links()
     if resume:
         place.check_resumable()
         if place.has_checkpoint:

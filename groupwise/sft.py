@@ -18,6 +18,7 @@ from groupwise.config import Config, ModelConfig
 from groupwise.config.checks import check_supervised
 from groupwise.config.limits import check_lengths, say_high_rate
 from groupwise.config.model_name import short_name
+from groupwise.config.secrets import public_values
 from groupwise.data import SupervisedSet, check_supervised_rows, load_supervised
 from groupwise.data.files import Source, read_for_training
 from groupwise.data.sampler import epoch_order
@@ -262,7 +263,7 @@ class _Job:
             total_steps=self.steps,
             resumed_step=start.step,
         )
-        trackers.start(self.config.model_dump(mode="json"), self.run.path)
+        trackers.start(public_values(self.config), self.run.path)
         try:
             for step in range(done, self.steps):
                 self.watcher.begins(step + 1, self.steps)

@@ -44,6 +44,11 @@ def one_line(text: str, *, limit: int = 200) -> str:
     return printable(text, limit=limit).replace("\n", r"\n").replace("\t", r"\t")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says on its first line that is not empty; its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _written_out(match: re.Match[str]) -> str:
     code = ord(match[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from groupwise.checkpoint.codec import CodecError, decode_state, encode_state
 from groupwise.errors import CheckpointError
-from groupwise.files import sync_folder, write_json_atomic, write_text_atomic
+from groupwise.files import leads_outside, sync_folder, use_umask, write_json_atomic, write_text_atomic
 from groupwise.types import Stateful
 
 FORMAT = 2
@@ -172,6 +172,8 @@ def verify_checkpoint(path: Path) -> Verified:
     """
     manifest = read_manifest(path)
     for name, stored in manifest.files.items():
+        if Path(name).name != name:
+            raise CheckpointError(f"{path / MANIFEST}: got {name!r}; expected names of files beside it{_remedy(path)}")
         _verify(path / name, stored)
     return Verified(path, manifest)
 
@@ -312,6 +314,8 @@ def read_manifest(path: Path) -> Manifest:
         files = {name: StoredFile(**entry) for name, entry in content["files"].items()}
         if content["step"] != step_of(path):
             raise ValueError(f"it is of step {content['step']}, and the folder is named {path.name}")
+        if not all(isinstance(name, str) for name in (*content["parts"], *files)):
+            raise ValueError("names of parts and files are text")
         _check_parts(content["parts"], files)
         return Manifest(step_of(path), tuple(content["parts"]), files)
     except FileNotFoundError:
@@ -328,6 +332,7 @@ def _write_parts(folder: Path, step: int, parts: Mapping[str, Stateful]) -> None
         write_json_atomic(folder / f"{name}.json", encoded.structure)
         if encoded.tensors:
             save_file(encoded.tensors, folder / f"{name}.safetensors")
+    use_umask(folder)
     files = {path.name: asdict(_measure(path)) for path in sorted(folder.iterdir())}
     content = {"format": FORMAT, "step": step, "parts": list(parts), "files": files}
     write_json_atomic(folder / MANIFEST, {**content, "blake2b": _checksum(content)})
@@ -399,6 +404,9 @@ def _discard(path: Path) -> None:
 
 
 def _verify(path: Path, stored: StoredFile) -> None:
+    # A manifest may come from anywhere, and so may what lies beside it.
+    if leads_outside(path, path.parent.parent) or path.is_symlink():
+        raise CheckpointError(f"{path}: it is a link, or leads out of the run; expected the file that was saved there")
     if not path.is_file():
         raise CheckpointError(f"{path}: the file is missing{_remedy(path.parent)}")
     size = path.stat().st_size

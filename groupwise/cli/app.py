@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -12,6 +13,7 @@ from groupwise.cli.commands import chat, data, evaluate, export, generate, info,
 from groupwise.cli.output import take_any_text, tell
 from groupwise.cli.parsing import Command, nearest
 from groupwise.errors import EXIT_FAILURE, EXIT_INTERRUPTED, ConfigError, GroupwiseError, Interrupted
+from groupwise.files import file_error
 from groupwise.notices import once_each
 
 COMMANDS: tuple[Command, ...] = (
@@ -54,11 +56,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except GroupwiseError as error:
         return _fail(error, str(error), code=error.exit_code, debug="--debug" in arguments)
+    except OSError as error:
+        return _os_error(error, debug="--debug" in arguments)
     except Exception as error:  # noqa: BLE001 - nothing is above this that could say it better than a traceback
         debug = "--debug" in arguments
-        hint = "" if debug else "\nThis was not foreseen; run it again with --debug to see where it happened."
-        return _fail(error, f"{type(error).__name__}: {error}{hint}", code=EXIT_FAILURE, debug=debug)
+        return _fail(error, f"{type(error).__name__}: {error}{_hint(debug)}", code=EXIT_FAILURE, debug=debug)
     return 0
+
+
+def _hint(debug: bool) -> str:
+    return "" if debug else "\nThis was not foreseen; run it again with --debug to see where it happened."
+
+
+def _os_error(error: OSError, *, debug: bool) -> int:
+    """A file that somebody used without a sentence of their own still has a name and a cause."""
+    if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return _fail(error, f"{type(error).__name__}: {error}{_hint(debug)}", code=EXIT_FAILURE, debug=debug)
+    found = file_error(error)
+    return _fail(error, str(found), code=found.exit_code, debug=debug)
 
 
 def _fail(error: Exception, message: str, *, code: int, debug: bool) -> int:

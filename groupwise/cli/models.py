@@ -161,13 +161,21 @@ class Talker:
         check_template(self._tokenizer, kwargs)
         text = render(messages, self._tokenizer, template_kwargs=kwargs)
         token_ids = encode_rendered(text, self._tokenizer)
+        if not token_ids:
+            raise ConfigError("the chat template makes nothing of the message; set model.chat_template to another")
         return Prompt(uid="prompt", messages=tuple(messages), text=text, token_ids=token_ids)
 
     def raw_prompt(self, text: str) -> Prompt:
         from groupwise.data import encode_text
+        from groupwise.texts import encodable
         from groupwise.types import Prompt
 
-        return Prompt(uid="prompt", messages=(), text=text, token_ids=encode_text(text, self._tokenizer))
+        if encodable(text) != text:
+            raise ConfigError("the prompt holds half a surrogate pair or bytes that are no UTF-8; give text")
+        token_ids = encode_text(text, self._tokenizer)
+        if not token_ids:
+            raise ConfigError("the tokenizer makes no tokens of the prompt; give another text")
+        return Prompt(uid="prompt", messages=(), text=text, token_ids=token_ids)
 
 
 def quiet_loading() -> None:

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from groupwise.config import Config
 from groupwise.config.keys import annotation_of, describe_keys, is_section, nearest_key
 from groupwise.config.problems import Problem, problems_of, shortened
+from groupwise.config.secrets import is_redacted, public_values
 from groupwise.config.values import literal, parse_value
 from groupwise.errors import ConfigError
 
@@ -145,6 +146,13 @@ def load_config(
         tree.problems.extend(problems_of(error, tree.values, tree.origin_of))
     else:
         tree.problems.extend(problems_of(None, tree.values, tree.origin_of))
+        tree.problems.extend(
+            Problem(
+                name, tree.origin_of(name), 'a secret was here, which no file keeps; give it again, or as "env:NAME"'
+            )
+            for name, value in settings(config).items()
+            if is_redacted(value)
+        )
         if not tree.problems:
             return LoadedConfig(config, {name: tree.origin_of(name) for name in settings(config)})
     listing = "\n".join(f"  {problem}" for problem in tree.problems)
@@ -263,6 +271,5 @@ def _one_line(text: str) -> str:
 
 
 def config_json(config: Config) -> str:
-    """The resolved config as JSON with sorted keys: the same config always gives the same text."""
-    values = config.model_dump(mode="json")
-    return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    """The resolved config as JSON with sorted keys, without secrets: the same config always gives the same text."""
+    return json.dumps(public_values(config), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"

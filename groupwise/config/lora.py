@@ -102,7 +102,7 @@ def read_adapter_file(folder: Path) -> AdapterFile | None:
         content: Any = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read: {error}; expected what peft writes") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: got {type(content).__name__}, expected what peft writes: a table")
@@ -111,7 +111,9 @@ def read_adapter_file(folder: Path) -> AdapterFile | None:
     targets = [targets] if isinstance(targets, str) else targets
     base, rank, alpha = content.get("base_model_name_or_path"), content.get("r"), content.get("lora_alpha")
     base = own_base(folder) or base
-    if not (isinstance(rank, int) and isinstance(alpha, int | float) and isinstance(targets, list)):
+    if not (isinstance(rank, int) and isinstance(alpha, int | float) and isinstance(targets, list)) or not all(
+        isinstance(name, str) for name in targets
+    ):
         raise ConfigError(f"{file}: expected r, lora_alpha and target_modules, as peft writes them")
     if not isinstance(base, str) or not base:
         raise ConfigError(

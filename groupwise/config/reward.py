@@ -13,7 +13,10 @@ class RewardConfig(Section):
     name: str = Field(description="a built-in reward, `module:function`, or `path/to/file.py:function`")
     weight: float = Field(1.0, description="factor in the weighted sum")
     data_source: tuple[str, ...] = Field((), description="rows that it scores; empty means all")
-    args: dict[str, Any] = Field({}, description="keyword arguments that the reward itself takes")
+    args: dict[str, Any] = Field(
+        {},
+        description='keyword arguments of its own; `"env:NAME"` is what an environment variable holds',
+    )
     timeout: float = Field(60.0, gt=0, description="seconds that one call may take")
     on_error: Literal["fail", "zero", "stop"] = Field(
         "fail", description="fail marks the rollouts as failed, zero scores them 0, stop ends the run"

@@ -14,6 +14,8 @@ from typing import Any
 
 from groupwise.data.files import nearest
 from groupwise.errors import ConfigError, DataError
+from groupwise.templates import TemplateFault, apply_template
+from groupwise.texts import one_line
 from groupwise.types import Message, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -78,16 +80,13 @@ def set_chat_template(tokenizer: Tokenizer, template_or_file: str | Path) -> Non
     template = given if inline else _template_file(Path(given))
     if not template.strip():
         raise ConfigError("model.chat_template is empty; give a Jinja template, or a file that holds one")
-    import jinja2
-
     tokenizer.chat_template = template
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"model.chat_template is not valid Jinja: line {error.lineno}: {error.message}") from error
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError):
+        apply_template(tokenizer, [{"role": "user", "content": "?"}])
+    except TemplateFault as fault:
         # A template may refuse this one conversation and still suit the data, whose own rows will tell.
-        return
+        if fault.hopeless:
+            raise ConfigError(f"model.chat_template {fault}") from fault
 
 
 def _template_file(path: Path) -> str:
@@ -162,18 +161,15 @@ def render(
     """
     if not tokenizer.chat_template:
         check_template(tokenizer, {})
-    import jinja2
-
     try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **template_kwargs,
+        return apply_template(
+            tokenizer, messages, add_generation_prompt=add_generation_prompt, template_kwargs=template_kwargs
         )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+    except TemplateFault as fault:
+        if fault.hopeless:
+            raise ConfigError(f"the chat template {fault}; set model.chat_template to another") from fault
         roles = ", ".join(str(message["role"]) for message in messages)
-        raise DataError(f"the chat template refuses a conversation of {roles}: {error}") from error
+        raise DataError(f"the chat template refuses a conversation of {one_line(roles)}: {fault}") from fault
 
 
 def encode_rendered(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from groupwise.errors import ConfigError
 from groupwise.export.curve import Curve, curve_svg
 from groupwise.export.source import ADAPTER_CONFIG, Source, read_object
 from groupwise.files import write_text_atomic
+from groupwise.texts import one_line
 
 CARD_FILE = "README.md"
 CURVE_FILE = "reward.svg"
@@ -22,6 +24,8 @@ _SETTINGS = (
     *("rollout.group_size", "rollout.prompts_per_step", "rollout.temperature", "rollout.max_completion_tokens"),
     *("sft.rows_per_step", "train.steps", "train.epochs", "train.seed", "model.dtype"),
 )
+_MARKS = re.compile(r"[\\`*_{}\[\]()<>#!|~&@$]|:(?=//)|(?<=www)\.")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _RESULTS = ("reward", "reward_std", "eval/accuracy", "loss", "kl", "completions/mean_length")
 
 
@@ -54,7 +58,7 @@ def read_run(folder: Path, *, until: int | None = None) -> RunRecord:
     run left half-written are passed over."""
     rows: list[Mapping[str, Any]] = []
     file = folder / "metrics.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
         try:
             row = json.loads(line)
         except ValueError:
@@ -97,10 +101,15 @@ def render_card(run: RunRecord, *, is_adapter: bool, has_curve: bool) -> str:
     kind = "group-relative reinforcement learning" if run.trained_by_reward else "supervised training"
     parts = [
         _head(base, is_adapter=is_adapter, by_reward=run.trained_by_reward),
-        f"# {run.name}\n\n`{base}`, trained by {kind} with Groupwise {run.versions.get('groupwise', __version__)}.",
+        f"# {_plain(run.name)}\n\n{_code(base)}, trained by {kind} with Groupwise "
+        f"{_plain(run.versions.get('groupwise', __version__))}.",
     ]
-    if rewards := run.config.get("reward"):
-        rows = [(f"`{_shown(reward.get('name'))}`", _shown(reward.get("weight", 1.0))) for reward in rewards]
+    rewards = run.config.get("reward")
+    if rows := [
+        (_code(reward.get("name")), _shown(reward.get("weight", 1.0)))
+        for reward in (rewards if isinstance(rewards, list) else ())
+        if isinstance(reward, Mapping)
+    ]:
         parts.append("## Rewards\n\n" + _table(("reward", "weight"), rows))
     parts.append("## Results\n\n" + _results(run, has_curve=has_curve))
     settings = [(f"`{name}`", _shown(_setting(run.config, name))) for name in _SETTINGS if _acts(run, name)]
@@ -113,7 +122,7 @@ def _head(base: Any, *, is_adapter: bool, by_reward: bool) -> str:
     """YAML in JSON's notation, which is YAML too and needs no escaping rules of its own."""
     tags = ["groupwise", *(["reinforcement-learning", "grpo"] if by_reward else ["sft"]), *(["lora"] * is_adapter)]
     lines = [f"library_name: {'peft' if is_adapter else 'transformers'}", "pipeline_tag: text-generation"]
-    if isinstance(base, str) and base.count("/") == 1 and not base.startswith((".", "/", "~")):
+    if isinstance(base, str) and _HUB_NAME.fullmatch(base):
         lines.append(f"base_model: {json.dumps(base)}")
     lines.append(f"tags: {json.dumps(tags)}")
     return "---\n" + "\n".join(lines) + "\n---"
@@ -134,14 +143,15 @@ def _results(run: RunRecord, *, has_curve: bool) -> str:
 def _lineage(run: RunRecord, base: Any) -> str:
     steps = run.summary.get("steps") or (run.rows[-1]["step"] if run.rows else 0)
     facts = [
-        f"- base model: `{base}`",
-        f"- training data: `{_setting(run.config, 'data.train')}`",
-        f"- steps: {steps}, seed {_setting(run.config, 'train.seed')}",
+        f"- base model: {_code(base)}",
+        f"- training data: {_code(_setting(run.config, 'data.train'))}",
+        f"- steps: {_shown(steps)}, seed {_shown(_setting(run.config, 'train.seed'))}",
     ]
     if "seconds" in run.summary:
-        facts.append(f"- time: {run.summary['seconds']} seconds")
+        facts.append(f"- time: {_shown(run.summary['seconds'])} seconds")
     names = ("groupwise", "torch", "transformers", "python")
-    facts.append("- versions: " + ", ".join(f"{name} {run.versions[name]}" for name in names if name in run.versions))
+    known = [f"{name} {_plain(run.versions[name])}" for name in names if name in run.versions]
+    facts.append(f"- versions: {', '.join(known)}")
     return "\n".join(facts)
 
 
@@ -162,9 +172,21 @@ def _setting(config: Mapping[str, Any], name: str) -> Any:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if math.isfinite(value) else "–"
-    return str(value).replace("|", "\\|")
+    return _plain(value)
+
+
+def _plain(value: Any) -> str:
+    """The value as text that is no markup: neither Markdown's, nor HTML, nor a link, on one line."""
+    return _MARKS.sub(lambda mark: f"&#{ord(mark[0])};", one_line(str(value)))
+
+
+def _code(value: Any) -> str:
+    """The value as code on one line. Nothing in it is markup, but a backtick, which would end it."""
+    text = one_line(str(value)).replace("`", "'")
+    return f"`{text or ' '}`"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [head, ["---"] * len(head), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

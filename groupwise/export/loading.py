@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from groupwise.errors import ConfigError, ExportError
+from groupwise.errors import ConfigError, ExportError, GroupwiseError
 from groupwise.export.source import Source
 from groupwise.installed import require_adapters, require_versions
+from groupwise.texts import first_line, one_line
 
 PROBE = "The quick brown fox, 3.14159 and 日本語: does 12 + 30 make 42?\n\nYes — it does."
 LOGIT_TOLERANCE = 1e-4
@@ -44,7 +44,7 @@ def load_tokenizer(source: Source) -> Any:
     has_own = any((source.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     place = str(source.folder) if has_own or source.base is None else source.base
     with _as_config_error(place):
-        return AutoTokenizer.from_pretrained(place)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
 
 def load_base(source: Source, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -55,7 +55,7 @@ def load_base(source: Source, dtype: torch.dtype | str = "auto") -> PreTrainedMo
     place = source.base or str(source.folder)
     transformers_logging.disable_progress_bar()
     with _as_config_error(place):
-        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, trust_remote_code=False).eval()
 
 
 def load_whole(source: Source) -> PreTrainedModel | PeftModel:
@@ -81,7 +81,10 @@ def load_merged(source: Source) -> Merged:
     model = load_whole(source)
     assert isinstance(model, PeftModel), "a source with a base loads as a PeftModel"
     before = _logits(model, tokenizer)
-    merged: Any = model.merge_and_unload(safe_merge=True)
+    try:
+        merged: Any = model.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError) as error:  # such as weights that are not numbers
+        raise ExportError(f"{source.folder}: the adapter cannot be merged: {one_line(first_line(error))}") from error
     after = _logits(merged, tokenizer)
     difference = float((after - before).abs().max() / before.abs().max())
     if not difference <= LOGIT_TOLERANCE:
@@ -108,18 +111,22 @@ def _logits(model: PreTrainedModel | PeftModel, tokenizer: Any) -> torch.Tensor:
 def stop_texts(source: Source, tokenizer: Any) -> list[str]:
     """The model's own end-of-sequence tokens, and the tokenizer's, as texts."""
     place = source.base or str(source.folder)
-    try:
-        declared: Any = GenerationConfig.from_pretrained(place).eos_token_id
-    except OSError:  # a folder without generation_config.json
-        declared = AutoConfig.from_pretrained(place).eos_token_id
-    ids = declared if isinstance(declared, list) else [declared]
-    found = [*ids, tokenizer.eos_token_id]
-    return [tokenizer.convert_ids_to_tokens(token) for token in dict.fromkeys(found) if token is not None]
+    with _as_config_error(place):
+        try:
+            declared: Any = GenerationConfig.from_pretrained(place).eos_token_id
+        except OSError:  # a folder without generation_config.json
+            declared = AutoConfig.from_pretrained(place, trust_remote_code=False).eos_token_id
+        ids = declared if isinstance(declared, list) else [declared]
+        found = [*ids, tokenizer.eos_token_id]
+        texts = [tokenizer.convert_ids_to_tokens(token) for token in dict.fromkeys(found) if token is not None]
+    return [text for text in texts if isinstance(text, str) and text]
 
 
 def _stored_dtype(source: Source) -> torch.dtype:
     """What the base's config says; transformers reads a folder that says nothing as float32."""
-    found: Any = AutoConfig.from_pretrained(source.base or str(source.folder)).dtype
+    place = source.base or str(source.folder)
+    with _as_config_error(place):
+        found: Any = AutoConfig.from_pretrained(place, trust_remote_code=False).dtype
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
@@ -127,6 +134,12 @@ def _stored_dtype(source: Source) -> torch.dtype:
 def _as_config_error(place: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConfigError(f"{place} does not load: {first}") from error
+    except GroupwiseError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{place} comes with code of its own, and an export runs none: it loads models of kinds that "
+                "transformers knows; export it with the program that trained it"
+            ) from error
+        raise ConfigError(f"{place} does not load: {type(error).__name__}: {one_line(first_line(error))}") from error

@@ -9,6 +9,9 @@ from typing import Any
 
 from groupwise.errors import ConfigError
 from groupwise.files import write_text_atomic
+from groupwise.templates import apply_template
+from groupwise.texts import one_line
+from groupwise.types import Message
 
 _ROLES = ("system", "user", "assistant")
 _MARKS = {role: f"\ue000{role}\ue000" for role in _ROLES}
@@ -42,10 +45,10 @@ class TurnTemplate:
         """
         branches = "".join(
             f'{{{{ {"if" if index == 0 else "else if"} eq .Role "{role}" }}}}'
-            f"{self.before[role]}{{{{ .Content }}}}{self.after[role]}"
+            f"{_as_go(self.before[role])}{{{{ .Content }}}}{_as_go(self.after[role])}"
             for index, role in enumerate(_ROLES)
         )
-        return f"{{{{ range .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}{self.opening}"
+        return f"{{{{ range .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}{_as_go(self.opening)}"
 
 
 def write_modelfile(
@@ -68,11 +71,15 @@ def write_modelfile(
     if base_gguf is not None:
         lines.append(f"ADAPTER {_seen_from(place, gguf_file)}")
     template = find_turns(tokenizer)
-    if template is not None:
-        lines.append(f"TEMPLATE {_QUOTES}{template.go_template()}{_QUOTES}")
+    framed = None if template is None else _quoted(template.go_template())
+    if framed is not None:
+        lines.append(f"TEMPLATE {framed}")
     else:
         lines.append("# No TEMPLATE: the chat template does more than frame each message; the GGUF file holds it.")
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    written = [(stop, _quoted_stop(stop)) for stop in stops]
+    lines += [f"PARAMETER stop {quoted}" for _, quoted in written if quoted is not None]
+    if lost := sum(quoted is None for _, quoted in written):
+        lines.append(f"# {lost} stop text(s) left out: a Modelfile cannot say them; the GGUF file holds the tokens.")
     text = "\n".join(lines) + "\n"
     place.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(place, text)
@@ -90,8 +97,9 @@ def find_turns(tokenizer: Any) -> TurnTemplate | None:
         return None
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, opening: bool) -> str:
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening)
+def rendered(tokenizer: Any, messages: Sequence[Message], *, opening: bool) -> str:
+    """The messages in the tokenizer's template, with `opening` up to where the assistant answers."""
+    return apply_template(tokenizer, list(messages), add_generation_prompt=opening)
 
 
 def _cut(tokenizer: Any) -> TurnTemplate | None:
@@ -99,7 +107,7 @@ def _cut(tokenizer: Any) -> TurnTemplate | None:
     system, user, assistant = ({"role": role, "content": _MARKS[role]} for role in _ROLES)
     start, user_answer, answer_user, end = _pieces(tokenizer, [user, assistant, user])
     system_start, system_user, _ = _pieces(tokenizer, [system, user])
-    alone = _rendered(tokenizer, [user], opening=False)
+    alone = rendered(tokenizer, [user], opening=False)
     first = tokenizer.bos_token if tokenizer.bos_token and start.startswith(tokenizer.bos_token) else ""
     before_user = start.removeprefix(first)
     if not answer_user.endswith(before_user) or not system_user.endswith(before_user):
@@ -116,13 +124,13 @@ def _cut(tokenizer: Any) -> TurnTemplate | None:
             "user": end,
             "assistant": answer_user.removesuffix(before_user),
         },
-        opening=_rendered(tokenizer, [user], opening=True).removeprefix(alone),
+        opening=rendered(tokenizer, [user], opening=True).removeprefix(alone),
     )
 
 
 def _pieces(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[str]:
     """What stands before, between and after the messages' contents."""
-    rest = _rendered(tokenizer, messages, opening=False)
+    rest = rendered(tokenizer, messages, opening=False)
     found: list[str] = []
     for message in messages:
         piece, mark, rest = rest.partition(message["content"])
@@ -134,10 +142,32 @@ def _pieces(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[str]:
 
 def _agrees(template: TurnTemplate, tokenizer: Any, roles: Sequence[str]) -> bool:
     talk = [{"role": role, "content": f"Message {place}:\nwhat?"} for place, role in enumerate(roles)]
-    return template.render(talk) == _rendered(tokenizer, talk, opening=True)
+    return template.render(talk) == rendered(tokenizer, talk, opening=True)
+
+
+def _as_go(text: str) -> str:
+    """Text that Go's templates write as it is: two braces would begin an action."""
+    return text.replace("{{", '{{ "{{" }}')
+
+
+def _quoted(text: str) -> str | None:
+    """In three quotes, which nothing escapes: None where the text would end them itself."""
+    ends = _QUOTES in text or text.endswith('"') or "\x00" in text
+    return None if ends else f"{_QUOTES}{text}{_QUOTES}"
+
+
+def _quoted_stop(text: str) -> str | None:
+    return f'"{text}"' if text.isprintable() and '"' not in text else _quoted(text)
 
 
 def _seen_from(modelfile: Path, file: str | Path) -> str:
-    """Relative to the Modelfile where it lies below it, so that the folder can be moved."""
+    """Relative to the Modelfile where it lies below it, so that the folder can be moved.
+
+    Raises:
+        ConfigError: a line of a Modelfile cannot say it.
+    """
     target, folder = Path(file).resolve(), modelfile.resolve().parent
-    return f"./{target.relative_to(folder)}" if target.is_relative_to(folder) else str(target)
+    seen = f"./{target.relative_to(folder)}" if target.is_relative_to(folder) else str(target)
+    if not seen.isprintable():
+        raise ConfigError(f"{one_line(seen)}: a Modelfile cannot name a file like this; rename it")
+    return seen

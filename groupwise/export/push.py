@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -107,6 +108,8 @@ def push(plan: Push, *, message: str = "Model trained with Groupwise", token: st
         ConfigError: there is no token.
         ExportError: the Hub refused, or could not be reached.
     """
+    if [file.name for file in plan.files] != _names(plan.folder):
+        raise ConfigError(f"{plan.folder}: it has changed since the push was planned; look at it, and push again")
     api = HfApi(endpoint=plan.endpoint, token=require_token(token))
     try:
         api.create_repo(plan.repo, private=plan.private, exist_ok=True)
@@ -124,10 +127,18 @@ def push(plan: Push, *, message: str = "Model trained with Groupwise", token: st
 def _names(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; expected what `groupwise export` wrote, or a run's `final`")
-    files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
-    return sorted(
-        str(file) for file in files if not any(part.startswith(".") for part in file.parts) and not _is_record(file)
-    )
+    found: list[str] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in (Path(place, name) for name in (*folders, *names) if not name.startswith(".")):
+            if file.is_symlink():
+                raise ConfigError(
+                    f"{file}: it is a link, to {file.resolve()}, and no link is followed into what is made public; "
+                    "put the file itself there, or move the link away"
+                )
+            if file.is_file() and not _is_record(file):
+                found.append(str(file.relative_to(folder)))
+    return sorted(found)
 
 
 def _is_record(file: Path) -> bool:

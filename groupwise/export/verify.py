@@ -12,6 +12,7 @@ import torch
 
 from groupwise.errors import ConfigError, ExportError
 from groupwise.export.loading import load_tokenizer, load_whole
+from groupwise.export.modelfile import rendered
 from groupwise.export.record import read_record
 from groupwise.export.source import MODEL_CONFIG, Source, find_source, read_object
 
@@ -195,7 +196,7 @@ def _rendered(prompt: str, tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         return prompt
     message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return rendered(tokenizer, message, opening=True)
 
 
 def _folder_precision(folder: Path) -> str:

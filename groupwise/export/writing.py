@@ -10,7 +10,8 @@ from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
-from groupwise.errors import ConfigError, ExportError
+from groupwise.errors import ConfigError, ExportError, FileError
+from groupwise.files import use_umask, writing
 
 
 def check_new_folder(out: Path) -> None:
@@ -42,13 +43,15 @@ def new_place(out: Path) -> Iterator[Path]:
         ExportError: the disk is full, the place cannot be written, …; nothing is left.
     """
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as folder:
-            place = Path(folder, out.name)
-            yield place
-            os.replace(place, out)
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"{out} could not be written: {error}; nothing is left of it") from error
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as folder:
+                place = Path(folder, out.name)
+                yield place
+                use_umask(Path(folder))
+                os.replace(place, out)
+    except (FileError, SafetensorError) as error:
+        raise ExportError(f"{error}; nothing is left of it") from error
 
 
 def _check_absent(out: Path) -> None:

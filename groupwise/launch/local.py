@@ -16,6 +16,7 @@ from groupwise.algorithms import Algorithm
 from groupwise.checkpoint.saver import Saver
 from groupwise.config import Config
 from groupwise.config.checks import sampling_remark
+from groupwise.config.secrets import public_values
 from groupwise.config.train import TrainConfig
 from groupwise.data import PromptSampler, PromptSet
 from groupwise.empty_steps import EmptySteps
@@ -195,7 +196,7 @@ def _is_in_loop() -> bool:
 
 async def _run(parts: TrainParts, start: Start) -> int:
     first = restore(parts, start)
-    parts.trackers.start(parts.config.model_dump(mode="json"), parts.run.path)
+    parts.trackers.start(public_values(parts.config), parts.run.path)
     try:
         return await train(parts, start=first)
     finally:

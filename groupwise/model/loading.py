@@ -22,6 +22,7 @@ from groupwise.model.adapters import adapter_of, add_adapter, continue_adapter, 
 from groupwise.model.attention import ATTENTION_NAME
 from groupwise.model.evenly import make_activations_even
 from groupwise.model.experts import make_experts_even
+from groupwise.model.folder import check_sizes, told_of_folder
 from groupwise.model.head import LanguageHead
 from groupwise.model.host_memory import keep_freed_memory
 from groupwise.model.invariant.use import is_batch_invariant, make_batch_invariant, require_gpu
@@ -97,6 +98,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
+@told_of_folder
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The tokenizer of `config.path`, with `config.chat_template` put in."""
     from groupwise.data.chat import set_chat_template
@@ -112,7 +114,11 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
         return load_tokenizer(config.model_copy(update={"path": adapter.base}))
     try:
         loaded = AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # tokenizers raises a bare one over a file that it cannot read
+        if "trust_remote_code" in str(error):
+            raise
         raise ConfigError(f"model.path = {config.path!r} has no tokenizer that loads: {_first_line(error)}") from error
     tokenizer = cast(Tokenizer, loaded)
     # Without its files, transformers makes a tokenizer of special tokens alone, and says nothing.
@@ -126,6 +132,7 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
+@told_of_folder
 def load_model(config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> LoadedModel:
     """Load weights and tokenizer; from an adapter's folder, its base and the adapter in it. `config.path` may also be a
     run, or a checkpoint of one (`groupwise.config.model_name`).
@@ -200,6 +207,7 @@ def _load_weights(config: ModelConfig) -> PreTrainedModel:
     quantized = {} if config.quantization == "none" else {"quantization_config": nf4_settings(dtype)}
     try:
         hf_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        check_sizes(config.path, hf_config, trust_remote_code=config.trust_remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.path,
             config=hf_config,
@@ -212,7 +220,7 @@ def _load_weights(config: ModelConfig) -> PreTrainedModel:
             **quantized,
         )
         model, report = loaded
-    except (OSError, ValueError, SafetensorError) as error:
+    except SafetensorError as error:
         raise ConfigError(f"model.path = {config.path!r} could not be loaded: {_first_line(error)}") from error
     _check_complete(config.path, set(report["missing_keys"]) | {key[0] for key in report["mismatched_keys"]})
     if not quantized:

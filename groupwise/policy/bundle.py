@@ -25,7 +25,7 @@ from groupwise.checkpoint.codec import decode_state, encode_state
 from groupwise.config import Config
 from groupwise.config.loading import config_json
 from groupwise.errors import DataError
-from groupwise.files import write_json_atomic, write_text_atomic
+from groupwise.files import make_anew, use_umask, write_json_atomic, write_text_atomic, writing
 from groupwise.policy.optimizer import Gradient
 from groupwise.rundir import RunDirectory, versions
 from groupwise.types import Denominators, MicroBatch, TrainingRow
@@ -80,9 +80,21 @@ class BundleWriter:
         """Write a bundle, whole or not at all; returns its folder."""
         step, place = divmod(update, 1 if self.supervised else self.config.optim.updates_per_batch)
         folder = self.run.bundles / (f"step_{step + 1:06d}" + (f"_update_{place + 1}" if place else ""))
+        with writing(folder):
+            return self._write(folder, update, batches, gradients=gradients, weights=weights)
+
+    def _write(
+        self,
+        folder: Path,
+        update: int,
+        batches: Sequence[LearnedBatch],
+        *,
+        gradients: Mapping[str, Gradient],
+        weights: Mapping[str, Tensor],
+    ) -> Path:
         temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_anew(temporary)
         small = sum(weight.nbytes for weight in weights.values()) <= MOST_WEIGHT_BYTES
         if small:
             save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, temporary / _WEIGHTS)
@@ -100,6 +112,7 @@ class BundleWriter:
         write_json_atomic(temporary / _CONTENT, encode_state(content, "bundle").structure)
         write_text_atomic(temporary / "config.json", config_json(self.config))
         write_json_atomic(temporary / "versions.json", versions())
+        use_umask(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
         for old in sorted(self.run.bundles.glob("step_*"))[:-KEPT]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from groupwise.algorithms.base import LossInputs, LossOutput
 from groupwise.config import OptimConfig, TrainConfig
 from groupwise.errors import TrainingError
+from groupwise.files import make_anew, refuse_link, use_umask, writing
 from groupwise.metrics import Last, Max, Mean, Metrics, Sum
 from groupwise.model.adapters import dropout_layers
 from groupwise.model.experts import experts_of
@@ -383,20 +384,23 @@ class Policy:
     def save_pretrained(self, path: Path) -> None:
         """Write a Hugging Face model folder; what stood there before is replaced only when the new one is whole."""
         temporary = path.with_name(f".{path.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            model = self.loaded.model
-            model.save_pretrained(temporary)
-            self.loaded.tokenizer.save_pretrained(temporary)
-            if self.loaded.adapter is None:
-                same = check_whole(model, temporary)
-            else:
-                same = complete_adapter(model, temporary, tokenizer=self.loaded.tokenizer, home=path)
-            logger.info("%s: %d weights compared with those in memory, all the same", path, same)
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with writing(path, hint="; the checkpoint is whole: --resume writes the model without training again"):
+            refuse_link(path)
+            make_anew(temporary)
+            try:
+                model = self.loaded.model
+                model.save_pretrained(temporary)
+                self.loaded.tokenizer.save_pretrained(temporary)
+                if self.loaded.adapter is None:
+                    same = check_whole(model, temporary)
+                else:
+                    same = complete_adapter(model, temporary, tokenizer=self.loaded.tokenizer, home=path)
+                logger.info("%s: %d weights compared with those in memory, all the same", path, same)
+                use_umask(temporary)
+                shutil.rmtree(path, ignore_errors=True)
+                os.replace(temporary, path)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _ends(loaded: LoadedModel) -> list[Tensor]:

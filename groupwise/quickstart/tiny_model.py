@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from groupwise.errors import ConfigError, DataError
+from groupwise.files import use_umask
+from groupwise.texts import encodable
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as RawTokenizer
@@ -178,7 +180,7 @@ def read_texts(path: str | Path) -> list[str]:
         texts = [_read_plain(path)]
     else:
         texts = [text for row in read_rows(path) for text in strings_in(row.values)]
-    texts = [text for text in texts if text.strip()]
+    texts = [encodable(text) for text in texts if text.strip()]
     if not texts:
         raise DataError(f"{path} holds no text; give a file with texts to train the tokenizer on")
     return texts
@@ -243,6 +245,7 @@ def build_tiny_model(
     try:
         _save_model(temp, shape, vocab_size=vocab_size, tokenizer=tokenizer, seed=seed, dtype=dtype)
         tokenizer.save_pretrained(temp)
+        use_umask(temp)
         temp.chmod(0o755)  # mkdtemp's 0700 would lock out whoever else may read the parent folder
         os.replace(temp, out)
     finally:

@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
 from typing import Any
 
+from groupwise.config.secrets import REFERENCE
 from groupwise.errors import ConfigError
+
+
+def from_environment(value: Any, *, reward: str) -> Any:
+    """The value with `"env:NAME"`, wherever it stands, as what the environment variable NAME holds: a secret that is
+    given so stands in no config.
+
+    Raises:
+        ConfigError: there is no such variable.
+    """
+    if isinstance(value, Mapping):
+        return {key: from_environment(item, reward=reward) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [from_environment(item, reward=reward) for item in value]
+    if not isinstance(value, str) or not value.startswith(REFERENCE):
+        return value
+    name = value.removeprefix(REFERENCE)
+    if name not in os.environ:
+        raise ConfigError(f"reward {reward!r}: got {value!r}, and no environment variable {name!r} is set; export it")
+    return os.environ[name]
 
 
 def finite_number(value: Any, *, reward: str, name: str) -> float:

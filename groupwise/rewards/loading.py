@@ -21,6 +21,7 @@ from typing import Any
 from groupwise.config.reward import RewardConfig
 from groupwise.errors import ConfigError, GroupwiseError
 from groupwise.process_state import guarded
+from groupwise.rewards.arguments import from_environment
 from groupwise.rewards.earnable import PromptCheck
 from groupwise.rewards.registry import built_in, check_args
 from groupwise.rewards.signature import Signature, read_signature
@@ -56,7 +57,8 @@ def load_reward(config: RewardConfig) -> LoadedReward:
     Raises:
         ConfigError: no such reward, file, module or function; or it takes no such arguments.
     """
-    name, args = config.name.strip(), dict(config.args)
+    name = config.name.strip()
+    args: dict[str, Any] = from_environment(config.args, reward=name)
     if ":" not in name:
         return _load_built_in(name, args)
     place, _, attribute = name.rpartition(":")

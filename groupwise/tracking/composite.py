@@ -8,6 +8,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from groupwise.errors import FileError
 from groupwise.files import json_safe
 from groupwise.texts import one_line
 from groupwise.tracking.background import Background
@@ -19,6 +20,8 @@ logger = logging.getLogger("groupwise.tracking")
 
 class Trackers:
     """Feeds every tracker with copies of its own; one that raises is warned about once, closed and dropped.
+
+    The run's own files are none that it could go on without: where they cannot be written, their `FileError` ends it.
 
     Args:
         samples_every: steps between tables of sampled completions; 0 makes none.
@@ -65,16 +68,23 @@ class Trackers:
         for name, tracker in list(self._trackers.items()):
             try:
                 call(tracker)
+            except FileError as error:
+                if not isinstance(tracker, Background):  # the run's own numbers: without them it does not go on
+                    raise
+                self._drop(name, tracker, error)
             except Exception as error:  # noqa: BLE001 - third-party trackers raise anything
-                del self._trackers[name]
-                logger.warning(
-                    "the %s tracker failed and is off for the rest of this run: %s: %s%s",
-                    name,
-                    type(error).__name__,
-                    error,
-                    _hint(error),
-                )
-                self._close_quietly(tracker)
+                self._drop(name, tracker, error)
+
+    def _drop(self, name: str, tracker: Tracker, error: Exception) -> None:
+        del self._trackers[name]
+        logger.warning(
+            "the %s tracker failed and is off for the rest of this run: %s: %s%s",
+            name,
+            type(error).__name__,
+            error,
+            _hint(error),
+        )
+        self._close_quietly(tracker)
 
     def _close_quietly(self, tracker: Tracker) -> None:
         try:

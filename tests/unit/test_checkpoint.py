@@ -365,3 +365,19 @@ def test_killed_at_any_instant_the_old_or_the_new_state_is_there(tmp_path: Path,
             break
     assert deaths >= 8
     assert code == 0, "the last round must have got through"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parts": [["a"]]},
+        {"parts": None},
+        {"files": {"../../a.json": {"bytes": 1, "blake2b": "x"}}},
+        {"files": {"a": 1}},
+    ],
+)
+def test_a_manifest_of_anything_is_refused(tmp_path: Path, change: dict[str, Any]):
+    manifest = save(tmp_path, 1) / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        load_checkpoint(manifest.parent, {"policy": Part({})})

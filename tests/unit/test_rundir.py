@@ -257,7 +257,7 @@ def test_atomic_writes_leave_the_old_file_on_failure(tmp_path: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="the disk is full"):
         write_text_atomic(path, "new")
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]

@@ -44,14 +44,14 @@ def test_a_full_disk_leaves_nothing(
     write(tmp_path / "free" / "x")
     largest = max(file.stat().st_size for file in (tmp_path / "free").rglob("*") if file.is_file())
     for size in (10, largest // 2, largest - 1):
-        with largest_file(size), pytest.raises(ExportError, match=r"could not be written.*nothing is left"):
+        with largest_file(size), pytest.raises(ExportError, match=r"cannot be written.*nothing is left"):
             write(tmp_path / "full" / "x")
         assert list((tmp_path / "full").iterdir()) == []
 
 
 def test_a_record_that_cannot_be_written_leaves_no_file(model_folder: ModelFolder, tmp_path: Path) -> None:
     (tmp_path / "x.gguf.export.json").mkdir()
-    with pytest.raises(ExportError, match="could not be written"):
+    with pytest.raises(ExportError, match="cannot be written"):
         export_gguf(find_source(model_folder("qwen3")), tmp_path / "x.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf.export.json"]
 
@@ -68,7 +68,7 @@ def test_a_folder_is_no_place_for_a_file(model_folder: ModelFolder, tmp_path: Pa
 
 def test_a_file_in_the_way_of_a_folder(model_folder: ModelFolder, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ExportError, match="could not be written"):
+    with pytest.raises(ExportError, match="cannot be written"):
         export_gguf(find_source(model_folder("qwen3")), tmp_path / "file" / "x.gguf")
     assert (tmp_path / "file").read_text() == "mine"
 
