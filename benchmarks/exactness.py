@@ -145,7 +145,7 @@ class Side:
 
     def sample(self, *, seed: int, temperature: float = 1.0) -> list[Completion]:
         params = SamplingParams(max_tokens=self.tokens, min_tokens=self.tokens, seed=seed, temperature=temperature)
-        requests = [SampleRequest(prompt, i, params) for prompt in self.prompts for i in range(self.samples)]
+        requests = [SampleRequest.of(prompt, i, params) for prompt in self.prompts for i in range(self.samples)]
 
         async def collect() -> list[Completion]:
             found = {completion.request_id: completion async for completion in self.engine.generate(requests)}

@@ -32,7 +32,7 @@ from groupwise.model.forward import packed_hidden_states
 from groupwise.model.head import LanguageHead, entropy_of
 from groupwise.model.invariant.use import require_gpu
 from groupwise.model.loading import LoadedModel, resolve_device, resolve_dtype
-from groupwise.model.packing import Packed, pack, pack_prompts
+from groupwise.model.packing import Packed, pack, pack_sequences
 from groupwise.policy import Policy
 from groupwise.rollout.microbatches import split_rows
 from groupwise.types import Completion, Denominators, MicroBatch, Prompt, SampleRequest, SamplingParams, TrainingRow
@@ -132,7 +132,7 @@ def measure_ceiling(bench: Bench, size: int) -> Ceiling:
 @torch.no_grad()
 def set_entropy(loaded: LoadedModel, prompts: Sequence[Prompt], wanted: float) -> float:
     """Scale the final norm until the mean entropy over the prompts' tokens is `wanted` nats; returns what it is."""
-    packed = pack_prompts([prompt.token_ids for prompt in prompts]).to(loaded.device)
+    packed = pack_sequences([(prompt.token_ids, ()) for prompt in prompts]).to(loaded.device)
     head = LanguageHead(loaded.model)
     norm = cast(Any, loaded.model.get_decoder()).norm.weight
     original = norm.clone()
@@ -194,7 +194,7 @@ async def sample(engine: NativeEngine, prompts: Sequence[Prompt], tokens: int, *
     params = SamplingParams(max_tokens=tokens)
 
     async def one(prompt: Prompt) -> tuple[Completion, ...]:
-        requests = [SampleRequest(prompt, i, params) for i in range(GROUP_SIZE)]
+        requests = [SampleRequest.of(prompt, i, params) for i in range(GROUP_SIZE)]
         found = [completion async for completion in engine.generate(requests)]
         return tuple(sorted(found, key=lambda completion: completion.sample_index))
 

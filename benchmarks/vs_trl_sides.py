@@ -109,7 +109,7 @@ def make_native(setting: Setting) -> Callable[[], list[Figure]]:
 
     async def sample(seed: int) -> int:
         params = SamplingParams(max_tokens=setting.tokens, min_tokens=setting.tokens, seed=seed)
-        requests = [SampleRequest(prompt, i, params) for prompt in prompts for i in range(setting.samples)]
+        requests = [SampleRequest.of(prompt, i, params) for prompt in prompts for i in range(setting.samples)]
         return sum([len(completion.token_ids) async for completion in engine.generate(requests)])
 
     def run() -> list[Figure]:

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+from groupwise.inputs import ModelInput, SampleKey
+
 if TYPE_CHECKING:
     from groupwise.metrics import Metrics
 
@@ -44,6 +46,11 @@ class Prompt:
     data_source: str = "default"
     columns: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def input(self) -> ModelInput:
+        """What the model is given."""
+        return ModelInput.of(self.token_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -51,7 +58,7 @@ class SamplingParams:
     nothing.
 
     Attributes:
-        max_tokens: most completion tokens, the stop token included.
+        max_tokens: most tokens that are drawn, the stop token included.
         min_tokens: no stop token and no stop string ends the completion before this many tokens.
         stop: strings; the completion ends with the first token that completes one (the text keeps it).
         stop_token_ids: tokens that end the completion, beside the model's own end-of-sequence tokens.
@@ -72,16 +79,41 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """One sample asked of an engine. Requests that share `prompt.uid` share the prompt's computation."""
+    """One sample asked of an engine, or what is to come of one that began. Requests with equal prompts share the
+    prompt's computation.
 
-    prompt: Prompt
-    sample_index: int
+    Attributes:
+        prompt: `[P]`.
+        continues: `[C]`, what follows the prompt already: the model's own tokens and an environment's. It is the same
+            stretch for the sampler as for the trainer: the number that decides the next token is that of position C.
+        resumed: the last so many tokens of `continues` began the very answer that goes on here, as after an abort:
+            they count for `max_tokens`, `min_tokens` and stop strings.
+
+    Example:
+        SampleRequest(SampleKey("train-000017-3fa9", 0, 5), prompt.input, SamplingParams(max_tokens=64))
+    """
+
+    key: SampleKey
+    prompt: ModelInput
     sampling: SamplingParams
+    continues: ModelInput = field(default_factory=ModelInput)
+    resumed: int = 0
     policy_version: int = 0
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.resumed <= len(self.continues), f"{self.resumed} of {len(self.continues)} tokens are resumed"
+
+    @staticmethod
+    def of(
+        prompt: Prompt, sample_index: int, sampling: SamplingParams, policy_version: int = 0, *, draw: int = 0
+    ) -> SampleRequest:
+        """A sample of `prompt`, from its beginning."""
+        key = SampleKey(prompt.uid, draw, sample_index)
+        return SampleRequest(key, prompt.input, sampling, policy_version=policy_version)
 
     @property
     def id(self) -> str:
-        return f"{self.prompt.uid}/{self.sample_index}@{self.policy_version}"
+        return str(self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +121,27 @@ class Completion:
     """What an engine returns for one request.
 
     Attributes:
-        token_ids: `[T]`, the stop token included when one ended it.
+        token_ids: `[T]`, those drawn for this request, the stop token included when one ended it.
         logprobs: `[T]`, natural log of the policy's probability of each token at the sampling temperature, before
             top-k/top-p/min-p filters and the repetition penalty (at temperature 0: at temperature 1).
         policy_versions: `[T]`, the version of the weights that drew each token.
     """
 
-    request_id: str
-    sample_index: int
+    key: SampleKey
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     policy_versions: tuple[int, ...]
     text: str
     finish_reason: FinishReason
     error: str = ""
+
+    @property
+    def request_id(self) -> str:
+        return str(self.key)
+
+    @property
+    def sample_index(self) -> int:
+        return self.key.sample_index
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,9 +80,7 @@ async def evaluate(
     """
     chosen = _chosen(prompts, config)
     requests = [
-        SampleRequest(prompt=prompt, sample_index=index, sampling=sampling, policy_version=version)
-        for prompt in chosen
-        for index in range(config.samples)
+        SampleRequest.of(prompt, index, sampling, version) for prompt in chosen for index in range(config.samples)
     ]
     row_of = {request.id: position // config.samples for position, request in enumerate(requests)}
     pending: list[dict[int, Completion]] = [{} for _ in chosen]

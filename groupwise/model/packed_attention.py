@@ -21,9 +21,9 @@ from groupwise.model.attention_backward import NO_WEIGHT, Grads, Rows, attention
 from groupwise.model.buckets import Bucket, make_buckets
 from groupwise.model.exact import (
     BLOCK,
-    TILE,
     KeyBlock,
     causal_blocks,
+    full_rows,
     prefix_blocks,
     score,
 )
@@ -137,13 +137,14 @@ class _Prefixed:
         self.keys = slice(prefix.prompt.start, prefix.prompt.stop)
         self.length = prefix.prompt.length
         self.repeat = repeat
-        self._missing_rows = -(prefix.stop - prefix.start) * repeat % TILE
+        rows = (prefix.stop - prefix.start) * repeat
+        self._missing_rows = full_rows(rows, key, key.shape[1]) - rows
         missing = round_up(self.length, BLOCK) - self.length
         self.key = pad(key[self.keys].transpose(0, 1), (0, 0, 0, missing))
         self.value = pad(value[self.keys].transpose(0, 1), (0, 0, 0, missing))
 
     def gather(self, x: Tensor) -> Tensor:
-        """Rows `[N, Hq, …]` of this prefix as `[Hkv, R, …]`, R padded to `TILE`."""
+        """Rows `[N, Hq, …]` of this prefix as `[Hkv, R, …]`, R padded to full rows."""
         rows = x[self.rows]
         groups = rows.shape[1] // self.repeat
         heads = rows.unflatten(1, (groups, self.repeat)).transpose(0, 1).flatten(1, 2)

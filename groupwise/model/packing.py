@@ -106,17 +106,27 @@ def pack(rows: Sequence[TrainingRow]) -> Packed:
     return _finish(tokens, positions, segments, predictors, targets, owner)
 
 
-def pack_prompts(prompts: Sequence[Sequence[int]]) -> Packed:
-    """Pack prompts alone, as the engine's prefill does; `predictors` holds each prompt's last position."""
+def pack_sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Packed:
+    """Pack prompts, each with what follows it (or nothing), as the engine's prefill does. All of their tokens are
+    computed; `predictors` holds each sequence's last position.
+
+    Segments are one prompt for each sequence, in order, then what follows, for those that something follows.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
-    for prompt in prompts:
+    for prompt, _ in sequences:
         segments.append(Segment(len(tokens), len(prompt)))
         tokens.extend(prompt)
         positions.extend(range(len(prompt)))
-    predictors = [segment.stop - 1 for segment in segments]
-    return _finish(tokens, positions, segments, predictors, [0] * len(prompts), list(range(len(prompts))))
+    last: list[int] = []
+    for index, (prompt, following) in enumerate(sequences):
+        if following:
+            segments.append(Segment(len(tokens), len(following), index))
+            tokens.extend(following)
+            positions.extend(range(len(prompt), len(prompt) + len(following)))
+        last.append(segments[-1].stop - 1 if following else segments[index].stop - 1)
+    return _finish(tokens, positions, segments, last, [0] * len(last), list(range(len(last))))
 
 
 def _finish(

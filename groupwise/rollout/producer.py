@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from groupwise.data.sampler import PromptSampler
@@ -14,13 +13,12 @@ from groupwise.types import Completion, Engine, Prompt, Rollout, RolloutGroup, S
 
 
 async def produce_group(
-    engine: Engine, scorer: RewardScorer, requests: Sequence[SampleRequest], *, index: int
+    engine: Engine, scorer: RewardScorer, prompt: Prompt, requests: Sequence[SampleRequest], *, index: int
 ) -> RolloutGroup:
     """Sample the requests of one prompt and score them; a sample that fails is a failed rollout."""
     completions = [completion async for completion in engine.generate(requests)]
     completions.sort(key=lambda completion: completion.sample_index)
     usable = [completion for completion in completions if _is_usable(completion)]
-    prompt = requests[0].prompt
     scores = iter(await scorer.score(prompt, usable))
     rollouts = [_scored(c, next(scores)) if _is_usable(c) else _failed(c) for c in completions]
     return RolloutGroup(index, prompt, tuple(rollouts))
@@ -100,11 +98,10 @@ class Producer:
 
     async def _produce(self, index: int, prompt: Prompt, version: int) -> None:
         # An engine's draw is a function of seed, prompt and sample; a prompt that comes again must not draw the same.
-        epoch = index // self._sampler.num_prompts
-        sampling = replace(self._sampling, seed=self._sampling.seed + (epoch << 64))
-        requests = [SampleRequest(prompt, i, sampling, version) for i in range(self._group_size)]
+        draw = index // self._sampler.num_prompts
+        requests = [SampleRequest.of(prompt, i, self._sampling, version, draw=draw) for i in range(self._group_size)]
         try:
-            self._buffer.put(await produce_group(self._engine, self._scorer, requests, index=index))
+            self._buffer.put(await produce_group(self._engine, self._scorer, prompt, requests, index=index))
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001 - whoever takes the group raises it

@@ -56,7 +56,7 @@ def test_no_mismatch(dtype: torch.dtype, window: int | None, rank: int) -> None:
         tokens = tuple(torch.randint(3, 4000, (length,), generator=generator).tolist())
         prompt = Prompt(uid=f"p{length}", messages=(), text="", token_ids=tokens)
         params = [SamplingParams(max_tokens=n, temperature=0.8) for n in (5, 64, 65, 200)]
-        requests += [SampleRequest(prompt, i, param) for i, param in enumerate(params)]
+        requests += [SampleRequest.of(prompt, i, param) for i, param in enumerate(params)]
     found = sample(loaded, requests)
     rows = [
         TrainingRow(i // 4, r.prompt.token_ids, c.token_ids, *[(0.0,) * len(c.token_ids)] * 3)

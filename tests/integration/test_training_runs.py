@@ -107,7 +107,7 @@ def _same_greedy_text(folder: Path, texts: list[str]) -> None:
 
     async def answer(text: str) -> str:
         prompt = Prompt(text, (), text, tuple(tokenizer.encode(text)))
-        request = SampleRequest(prompt, 0, SamplingParams(temperature=0.0, max_tokens=12))
+        request = SampleRequest.of(prompt, 0, SamplingParams(temperature=0.0, max_tokens=12))
         (completion,) = [c async for c in engine.generate([request])]
         return completion.text
 

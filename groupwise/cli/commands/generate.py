@@ -66,7 +66,7 @@ async def sample(engine: Engine, prompt: Prompt, *, sampling: SamplingParams, co
     """
     from groupwise.types import SampleRequest
 
-    requests = [SampleRequest(prompt=prompt, sample_index=index, sampling=sampling) for index in range(count)]
+    requests = [SampleRequest.of(prompt, index, sampling) for index in range(count)]
     replies = [completion async for completion in engine.generate(requests)]
     for reply in replies:
         if reply.finish_reason == "error":

@@ -157,10 +157,12 @@ class GRPOTrainer(Trainer):
 
             async def sample() -> list[RolloutGroup]:
                 asked = [
-                    [SampleRequest(prompt, i, sampling) for i in range(config.rollout.group_size)] for prompt in prompts
+                    [SampleRequest.of(prompt, i, sampling) for i in range(config.rollout.group_size)]
+                    for prompt in prompts
                 ]
                 return [
-                    await produce_group(engine, scorer, requests, index=index) for index, requests in enumerate(asked)
+                    await produce_group(engine, scorer, prompt, requests, index=index)
+                    for index, (prompt, requests) in enumerate(zip(prompts, asked, strict=True))
                 ]
 
             return run_async(sample())

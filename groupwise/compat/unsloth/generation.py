@@ -86,7 +86,7 @@ async def _answer(engine: Engine, loaded: LoadedModel, asked: _Asked, limits: Li
     if params.seed is not None:  # then the prompt alone decides, wherever it stands
         uid = hashlib.sha256(repr(asked.token_ids).encode()).hexdigest()[:16]
     prompt = Prompt(uid=uid, messages=(), text=asked.text or "", token_ids=asked.token_ids)
-    requests = [SampleRequest(prompt, index, sampling) for index in range(params.n)]
+    requests = [SampleRequest.of(prompt, index, sampling) for index in range(params.n)]
     found = [completion async for completion in engine.generate(requests)]
     outputs = [_output(each, params, loaded) for each in sorted(found, key=lambda each: each.sample_index)]
     return RequestOutput(f"{limits.call}-{asked.index}", asked.text, asked.token_ids, tuple(outputs))

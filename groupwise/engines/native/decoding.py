@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from groupwise.engines.native.cache import KeyCache, Span
 from groupwise.model.attention import AttentionCall
-from groupwise.model.exact import BLOCK, TILE, Found, KeyBlock, Mask, score, split_scale
+from groupwise.model.exact import BLOCK, Found, KeyBlock, Mask, full_rows, score, split_scale
 
 _Masks = list[Mask | None]  # one for each span
 
@@ -98,14 +98,14 @@ class DecodeLayout:
         shape, heads = self._shape, self._heads
         lanes, repeat, size = shape.lanes, query.shape[1] // heads, query.shape[2]
         self._write.put(call.layer, key[:lanes], value[:lanes])
-        if call.window not in self._own_masks:
-            self._own_masks[call.window] = self._hide_own(call.window)
-        if call.window not in self._shared_masks:
-            self._shared_masks[call.window] = self._hide_shared(call.window, repeat)
-
         if self._rows is None:
             self._rows = _Rows.of(shape, heads, query)
         rows = self._rows
+        if call.window not in self._own_masks:
+            self._own_masks[call.window] = self._hide_own(call.window)
+        if call.window not in self._shared_masks:
+            self._shared_masks[call.window] = self._hide_shared(call.window, repeat, rows.shared.query.shape[1])
+
         factor, left = split_scale(query.dtype, call.scale)
         asking = (query[:lanes] if shape.rows > lanes else query).view(*shape.by_lane, heads, repeat, size)
         torch.mul(asking, factor, out=rows.own.query_rows)
@@ -140,10 +140,10 @@ class DecodeLayout:
             masks.append(_mask(hidden[:, None], self._heads if self._at is None else 1, span.keys[0]))
         return masks
 
-    def _hide_shared(self, window: int | None, repeat: int) -> _Masks:
+    def _hide_shared(self, window: int | None, repeat: int, rows: int) -> _Masks:
         """What lies behind a prompt's end, and what a sample's window does not reach."""
         lengths = self._inputs.prompt_lengths[:, None]
-        at = None if window is None else _row_positions(self._shape, self._inputs, repeat)
+        at = None if window is None else _row_positions(self._shape, self._inputs, repeat, rows)
         masks: list[Mask | None] = []
         for span in self._shared:
             token = _tokens_of(span)
@@ -209,7 +209,9 @@ class _Rows:
     def of(shape: StepShape, heads: int, query: Tensor) -> _Rows:
         """For `query [N, Hq, d]`."""
         repeat, size = query.shape[1] // heads, query.shape[2]
-        asking, tile = shape.width * repeat, repeat + -repeat % TILE
+        asking = shape.width * repeat
+        tile = full_rows(repeat, query, shape.lanes * heads)
+        tiles = full_rows(asking, query, shape.prompts * heads)
 
         def by_lane(x: Tensor) -> Tensor:
             places = (*shape.by_lane, heads, tile, *x.shape[2:])
@@ -220,7 +222,7 @@ class _Rows:
             return x[:, :asking].view(places).transpose(1, 2)
 
         own = _Meeting.of(query.new_zeros(shape.lanes * heads, tile, size), by_lane)
-        shared = _Meeting.of(query.new_zeros(shape.prompts * heads, asking + -asking % TILE, size), by_member)
+        shared = _Meeting.of(query.new_zeros(shape.prompts * heads, tiles, size), by_member)
         return _Rows(own, shared, torch.empty_like(own.rows.out), torch.empty_like(own.rows.mass))
 
 
@@ -252,13 +254,13 @@ def _mask(hidden: Tensor, heads: int, key: Tensor) -> Mask | None:
     return Mask.of(hidden.repeat_interleave(heads, 0), key.dtype)
 
 
-def _row_positions(shape: StepShape, inputs: StepInputs, repeat: int) -> Tensor:
-    """`[prompts, R]`, the position from the prompt's start of each query row that sees it, R padded to `TILE`."""
+def _row_positions(shape: StepShape, inputs: StepInputs, repeat: int, rows: int) -> Tensor:
+    """`[prompts, rows]`, the position from the prompt's start of each query row that sees it, and of padding."""
     count = shape.prompts * shape.width
     at = inputs.position.new_zeros(count + 1)
     at[inputs.member] = inputs.position
     at = (at[:count].view(shape.prompts, shape.width) + inputs.prompt_lengths[:, None]).repeat_interleave(repeat, 1)
-    return pad(at, (0, -at.shape[1] % TILE))
+    return pad(at, (0, rows - at.shape[1]))
 
 
 def _blocks(spans: Sequence[Span], layer: int, masks: Sequence[Mask | None]) -> list[KeyBlock]:

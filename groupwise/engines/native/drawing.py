@@ -56,7 +56,7 @@ class Draws:
 
     def _forbid(self, logits: Tensor) -> None:
         """Stop tokens cannot be drawn until a sample has its `min_tokens`."""
-        left = [sample.request.sampling.min_tokens - len(sample.tokens) for sample in self._samples]
+        left = [sample.begun + sample.request.sampling.min_tokens - len(sample.tokens) for sample in self._samples]
         self._holds = min((count for count in left if count > 0), default=-1)
         pairs = [
             (row, stop)

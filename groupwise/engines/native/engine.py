@@ -32,7 +32,7 @@ class NativeEngine:
 
     Example:
         engine = NativeEngine(load_model(config.model), config.rollout)
-        async for completion in engine.generate([SampleRequest(prompt, 0, SamplingParams(max_tokens=64))]):
+        async for completion in engine.generate([SampleRequest.of(prompt, 0, SamplingParams(max_tokens=64))]):
             print(completion.text)
     """
 
@@ -79,16 +79,22 @@ class NativeEngine:
                 self._scheduler.remove(samples)
 
     def _check(self, request: SampleRequest) -> None:
-        tokens, vocabulary = request.prompt.token_ids, self._model.config.get_text_config().vocab_size
-        if not tokens:
-            raise EngineError(f"prompt {request.prompt.uid} has no tokens")
+        vocabulary = self._model.config.get_text_config().vocab_size
+        if not len(request.prompt):
+            raise EngineError(f"prompt {request.key.uid} has no tokens")
+        tokens = request.prompt.token_ids + request.continues.token_ids
         if not 0 <= min(tokens) <= max(tokens) < vocabulary:
             raise EngineError(
-                f"prompt {request.prompt.uid} has tokens from {min(tokens)} to {max(tokens)}, but the model has "
+                f"prompt {request.key.uid} has tokens from {min(tokens)} to {max(tokens)}, but the model has "
                 f"embeddings for 0 to {vocabulary - 1}; use the tokenizer that belongs to the model"
             )
         if request.sampling.max_tokens < 1:
             raise EngineError(f"max_tokens = {request.sampling.max_tokens} for {request.id}; ask for at least 1")
+        if request.resumed >= request.sampling.max_tokens:
+            raise EngineError(
+                f"{request.id} goes on after {request.resumed} tokens of an answer of at most "
+                f"{request.sampling.max_tokens}; nothing is left to draw"
+            )
         if request.policy_version != self._version:
             raise EngineError(
                 f"asked for policy version {request.policy_version}, but this engine holds {self._version}"
@@ -129,14 +135,10 @@ class NativeEngine:
                 self._decode(self._scheduler.running)
 
     def _prefill(self, admitted: list[Sample]) -> None:
-        """Compute the new prompts, and draw the first token of every admitted sample."""
-        self._steps.prefill(self._scheduler.prompts)
-        prompts = list({id(sample.prompt): sample.prompt for sample in admitted}.values())
-        place = {id(prompt): index for index, prompt in enumerate(prompts)}
-        rows = torch.stack([prompt.hidden for prompt in prompts if prompt is not None and prompt.hidden is not None])
-        logits = self._loaded.head.logits(rows)
-        chosen = logits[[place[id(sample.prompt)] for sample in admitted]]
-        self._release(Draws(admitted, self._loaded).next(chosen))
+        """Compute what the admitted samples begin with, and draw the first token of each."""
+        beginnings = self._steps.prefill(admitted, self._scheduler.running, self._scheduler.prompts)
+        logits = self._loaded.head.logits(beginnings.hidden)
+        self._release(Draws(admitted, self._loaded).next(logits[beginnings.of_sample]))
 
     def _decode(self, running: list[Sample]) -> None:
         """Feed every running sample's last token, and draw its next."""
@@ -154,12 +156,11 @@ class NativeEngine:
 
     def _completion(self, sample: Sample, reason: FinishReason) -> Completion:
         return Completion(
-            request_id=sample.request.id,
-            sample_index=sample.request.sample_index,
-            token_ids=tuple(sample.tokens),
+            key=sample.request.key,
+            token_ids=tuple(sample.drawn),
             logprobs=tuple(sample.logprobs),
-            policy_versions=(sample.request.policy_version,) * len(sample.tokens),
-            text=self._loaded.decode(sample.tokens),
+            policy_versions=(sample.request.policy_version,) * len(sample.logprobs),
+            text=self._loaded.decode(sample.drawn),
             finish_reason=reason,
         )
 

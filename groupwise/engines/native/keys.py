@@ -10,11 +10,17 @@ import hashlib
 
 import numpy as np
 
+from groupwise.inputs import SampleKey
 
-def uniforms(seed: int, uid: str, sample_index: int, count: int) -> np.ndarray:
-    """`[count]` float64 in [0, 1): one number per completion position."""
-    digest = hashlib.blake2b(f"{seed}\x1f{uid}\x1f{sample_index}".encode(), digest_size=16).digest()
+
+def uniforms(seed: int, key: SampleKey, count: int) -> np.ndarray:
+    """`[count]` float64 in [0, 1): one number for each position after the prompt.
+
+    A prompt that comes again has draws of its own: `seed + (draw << 64)` is another seed than any run's.
+    """
+    seeded = f"{seed + (key.draw << 64)}\x1f{key.uid}\x1f{key.sample_index}"
+    digest = hashlib.blake2b(seeded.encode(), digest_size=16).digest()
     # As explicit little-endian numbers, so that the stream is the same on every machine.
-    key = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
-    bits = np.asarray(np.random.Philox(key=key).random_raw(count), dtype=np.uint64)
+    words = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+    bits = np.asarray(np.random.Philox(key=words).random_raw(count), dtype=np.uint64)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

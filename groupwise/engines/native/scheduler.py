@@ -19,6 +19,7 @@ from torch import Tensor
 from groupwise.engines.native.cache import CacheShape, KeyCache, make_cache
 from groupwise.engines.native.keys import uniforms
 from groupwise.errors import EngineError
+from groupwise.inputs import ModelInput
 from groupwise.types import Completion, SampleRequest
 
 Outbox = asyncio.Queue[Completion | BaseException]
@@ -28,16 +29,23 @@ Outbox = asyncio.Queue[Completion | BaseException]
 class PromptLane:
     """A prompt in the cache. `hidden [H]` is its last hidden state, from which every sample's first token is drawn."""
 
-    uid: str
-    token_ids: tuple[int, ...]
+    input: ModelInput
     hidden: Tensor | None = None
     members: int = 0
     running: int = 0
 
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.input.token_ids
+
 
 @dataclass(slots=True, eq=False)
 class Sample:
-    """One request on its way: what was drawn so far, and where it stands."""
+    """One request on its way: what was drawn so far, and where it stands.
+
+    Attributes:
+        tokens: what follows the prompt, given and drawn; `logprobs` are those of the drawn ones.
+    """
 
     request: SampleRequest
     outbox: Outbox
@@ -49,10 +57,27 @@ class Sample:
     seen: Tensor | None = None
 
     def __post_init__(self) -> None:
-        request = self.request
-        self.uniform = uniforms(
-            request.sampling.seed, request.prompt.uid, request.sample_index, request.sampling.max_tokens
-        )
+        self.tokens.extend(self.request.continues.token_ids)
+        self.uniform = uniforms(self.request.sampling.seed, self.request.key, self.most_tokens)
+
+    @property
+    def num_given(self) -> int:
+        """How many of `tokens` the request brought."""
+        return len(self.request.continues)
+
+    @property
+    def drawn(self) -> list[int]:
+        return self.tokens[self.num_given :]
+
+    @property
+    def begun(self) -> int:
+        """Where in `tokens` the answer begins that is being drawn."""
+        return self.num_given - self.request.resumed
+
+    @property
+    def most_tokens(self) -> int:
+        """How many `tokens` there can be."""
+        return self.begun + self.request.sampling.max_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +139,7 @@ class Scheduler:
             sample = self.waiting.popleft()
             lane = self._lane_of(sample)
             if lane is None:
-                lane = PromptLane(sample.request.prompt.uid, sample.request.prompt.token_ids)
+                lane = PromptLane(sample.request.prompt)
                 self.prompts.append(lane)
             sample.prompt, sample.member = lane, lane.members
             lane.members += 1
@@ -135,15 +160,12 @@ class Scheduler:
             if not live and (grown > self._max_tokens or (self.shape.fixed and grown > self._held)):
                 self.prompt_cache, self.sample_cache = make_cache(self.shape), make_cache(self.shape)
             # A cache that keeps its address is made long enough from the start.
-            self.make_room(needed[1].tokens if self.shape.fixed else 0)
+            given = max(sample.num_given for sample in admitted)
+            self.make_room(needed[1].tokens if self.shape.fixed else given)
         return admitted
 
     def _lane_of(self, sample: Sample) -> PromptLane | None:
-        wanted = sample.request.prompt
-        for lane in reversed(self.prompts):
-            if lane.uid == wanted.uid and lane.token_ids == wanted.token_ids:
-                return lane
-        return None
+        return next((lane for lane in reversed(self.prompts) if lane.input == sample.request.prompt), None)
 
     def _fits(self, sample: Sample, *, live: bool) -> bool:
         """Whether the caches would stay under the bound with this sample.
@@ -169,8 +191,8 @@ class Scheduler:
         samples = self.running if sample is None else [*self.running, sample]
         prompts = [len(lane.token_ids) for lane in self.prompts]
         if sample is not None and self._lane_of(sample) is None:
-            prompts.append(len(sample.request.prompt.token_ids))
-        longest = max(sample.request.sampling.max_tokens for sample in samples)
+            prompts.append(len(sample.request.prompt))
+        longest = max(sample.most_tokens for sample in samples)
         return (
             _Demand(self.shape.prompts_for(len(prompts)), self.shape.capacity(max(prompts))),
             _Demand(self.shape.lanes_for(len(samples)), self.shape.capacity(longest)),
@@ -191,9 +213,9 @@ class Scheduler:
 
     def _refuse(self, sample: Sample) -> None:
         request, gib = sample.request, self.shape.bytes_per_token / 2**30
-        tokens = self.shape.capacity(request.sampling.max_tokens) + self.shape.capacity(len(request.prompt.token_ids))
+        tokens = self.shape.capacity(sample.most_tokens) + self.shape.capacity(len(request.prompt))
         raise EngineError(
-            f"one sample of {len(request.prompt.token_ids)} prompt and {request.sampling.max_tokens} completion tokens "
+            f"one sample of {len(request.prompt)} prompt and {sample.most_tokens} completion tokens "
             f"needs {tokens * gib:.2f} GiB of keys and values, but rollout.kv_cache_gib allows "
             f"{self._max_tokens * gib:.2f}; raise it, or lower rollout.max_completion_tokens"
         )

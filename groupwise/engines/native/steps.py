@@ -7,20 +7,20 @@ and graphs are thrown away when a cache is replaced. The model's weights change 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from groupwise.engines.native.cache import ArenaCache, CacheShape, KeyCache
+from groupwise.engines.native.cache import ArenaCache, CacheShape
 from groupwise.engines.native.decoding import DecodeLayout, StepInputs, StepShape
 from groupwise.engines.native.invariant import InvariantDecodeLayout
 from groupwise.engines.native.scheduler import PromptLane, Sample, Scheduler
 from groupwise.model.forward import hidden_states, packed_hidden_states
 from groupwise.model.loading import LoadedModel
-from groupwise.model.packing import ROW_MULTIPLE, Segment, pack_prompts, round_up
+from groupwise.model.packing import ROW_MULTIPLE, Segment, pack_sequences, round_up
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +37,50 @@ class DecodeSteps:
         self._roster: _Roster | None = None
         self._layout: tuple[StepShape, DecodeLayout | InvariantDecodeLayout] | None = None  # of the roster
 
-    def prefill(self, prompts: Sequence[PromptLane]) -> None:
-        """Compute the new prompts: keys and values, and the hidden state that predicts the first token."""
-        fresh = [lane for lane, prompt in enumerate(prompts) if prompt.hidden is None]
-        while fresh:
-            lanes = [fresh.pop(0)]
-            while fresh and sum(len(prompts[lane].token_ids) for lane in lanes) < PREFILL_TOKENS:
-                lanes.append(fresh.pop(0))
-            packed = pack_prompts([prompts[lane].token_ids for lane in lanes]).to(self._loaded.device)
-            keep = _KeepKeys(self._scheduler.prompt_cache, lanes, packed.segments)
+    def prefill(
+        self, admitted: Sequence[Sample], running: Sequence[Sample], prompts: Sequence[PromptLane]
+    ) -> Beginnings:
+        """Compute what the admitted samples begin with: the new prompts, and what those that go on have already.
+
+        Args:
+            running, prompts: the scheduler's, by lane.
+        """
+        lane_of = {id(prompt): lane for lane, prompt in enumerate(prompts)}
+        place_of = {id(sample): lane for lane, sample in enumerate(running)}
+        parts = [
+            _Part(prompt, lane_of[id(prompt)])
+            for prompt in {id(sample.prompt): sample.prompt for sample in admitted}.values()
+            if prompt is not None and prompt.hidden is None
+        ]
+        going_on = [
+            _Part(sample.prompt, lane_of[id(sample.prompt)], sample, place_of[id(sample)])
+            for sample in admitted
+            if sample.num_given and sample.prompt is not None
+        ]
+        last = {id(part.sample): row for part, row in self._compute([*parts, *going_on]) if part.sample is not None}
+        rows: dict[int, Tensor] = {}
+        for sample in admitted:
+            assert sample.prompt is not None and sample.prompt.hidden is not None, "admitted samples have a prompt"
+            name = id(sample) if sample.num_given else id(sample.prompt)
+            rows[name] = last[id(sample)] if sample.num_given else sample.prompt.hidden
+        order = {name: index for index, name in enumerate(rows)}
+        of_sample = [order[id(sample) if sample.num_given else id(sample.prompt)] for sample in admitted]
+        return Beginnings(torch.stack(list(rows.values())), of_sample)
+
+    def _compute(self, parts: Sequence[_Part]) -> Iterator[tuple[_Part, Tensor]]:
+        """Each part with the hidden state `[H]` of its last token; keys and values go into the caches."""
+        left = list(parts)
+        while left:
+            chosen = [left.pop(0)]
+            while left and sum(part.num_tokens for part in chosen) < PREFILL_TOKENS:
+                chosen.append(left.pop(0))
+            packed = pack_sequences([part.sequence for part in chosen]).to(self._loaded.device)
+            keep = _KeepKeys(self._scheduler, chosen, packed.segments)
             hidden = packed_hidden_states(self._loaded.model, packed, on_keys=keep)[packed.predictors]
-            for lane, row in zip(lanes, hidden, strict=True):
-                prompts[lane].hidden = row
+            for part, row in zip(chosen, hidden, strict=True):
+                if part.sample is None:
+                    part.prompt.hidden = row
+                yield part, row
 
     def hidden(self, running: Sequence[Sample], prompts: Sequence[PromptLane]) -> Tensor:
         """`[B, H]`, the last hidden states of the running samples' newest tokens, and of padding."""
@@ -113,7 +145,7 @@ class _Roster:
         return _Roster(
             changes,
             whole,
-            starts=torch.tensor([len(sample.request.prompt.token_ids) for sample in running] + [0] * missing),
+            starts=torch.tensor([len(sample.request.prompt) for sample in running] + [0] * missing),
             member=torch.tensor(members + [whole.prompts * width] * missing),
             prompt_lengths=torch.tensor(lengths + [1] * (whole.prompts - len(prompts))),
         )
@@ -142,17 +174,64 @@ class _Roster:
 
 
 @dataclass(frozen=True, slots=True)
-class _KeepKeys:
-    """Puts the keys and values of packed prompts into their lanes."""
+class Beginnings:
+    """What admitted samples draw their first tokens from.
 
-    cache: KeyCache
-    lanes: Sequence[int]
+    Attributes:
+        hidden: `[U, H]`, one row for each prompt and for each sample that goes on.
+        of_sample: `[admitted]`, the row of each.
+    """
+
+    hidden: Tensor
+    of_sample: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A prompt to be computed, or a sample that goes on, behind its prompt.
+
+    Attributes:
+        lane: the prompt's.
+        place: the sample's lane.
+    """
+
+    prompt: PromptLane
+    lane: int
+    sample: Sample | None = None
+    place: int = 0
+
+    @property
+    def sequence(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (self.prompt.token_ids, () if self.sample is None else tuple(self.sample.tokens))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.sequence))
+
+
+@dataclass(frozen=True, slots=True)
+class _KeepKeys:
+    """Puts the keys and values of packed parts into their lanes.
+
+    Attributes:
+        segments: of the pass: a prompt for each part, and what follows it, part by part.
+    """
+
+    scheduler: Scheduler
+    parts: Sequence[_Part]
     segments: Sequence[Segment]
 
     def __call__(self, layer: int, key: Tensor, value: Tensor) -> None:
-        for lane, segment in zip(self.lanes, self.segments, strict=True):
-            span = slice(segment.start, segment.stop)
-            self.cache.fill(layer, lane, key[span], value[span])
+        prompts, samples = self.scheduler.prompt_cache, self.scheduler.sample_cache
+        followers = iter(self.segments[len(self.parts) :])
+        for part, segment in zip(self.parts, self.segments[: len(self.parts)], strict=True):
+            if part.sample is None:
+                span = slice(segment.start, segment.stop)
+                prompts.fill(layer, part.lane, key[span], value[span])
+            else:
+                own = next(followers)
+                span = slice(own.start, own.stop)
+                samples.fill(layer, part.place, key[span], value[span])
 
 
 def make_layout(loaded: LoadedModel, scheduler: Scheduler, shape: StepShape) -> DecodeLayout | InvariantDecodeLayout:

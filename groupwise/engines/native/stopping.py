@@ -10,7 +10,7 @@ from groupwise.types import FinishReason
 def find_finish(sample: Sample, loaded: LoadedModel) -> FinishReason | None:
     """Why the sample ends with its newest token, or None. A stop counts before the length."""
     sampling = sample.request.sampling
-    count = len(sample.tokens)
+    count = len(sample.tokens) - sample.begun
     if count > sampling.min_tokens:
         token = sample.tokens[-1]
         if token in loaded.stop_token_ids or token in sampling.stop_token_ids:
@@ -23,7 +23,7 @@ def find_finish(sample: Sample, loaded: LoadedModel) -> FinishReason | None:
 def _completes(sample: Sample, stops: tuple[str, ...], loaded: LoadedModel) -> bool:
     """Whether a stop string ends in the newest token. A token is at least one byte, so a tail of tokens suffices."""
     longest = max(len(stop.encode()) for stop in stops)
-    tokens = sample.tokens[-(longest + 8) :]
+    tokens = sample.tokens[max(sample.begun, len(sample.tokens) - longest - 8) :]
     tail = loaded.decode(tokens)
     if not any(stop in tail for stop in stops):
         return False

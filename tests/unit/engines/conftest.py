@@ -83,7 +83,7 @@ class Lab:
         self, prompts: Iterable[Prompt], sampling: Sequence[SamplingParams], version: int = 0
     ) -> list[SampleRequest]:
         """One sample per prompt and entry of `sampling`."""
-        return [SampleRequest(p, i, s, version) for p in prompts for i, s in enumerate(sampling)]
+        return [SampleRequest.of(p, i, s, version) for p in prompts for i, s in enumerate(sampling)]
 
     def run(self, engine: NativeEngine, requests: Sequence[SampleRequest]) -> dict[str, Completion]:
         return asyncio.run(self.collect(engine, requests))
@@ -100,9 +100,9 @@ class Lab:
         found: dict[str, Tensor] = {}
         for temperature in {request.sampling.temperature for request in requests}:
             chosen = [r for r in requests if r.sampling.temperature == temperature]
-            names = list(dict.fromkeys(r.prompt.uid for r in chosen))
-            chosen.sort(key=lambda r: names.index(r.prompt.uid))
-            rows = [row_of(names.index(r.prompt.uid), r.prompt, completions[r.id].token_ids) for r in chosen]
+            names = list(dict.fromkeys(r.key.uid for r in chosen))
+            chosen.sort(key=lambda r: names.index(r.key.uid))
+            rows = [row_of(names.index(r.key.uid), r.prompt, completions[r.id].token_ids) for r in chosen]
             packed = pack(rows)
             hidden = packed_hidden_states(loaded.model, packed)[packed.predictors]
             scores = token_scores(loaded.head, hidden, packed.targets, temperature=temperature)

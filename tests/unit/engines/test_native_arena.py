@@ -64,8 +64,8 @@ class Arenas:
 
 
 def sample(prompt: int, index: int, tokens: int, length: int = 9) -> Sample:
-    made = Prompt(uid=f"p{prompt}", messages=(), text="", token_ids=tuple(range(3, 3 + length)))
-    return Sample(SampleRequest(made, index, SamplingParams(max_tokens=tokens)), asyncio.Queue())
+    made = Prompt(uid=f"p{prompt}", messages=(), text="", token_ids=tuple(range(3 + prompt, 3 + prompt + length)))
+    return Sample(SampleRequest.of(made, index, SamplingParams(max_tokens=tokens)), asyncio.Queue())
 
 
 def run(scheduler: Scheduler, samples: Sequence[Sample], *, at_once: int = 3) -> int:
@@ -138,10 +138,10 @@ def test_a_prompt_that_is_let_go_while_others_run_counts_as_a_change() -> None:
     scheduler.waiting.extend([sample(0, 0, 9), sample(1, 0, 9), last])
     scheduler.admit()
     scheduler.release(scheduler.running[0])
-    assert [prompt.uid for prompt in scheduler.prompts] == ["p0", "p1"]
+    assert [prompt.token_ids[0] for prompt in scheduler.prompts] == [3, 4]
     before = scheduler.changes
     scheduler.remove([last])
-    assert [prompt.uid for prompt in scheduler.prompts] == ["p1"]
+    assert [prompt.token_ids[0] for prompt in scheduler.prompts] == [4]
     assert scheduler.changes > before
 
 

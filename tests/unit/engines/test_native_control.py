@@ -221,7 +221,7 @@ def test_an_error_in_a_step_reaches_every_caller_and_the_engine_goes_on(
 
 def test_too_little_memory_names_the_setting(lab: Lab, loaded: LoadedModel) -> None:
     engine = lab.engine(loaded, kv_cache_gib=block_gib(loaded, 1.5))
-    request = SampleRequest(lab.prompt("a", 5), 0, LONG)
+    request = SampleRequest.of(lab.prompt("a", 5), 0, LONG)
     with pytest.raises(EngineError, match=r"5 prompt and 40 completion.*rollout\.kv_cache_gib.*max_completion_tokens"):
         lab.run(engine, [request])
     assert_idle(engine)
@@ -317,7 +317,7 @@ def test_requests_that_cannot_run_are_refused_alone(
 ) -> None:
     engine = lab.engine(loaded)
     good = lab.requests([lab.prompt("a", 5)], [LONG])
-    bad = SampleRequest(replace(lab.prompt("x", 1), token_ids=tokens), 0, sampling)
+    bad = SampleRequest.of(replace(lab.prompt("x", 1), token_ids=tokens), 0, sampling)
 
     async def go() -> dict[str, Completion]:
         beside = asyncio.ensure_future(lab.collect(engine, good))

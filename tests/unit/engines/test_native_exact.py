@@ -143,24 +143,25 @@ def test_a_request_alone_asked_again_is_the_same_sample(lab: Lab) -> None:
     assert asyncio.run(abort_then_retry()) == wanted
 
 
-def test_seed_index_and_uid_each_decide(lab: Lab) -> None:
+def test_seed_and_every_part_of_the_key_decide(lab: Lab) -> None:
     loaded = without_stops(lab.model())
     prompt = lab.prompt("a", 9)
-    base = SampleRequest(prompt, 0, SamplingParams(max_tokens=20))
+    base = SampleRequest.of(prompt, 0, SamplingParams(max_tokens=20))
     others = [
-        replace(base, sample_index=1),
+        replace(base, key=replace(base.key, sample_index=1)),
         replace(base, sampling=SamplingParams(max_tokens=20, seed=1)),
-        replace(base, prompt=replace(prompt, uid="b")),
+        replace(base, key=replace(base.key, uid="b")),
+        replace(base, key=replace(base.key, draw=1)),
     ]
     tokens = {lab.run(lab.engine(loaded), [r])[r.id].token_ids for r in (base, *others)}
-    assert len(tokens) == 4
+    assert len(tokens) == 5
 
 
 def test_prompts_of_one_uid_but_other_tokens_are_not_mixed_up(lab: Lab) -> None:
     loaded = without_stops(lab.model())
     one, two = lab.prompt("a", 9), replace(lab.prompt("b", 12), uid="a")
     sampling = SamplingParams(max_tokens=10)
-    requests = [SampleRequest(one, 0, sampling), SampleRequest(two, 1, sampling)]
+    requests = [SampleRequest.of(one, 0, sampling), SampleRequest.of(two, 1, sampling)]
     together = lab.run(lab.engine(loaded), requests)
     for request in requests:
         assert lab.run(lab.engine(loaded), [request]) == {request.id: together[request.id]}

@@ -28,7 +28,7 @@ def free(lab: Lab, loaded: LoadedModel) -> Completion:
 
 
 def sample(lab: Lab, loaded: LoadedModel, sampling: SamplingParams) -> Completion:
-    (completion,) = lab.run(lab.engine(loaded), [SampleRequest(lab.prompt("a", 5), 0, sampling)]).values()
+    (completion,) = lab.run(lab.engine(loaded), [SampleRequest.of(lab.prompt("a", 5), 0, sampling)]).values()
     return completion
 
 
@@ -101,7 +101,7 @@ def test_a_stop_string_ends_with_the_token_that_completes_it(
 
 def written(lab: Lab, text: str, sampling: SamplingParams) -> list[str | None]:
     """The verdict after each token of a text of the tokenizer's own."""
-    sample = Sample(SampleRequest(Prompt("a", (), "", (3,)), 0, sampling), outbox=None)  # type: ignore[arg-type]
+    sample = Sample(SampleRequest.of(Prompt("a", (), "", (3,)), 0, sampling), outbox=None)  # type: ignore[arg-type]
     model = lab.model()
     verdicts: list[str | None] = []
     for token in lab.tokenizer.encode(text):

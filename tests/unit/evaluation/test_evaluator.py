@@ -20,11 +20,14 @@ from groupwise.metrics import resolve
 from groupwise.rewards import RewardScorer
 from groupwise.types import Completion, EngineCaps, FinishReason, Prompt, SampleRequest, SamplingParams
 
+ANSWERS: dict[str, Sequence[str]] = {}
+"""What the engine says to each prompt."""
+
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=8, seed=3)
 
 
 class ScriptedEngine:
-    """Answers in shuffled order. The prompt's `answers` column gives each sample's text, `!` prefixes a failure."""
+    """Answers in shuffled order. `ANSWERS` gives each sample's text, `!` prefixes a failure."""
 
     caps = EngineCaps(name="scripted", exact_logprobs=True, seeded=True)
 
@@ -54,13 +57,12 @@ class ScriptedEngine:
         self.order.shuffle(shuffled)
         for request in shuffled[self.drop :] + (shuffled[:1] if self.repeat else []):
             await asyncio.sleep(0)
-            text = request.prompt.columns["answers"][request.sample_index]
+            text = ANSWERS[request.key.uid][request.key.sample_index]
             reason: FinishReason = "error" if text == "!error" else "abort" if text == "!abort" else "stop"
             reason = "length" if text.startswith("long") else reason
             n = 0 if reason == "error" else 8 if reason == "length" else 2
             yield Completion(
-                request_id=request.id,
-                sample_index=request.sample_index,
+                key=request.key,
                 token_ids=(1,) * n,
                 logprobs=(0.0,) * n,
                 policy_versions=(request.policy_version,) * n,
@@ -103,6 +105,7 @@ class TextScorer:
 
 
 def prompt(uid: str, *answers: str) -> Prompt:
+    ANSWERS[uid] = answers
     return Prompt(uid=uid, messages=(), text=f"q {uid}", token_ids=(1, 2), columns={"answers": answers})
 
 
@@ -124,7 +127,7 @@ def test_each_row_once_and_in_one_call() -> None:
     prompts = [prompt(f"r{i}", "right", "wrong", "long", "right") for i in range(9)]
     report = run(prompts, engine=engine, samples=4)
     assert len(engine.calls) == 1
-    assert Counter(r.id for r in engine.calls[0]) == Counter(f"r{i}/{j}@7" for i in range(9) for j in range(4))
+    assert Counter(r.id for r in engine.calls[0]) == Counter(f"r{i}/0/{j}" for i in range(9) for j in range(4))
     assert all(request.sampling == SAMPLING for request in engine.calls[0])
     assert [row.prompt.uid for row in report.rows] == [p.uid for p in prompts]
     assert all([s.sample_index for s in row.samples] == [0, 1, 2, 3] for row in report.rows)

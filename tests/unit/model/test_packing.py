@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groupwise.model.packed_attention import make_plan
-from groupwise.model.packing import ROW_MULTIPLE, Packed, Segment, pack, pack_prompts, pad_rows
+from groupwise.model.packing import ROW_MULTIPLE, Packed, Segment, pack, pack_sequences, pad_rows
 from groupwise.types import TrainingRow
 
 TOKEN = st.integers(1, 50)
@@ -77,7 +77,7 @@ def test_the_documented_example() -> None:
 
 @given(st.lists(TOKENS, min_size=1, max_size=6))
 def test_prompts_alone(prompts: list[list[int]]) -> None:
-    packed = pack_prompts(prompts)
+    packed = pack_sequences([(prompt, ()) for prompt in prompts])
     assert [seen_by(packed, p) for p in packed.predictors.tolist()] == prompts
     assert all(s.prefix is None for s in packed.segments)
 

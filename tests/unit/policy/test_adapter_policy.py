@@ -72,7 +72,7 @@ def sampled(loaded: LoadedModel) -> tuple[TrainingRow, ...]:
         rows = []
         for k in range(2):
             prompt = Prompt(f"p{k}", (), "", tuple(5 + k + i for i in range(3 + k)))
-            requests = [SampleRequest(prompt, i, SamplingParams(max_tokens=11, seed=3)) for i in range(5)]
+            requests = [SampleRequest.of(prompt, i, SamplingParams(max_tokens=11, seed=3)) for i in range(5)]
             for c in sorted([c async for c in engine.generate(requests)], key=lambda c: c.sample_index):
                 size, sign = len(c.token_ids), 1.0 if c.sample_index % 2 else -1.0
                 rows.append(TrainingRow(k, prompt.token_ids, c.token_ids, (1,) * size, (sign,) * size, c.logprobs))

@@ -93,7 +93,7 @@ def sampled(
         groups = []
         for k in range(prompts):
             prompt = Prompt(f"p{k}", (), "", tuple(5 + k + i for i in range(3 + k)))
-            requests = [SampleRequest(prompt, i, sampling) for i in range(size)]
+            requests = [SampleRequest.of(prompt, i, sampling) for i in range(size)]
             done = sorted([c async for c in engine.generate(requests)], key=lambda c: c.sample_index)
             groups.append(RolloutGroup(k, prompt, tuple(scored(c) for c in done)))
         return groups

@@ -10,6 +10,7 @@ import pytest
 
 from groupwise.config import RewardConfig
 from groupwise.errors import ConfigError, DataError
+from groupwise.inputs import SampleKey
 from groupwise.rewards import RewardScorer, completion_texts, load_reward, reward_names
 from groupwise.rewards import format as format_module
 from groupwise.rewards.format import format_reward, think_format_reward
@@ -93,7 +94,7 @@ def test_think_format(text: str, expected: float) -> None:
 def test_think_format_knows_what_the_prompt_opened(prompt: str, text: str, expected: float) -> None:
     row = Prompt("r", (), prompt, (1,))
     scorer = RewardScorer([config("think_format")])
-    done = [Completion("r", 0, (1,), (0.0,), (0,), text, "stop")]
+    done = [Completion(SampleKey("r", 0, 0), (1,), (0.0,), (0,), text, "stop")]
     assert asyncio.run(scorer.score(row, done))[0].reward == expected
 
 

@@ -21,6 +21,7 @@ import pytest
 
 from groupwise.config import RewardConfig
 from groupwise.errors import ConfigError, DataError
+from groupwise.inputs import SampleKey
 from groupwise.metrics import resolve
 from groupwise.rewards import RewardScorer, Score
 from groupwise.types import Completion, Prompt
@@ -36,7 +37,7 @@ def prompt(**columns: Any) -> Prompt:
 
 
 def completions(*texts: str) -> list[Completion]:
-    return [Completion(f"r/{i}@0", i, (1,), (0.0,), (0,), text, "stop") for i, text in enumerate(texts)]
+    return [Completion(SampleKey("r", 0, i), (1,), (0.0,), (0,), text, "stop") for i, text in enumerate(texts)]
 
 
 def score(scorer: RewardScorer, *texts: str, row: Prompt | None = None) -> list[Score]:
@@ -372,6 +373,7 @@ import asyncio, dataclasses, sys
 sys.path.insert(0, {str(tmp_path)!r})
 from groupwise.config.reward import RewardConfig
 from groupwise.rewards import RewardScorer
+from groupwise.inputs import SampleKey
 from groupwise.types import Completion, Prompt
 scorer = RewardScorer([RewardConfig(name={where + ":hangs"!r}, isolated=True)])
 if {how == "closure"}:
@@ -379,7 +381,7 @@ if {how == "closure"}:
     runner = scorer._entries[0].runner
     function = lambda completions: hanging.hangs(completions)
     runner._call = dataclasses.replace(runner._call, function=function, config=None)
-done = Completion("r", 0, (1,), (0.0,), (0,), "a", "stop")
+done = Completion(SampleKey("r", 0, 0), (1,), (0.0,), (0,), "a", "stop")
 asyncio.run(scorer.score(Prompt("u", (), "?", (1,)), [done]))
 """
     parent = subprocess.Popen([sys.executable, "-c", code])

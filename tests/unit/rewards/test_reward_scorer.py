@@ -16,6 +16,7 @@ import pytest
 
 from groupwise.config import RewardConfig
 from groupwise.errors import ConfigError, DataError, RewardError
+from groupwise.inputs import SampleKey
 from groupwise.metrics import resolve
 from groupwise.rewards import RewardScorer, Score, load_reward
 from groupwise.types import Completion, Prompt
@@ -30,7 +31,7 @@ def prompt(source: str = "math", *, chat: bool = False, **columns: Any) -> Promp
 
 def completions(*texts: str) -> list[Completion]:
     return [
-        Completion(f"row-7/{i}@0", i, tuple(range(len(t))), (0.0,) * len(t), (0,) * len(t), t, "stop")
+        Completion(SampleKey("row-7", 0, i), tuple(range(len(t))), (0.0,) * len(t), (0,) * len(t), t, "stop")
         for i, t in enumerate(texts)
     ]
 
@@ -372,10 +373,11 @@ def test_hung_reward_does_not_keep_the_process_alive(tmp_path: Path) -> None:
     code = f"""
 import asyncio
 from groupwise.config.reward import RewardConfig
+from groupwise.inputs import SampleKey
 from groupwise.rewards import RewardScorer
 from groupwise.types import Completion, Prompt
 scorer = RewardScorer([RewardConfig(name={str(tmp_path / "hanging.py") + ":hangs"!r}, timeout=0.2)])
-done = Completion("r", 0, (1,), (0.0,), (0,), "a", "stop")
+done = Completion(SampleKey("r", 0, 0), (1,), (0.0,), (0,), "a", "stop")
 print(asyncio.run(scorer.score(Prompt("u", (), "?", (1,)), [done]))[0].failed)
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=30)

@@ -16,6 +16,9 @@ from groupwise.rollout import Buffer, Producer
 from groupwise.rollout.producer import produce_group
 from groupwise.types import Completion, EngineCaps, FinishReason, Prompt, RolloutGroup, SampleRequest, SamplingParams
 
+COLUMNS: dict[str, dict[str, Any]] = {}
+"""Of every prompt, by its uid: a request holds what a model is given, and no more."""
+
 
 class ScriptedEngine:
     """Answers in shuffled order; `ends` of a prompt's columns says how each sample ends."""
@@ -41,22 +44,21 @@ class ScriptedEngine:
 
     async def generate(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Completion]:
         self.asked += requests
-        if "broken" in requests[0].prompt.columns:
+        if "broken" in COLUMNS[requests[0].key.uid]:
             raise EngineError("the engine is gone")
         shuffled = list(requests)
         random.Random(3).shuffle(shuffled)
         for request in shuffled:
             await asyncio.sleep(0)
-            ends = request.prompt.columns.get("ends", ())
-            reason: FinishReason = ends[request.sample_index] if ends else "stop"
-            n = 0 if reason == "error" else 1 if reason == "abort" else request.sample_index + 1
+            ends = COLUMNS[request.key.uid].get("ends", ())
+            reason: FinishReason = ends[request.key.sample_index] if ends else "stop"
+            n = 0 if reason == "error" else 1 if reason == "abort" else request.key.sample_index + 1
             yield Completion(
-                request_id=request.id,
-                sample_index=request.sample_index,
+                key=request.key,
                 token_ids=(4,) * n,
                 logprobs=(-0.5,) * n,
                 policy_versions=(request.policy_version,) * n,
-                text=f"text {request.sample_index}",
+                text=f"text {request.key.sample_index}",
                 finish_reason=reason,
                 error="out of memory" if reason == "error" else "",
             )
@@ -67,12 +69,13 @@ def digits(completions: list[str], **columns: Any) -> list[float]:
 
 
 def prompt(name: str, **columns: Any) -> Prompt:
+    COLUMNS[name] = columns
     return Prompt(name, (), name, (1, 2), columns=columns)
 
 
 def group_of(asked: Prompt, scorer: RewardScorer, size: int = 4) -> RolloutGroup:
-    requests = [SampleRequest(asked, i, SamplingParams(), 7) for i in range(size)]
-    return asyncio.run(produce_group(ScriptedEngine(), scorer, requests, index=3))
+    requests = [SampleRequest.of(asked, i, SamplingParams(), 7) for i in range(size)]
+    return asyncio.run(produce_group(ScriptedEngine(), scorer, asked, requests, index=3))
 
 
 def test_a_group_is_sampled_and_scored_in_sample_order() -> None:
@@ -167,7 +170,7 @@ def test_a_lag_admits_ahead() -> None:
 
 def test_an_engine_that_fails_ends_the_wait_with_its_error() -> None:
     async def run() -> None:
-        producer, held, _ = make([prompt("a", broken=True), prompt("b")])
+        producer, held, _ = make([prompt("gone", broken=True), prompt("b")])
         producer.admit(0)
         with pytest.raises(EngineError, match="gone"):
             await held.take()
@@ -177,14 +180,14 @@ def test_an_engine_that_fails_ends_the_wait_with_its_error() -> None:
 
 
 def test_a_prompt_that_comes_again_is_drawn_anew() -> None:
-    """An engine's draws are a function of seed, prompt and sample: the same key in each epoch would sample the same."""
+    """An engine's draws are a function of seed and key: the same key in each epoch would sample the same."""
 
     async def keys(count: int) -> set[str]:
         producer, held, engine = make(PROMPTS[:count], per_step=8, total=8)
         producer.admit(0)
         await held.take()
         await producer.close()
-        return {f"{r.sampling.seed}/{r.prompt.uid}/{r.sample_index}" for r in engine.asked}
+        return {r.id for r in engine.asked}
 
     assert len(asyncio.run(keys(2))) == 16
     assert len(asyncio.run(keys(4))) == 16

@@ -36,7 +36,7 @@ class Engine:
             await asyncio.sleep(0)
         for r in requests:
             assert r.policy_version == self.version
-            yield Completion(r.id, r.sample_index, (4,), (-0.5,), (r.policy_version,), f"{r.sample_index}", "stop")
+            yield Completion(r.key, (4,), (-0.5,), (r.policy_version,), f"{r.key.sample_index}", "stop")
 
 
 def mixed(completions: list[str], good: list[bool], **columns: Any) -> list[float]:

@@ -31,7 +31,7 @@ def prompt(length: int) -> Prompt:
 
 def requests_of(lengths: Sequence[int], tokens: Sequence[int], temperature: float = 1.0) -> list[SampleRequest]:
     return [
-        SampleRequest(prompt(length), i, SamplingParams(max_tokens=count, temperature=temperature))
+        SampleRequest.of(prompt(length), i, SamplingParams(max_tokens=count, temperature=temperature))
         for length in lengths
         for i, count in enumerate(tokens)
     ]
@@ -52,9 +52,9 @@ def sample(loaded: LoadedModel, requests: Sequence[SampleRequest], *, as_on_a_gp
 def mismatch(
     loaded: LoadedModel, requests: Sequence[SampleRequest], found: Sequence[Completion], temperature: float = 1.0
 ) -> float:
-    names = list(dict.fromkeys(request.prompt.uid for request in requests))
+    names = list(dict.fromkeys(request.key.uid for request in requests))
     rows = [
-        TrainingRow(names.index(r.prompt.uid), r.prompt.token_ids, c.token_ids, *[(0.0,) * len(c.token_ids)] * 3)
+        TrainingRow(names.index(r.key.uid), r.prompt.token_ids, c.token_ids, *[(0.0,) * len(c.token_ids)] * 3)
         for r, c in zip(requests, found, strict=True)
     ]
     sampled = torch.tensor([x for completion in found for x in completion.logprobs])
