@@ -355,3 +355,22 @@ def test_hardware_that_is_not_there_is_a_sentence(task: Any, caplog: pytest.LogC
 def test_four_bits_without_bitsandbytes_are_a_sentence(task: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert AutoModelForCausalLM.from_pretrained(str(task.model), load_in_4bit=True).dtype == torch.float32
     assert "bitsandbytes is not installed" in caplog.text
+
+
+def test_a_model_without_a_name_is_trained_from_a_list_of_rows(task: Any, tmp_path: Path) -> None:
+    """The arguments are read again when training begins, where the rows are a list; the model is the program's."""
+    model = TransformersModel.from_pretrained(task.model)
+    model.config._name_or_path = model.name_or_path = ""
+    args = GRPOConfig(
+        str(tmp_path / "out"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=8,
+        use_cpu=True,
+        report_to="none",
+    )
+    rows = [{"prompt": "blue"}, {"prompt": "red"}]
+    tokenizer = AutoTokenizer.from_pretrained(task.model)
+    trainer = GRPOTrainer(model, low, args, train_dataset=rows, processing_class=tokenizer)
+    assert trainer.train().global_step == 2

@@ -187,7 +187,7 @@ class GRPOTrainer(Trainer):
         values = grpo_values(self.args, batch, num_rows=len(rows))
         if named := [{"name": function, "weight": weight} for function, weight in rewards if isinstance(function, str)]:
             values["reward"] = named
-        self._check(values, self._held.name if model is None else model)
+        self._check(values, self._held.module if model is None else model)
         return Plan(batch, rows, values)
 
     def _check(self, values: Values, model: Any) -> None:

@@ -115,7 +115,7 @@ class SFTTrainer(Trainer):
         rows = _formatted(stream_rows(self.train_dataset, self.args, batch), self._formatting)
         column = self._text_column(rows[0].values, formatted=self._formatting is not None)
         values = {**sft_values(self.args, batch, num_rows=len(rows)), "sft.text_column": column}
-        self._check(values, self._held.name if model is None else model)
+        self._check(values, self._held.module if model is None else model)
         return Plan(batch, rows, values)
 
     def _text_column(self, first: Mapping[str, Any], *, formatted: bool) -> str | None:
