@@ -29,12 +29,14 @@ from groupwise.model.invariant.use import is_batch_invariant, make_batch_invaria
 from groupwise.model.lean_layers import make_layers_lean
 from groupwise.model.linear import use_dnn_linear
 from groupwise.model.norms import make_norms_lean
-from groupwise.model.processor import keep_rows_exact
+from groupwise.model.processor import check_rows_are_exact, limit_units
 from groupwise.model.quantized import nf4_settings, unpack_before_products
 from groupwise.types import Tokenizer
 
 if TYPE_CHECKING:
     import peft
+
+limit_units()
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +248,7 @@ def wrap_model(model: PreTrainedModel, tokenizer: Tokenizer, *, batch_invariant:
         make_batch_invariant(model)
     elif model.device.type == "cpu":
         if model.dtype == torch.bfloat16:
-            keep_rows_exact()
+            check_rows_are_exact()
         use_dnn_linear(model)
         keep_freed_memory()
     model.eval()

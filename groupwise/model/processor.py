@@ -19,13 +19,16 @@ LIMIT = "ONEDNN_MAX_CPU_ISA"
 EXACT = "AVX512_CORE_BF16"
 
 
-def keep_rows_exact() -> None:
-    """Let bfloat16 on this CPU give a row the same bits in any company. It acts before the process's first product in
-    bfloat16; where it comes too late, or the environment asks for other units, that is said."""
-    if not torch.cpu._is_amx_tile_supported():
-        return
-    os.environ.setdefault(LIMIT, EXACT)
-    if not rows_are_exact():
+def limit_units() -> None:
+    """Keep oneDNN off AMX in this process, unless the environment says which units it may use. It asks once, at its first
+    product of any type, so this comes when the models' code is loaded."""
+    if torch.cpu._is_amx_tile_supported():
+        os.environ.setdefault(LIMIT, EXACT)
+
+
+def check_rows_are_exact() -> None:
+    """Say where bfloat16 gives a row other bits in other company: the limit came too late, or another one is set."""
+    if torch.cpu._is_amx_tile_supported() and not rows_are_exact():
         logger.warning(
             "bfloat16 on this CPU: the log-probs of sampler and trainer will differ, since AMX is in use; start the "
             "program with %s=%s, or use float32",

@@ -14,9 +14,10 @@ from groupwise.model.processor import EXACT, LIMIT
 PROGRAM = """
 import logging
 logging.basicConfig(format="%(message)s")
-from groupwise.model.processor import keep_rows_exact, rows_are_exact
+from groupwise.model.processor import check_rows_are_exact, limit_units, rows_are_exact
 {before}
-keep_rows_exact()
+limit_units()
+check_rows_are_exact()
 print(rows_are_exact())
 """
 needs_amx = pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs a CPU with AMX")
