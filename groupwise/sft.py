@@ -48,8 +48,8 @@ from groupwise.rollout.microbatches import split_rows
 from groupwise.rundir import RunDirectory, check_place, describe_place
 from groupwise.tracking import build_trackers, check_backends
 from groupwise.trust import prove
-from groupwise.types import Denominators, Stateful, Tokenizer, TrainingRow, Unwatched, Watcher
-from groupwise.watching import GuardedWatcher
+from groupwise.types import Denominators, Stateful, Tokenizer, TrainingRow
+from groupwise.watching import GuardedWatcher, Unwatched, Watcher
 
 logger = logging.getLogger(__name__)
 

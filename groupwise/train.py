@@ -27,7 +27,8 @@ from groupwise.rollout.batch import BatchShape, usable_samples
 from groupwise.rollout.records import ledger_rows, trajectory_rows
 from groupwise.rundir import RunDirectory
 from groupwise.tracking import Trackers
-from groupwise.types import TrainingBatch, Watcher, Wish
+from groupwise.types import TrainingBatch
+from groupwise.watching import Watcher, Wish
 from groupwise.weight_sync import InProcessSync
 
 

@@ -341,56 +341,6 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What a watcher asks for after a step.
-
-    Attributes:
-        save: a checkpoint of it, whatever `train.save_every` says.
-        stop: it is the run's last step.
-
-    Example:
-        Wish(stop=True)
-    """
-
-    save: bool = False
-    stop: bool = False
-
-
-class Watcher(Protocol):
-    """A program that follows its run; steps count from 1. Whatever it raises ends the run."""
-
-    def begins(self, step: int, num_steps: int) -> None:
-        """Before each step, which is one of `num_steps`."""
-        ...
-
-    def updated(self, step: int) -> bool:
-        """After each step's updates. True asks for an evaluation, whatever `eval.every` says."""
-        ...
-
-    def logged(self, step: int, metrics: Mapping[str, float]) -> Wish:
-        """After each step, its numbers; after step 0, those of an evaluation before training."""
-        ...
-
-    def saved(self, step: int) -> None:
-        """The checkpoint of this step is complete."""
-        ...
-
-
-class Unwatched:
-    """The `Watcher` of a run that nobody follows."""
-
-    def begins(self, step: int, num_steps: int) -> None: ...
-
-    def updated(self, step: int) -> bool:
-        return False
-
-    def logged(self, step: int, metrics: Mapping[str, float]) -> Wish:
-        return Wish()
-
-    def saved(self, step: int) -> None: ...
-
-
 class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that Groupwise calls."""
 

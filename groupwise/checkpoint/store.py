@@ -25,17 +25,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from groupwise.checkpoint.codec import CodecError, decode_state, encode_state
+from groupwise.checkpoint.folders import (
+    ASIDE,
+    LATEST,
+    MANIFEST,
+    STEP_FOLDER,
+    list_checkpoints,
+    mark_best,
+    newest_name,
+    step_of,
+)
 from groupwise.errors import CheckpointError
 from groupwise.files import leads_outside, sync_folder, use_umask, write_json_atomic, write_text_atomic
 from groupwise.types import Stateful
 
 FORMAT = 2
 _READABLE = (1, 2)  # a manifest of format 1 has no checksum of its own
-MANIFEST = "manifest.json"
-LATEST = "latest"
-BEST = "best"
-_ASIDE = ".old-"
-_STEP_FOLDER = re.compile(r"(?:\.old-)?step_(\d{6,})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +101,6 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
     _prune(root, step=step, keep=keep, spared=best)
     return folder
-
-
-def mark_best(root: Path, step: int | None) -> None:
-    """Point `best` at the checkpoint of this step, if there is one; also after a kill between its save and its mark."""
-    folder = None if step is None else root / f"step_{step:06d}"
-    if folder is not None and (folder / MANIFEST).is_file():
-        write_text_atomic(root / BEST, folder.name + "\n")
 
 
 def load_checkpoint(path: Path, parts: Mapping[str, Stateful], *, optional: Collection[str] = ()) -> int:
@@ -204,17 +202,11 @@ def _by_preference(root: Path) -> list[Path]:
     complete = list_checkpoints(root)
     names = {path.name for path in complete}
     folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    damaged = [path for path in folders if _STEP_FOLDER.fullmatch(path.name) and not (path / MANIFEST).is_file()]
-    found = [*complete, *(path for path in damaged if path.name.removeprefix(_ASIDE) not in names)]
-    named = [path for path in found if path.name.removeprefix(_ASIDE) == _pointer(root)]
+    damaged = [path for path in folders if STEP_FOLDER.fullmatch(path.name) and not (path / MANIFEST).is_file()]
+    found = [*complete, *(path for path in damaged if path.name.removeprefix(ASIDE) not in names)]
+    named = [path for path in found if path.name.removeprefix(ASIDE) == newest_name(root)]
     newest = step_of(named[0]) if named else max(map(step_of, found), default=0)
     return sorted(found, key=lambda path: (step_of(path) <= newest, step_of(path)), reverse=True)
-
-
-def _pointer(root: Path) -> str | None:
-    with suppress(OSError, UnicodeDecodeError):
-        return (root / LATEST).read_text(encoding="utf-8").strip()
-    return None
 
 
 def read_part(path: Path, name: str, *keys: str) -> Any:
@@ -252,43 +244,12 @@ class _OnDemand(dict[str, Tensor]):
         return self._opened.get_tensor(tensor)
 
 
-def find_latest(root: Path) -> Path | None:
-    """The checkpoint that `latest` names, else the newest one; None when there is none. Changes nothing on the disk."""
-    complete = list_checkpoints(root)
-    name = _pointer(root)
-    for path in complete:
-        if path.name.removeprefix(_ASIDE) == name:
-            return path
-    return complete[-1] if complete else None
-
-
-def list_checkpoints(root: Path) -> list[Path]:
-    """All complete checkpoints under `root`, oldest step first.
-
-    One that had stepped aside for its replacement counts while that is not in place: a killed save leaves it so.
-    """
-    if not root.is_dir():
-        return []
-    found = [path for path in root.iterdir() if _STEP_FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    names = {path.name for path in found}
-    current = [path for path in found if path.name.removeprefix(_ASIDE) == path.name]
-    aside = [path for path in found if path.name.removeprefix(_ASIDE) not in names]
-    return sorted(current + aside, key=step_of)
-
-
 def forget_after(root: Path, step: int) -> None:
     """Make the checkpoint of `step` the newest: `latest` names it, and those of later steps are removed."""
     write_text_atomic(root / LATEST, f"step_{step:06d}\n")
     for path in reversed(list_checkpoints(root)):
         if step_of(path) > step:
             _discard(path)
-
-
-def step_of(path: Path) -> int:
-    """The step that a checkpoint's folder name says."""
-    match = _STEP_FOLDER.fullmatch(path.name)
-    assert match, f"{path} is not named like a checkpoint"
-    return int(match[1])
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -360,7 +321,7 @@ def _measure(path: Path) -> StoredFile:
 
 def _put_in_place(temporary: Path, folder: Path) -> None:
     """Rename into place. No folder can be renamed over another, so an old one steps aside until the new is there."""
-    aside = folder.with_name(f"{_ASIDE}{folder.name}")
+    aside = folder.with_name(f"{ASIDE}{folder.name}")
     replaced = folder.exists()
     if replaced:
         os.replace(folder, aside)
@@ -378,8 +339,8 @@ def _put_in_place(temporary: Path, folder: Path) -> None:
 def _recover(root: Path) -> None:
     """Mend what a killed save left: bring back a checkpoint that had stepped aside, remove half-written folders."""
     for entry in list(root.iterdir()):
-        if entry.name.startswith(f"{_ASIDE}step_"):
-            original = root / entry.name.removeprefix(_ASIDE)
+        if entry.name.startswith(f"{ASIDE}step_"):
+            original = root / entry.name.removeprefix(ASIDE)
             if original.exists():
                 shutil.rmtree(entry, ignore_errors=True)
             else:

@@ -42,8 +42,8 @@ from groupwise.rundir import RunDirectory
 from groupwise.tracking import Trackers, build_trackers
 from groupwise.train import TrainParts, train
 from groupwise.trust import prove
-from groupwise.types import Engine, RolloutGroup, SamplingParams, Stateful, Unwatched, Watcher
-from groupwise.watching import GuardedWatcher
+from groupwise.types import Engine, RolloutGroup, SamplingParams, Stateful
+from groupwise.watching import GuardedWatcher, Unwatched, Watcher
 from groupwise.weight_sync import InProcessSync
 
 __all__ = ["Given", "prepare", "run_async", "run_training", "training_sampling"]

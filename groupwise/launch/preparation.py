@@ -25,7 +25,8 @@ from groupwise.resume import Identity
 from groupwise.rewards import RewardScorer
 from groupwise.rundir import check_place, describe_place
 from groupwise.tracking import check_backends, missing_packages
-from groupwise.types import Tokenizer, Watcher
+from groupwise.types import Tokenizer
+from groupwise.watching import Watcher
 
 
 @dataclass(frozen=True, slots=True)

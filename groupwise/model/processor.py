@@ -20,8 +20,10 @@ EXACT = "AVX512_CORE_BF16"
 
 
 def limit_units() -> None:
-    """Keep oneDNN off AMX in this process, unless the environment says which units it may use. It asks once, at its first
-    product of any type, so this comes when the models' code is loaded."""
+    """Keep oneDNN off AMX in this process, unless the environment says which units it may use.
+
+    It asks once, at its first product of any type, so this comes when the models' code is loaded.
+    """
     if torch.cpu._is_amx_tile_supported():
         os.environ.setdefault(LIMIT, EXACT)
 

@@ -6,8 +6,6 @@ import hashlib
 import itertools
 import logging
 import math
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +18,6 @@ from torch import Tensor
 from groupwise.algorithms.base import LossInputs, LossOutput
 from groupwise.config import OptimConfig, TrainConfig
 from groupwise.errors import TrainingError
-from groupwise.files import make_anew, refuse_link, use_umask, writing
 from groupwise.metrics import Last, Max, Mean, Metrics, Sum
 from groupwise.model.adapters import dropout_layers
 from groupwise.model.experts import experts_of
@@ -30,13 +27,13 @@ from groupwise.model.loading import LoadedModel
 from groupwise.model.packing import Packed, pack
 from groupwise.model.recompute import recompute_layers
 from groupwise.model.routing import Routing
-from groupwise.model.saving import check_whole, complete_adapter
 from groupwise.policy.adapter_reference import make_reference
 from groupwise.policy.balance import routing_of, with_expert_counts
 from groupwise.policy.bundle import BundleWriter, LearnedBatch
 from groupwise.policy.lanes import Lanes
 from groupwise.policy.optimizer import Gradient, MasterOptimizer
 from groupwise.policy.reference import Reference
+from groupwise.policy.saving import write_model
 from groupwise.policy.schedule import learning_rate
 from groupwise.types import Denominators, MicroBatch, TrainingRow
 
@@ -382,25 +379,8 @@ class Policy:
         self._optimizer.release()
 
     def save_pretrained(self, path: Path) -> None:
-        """Write a Hugging Face model folder; what stood there before is replaced only when the new one is whole."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        with writing(path, hint="; the checkpoint is whole: --resume writes the model without training again"):
-            refuse_link(path)
-            make_anew(temporary)
-            try:
-                model = self.loaded.model
-                model.save_pretrained(temporary)
-                self.loaded.tokenizer.save_pretrained(temporary)
-                if self.loaded.adapter is None:
-                    same = check_whole(model, temporary)
-                else:
-                    same = complete_adapter(model, temporary, tokenizer=self.loaded.tokenizer, home=path)
-                logger.info("%s: %d weights compared with those in memory, all the same", path, same)
-                use_umask(temporary)
-                shutil.rmtree(path, ignore_errors=True)
-                os.replace(temporary, path)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        """Write a Hugging Face model folder; see `groupwise.policy.saving.write_model`."""
+        write_model(self.loaded, path)
 
 
 def _ends(loaded: LoadedModel) -> list[Tensor]:

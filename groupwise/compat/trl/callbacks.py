@@ -17,7 +17,7 @@ from transformers.trainer_utils import TrainOutput
 from groupwise.compat.trl.arguments import Arguments
 from groupwise.compat.trl.translate import Batch
 from groupwise.errors import ConfigError
-from groupwise.types import Wish
+from groupwise.watching import Wish
 
 logger = logging.getLogger(__name__)
 

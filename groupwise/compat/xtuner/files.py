@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from groupwise.types import Unwatched, Wish
+from groupwise.watching import Unwatched, Wish
 
 logger = logging.getLogger(__name__)
 

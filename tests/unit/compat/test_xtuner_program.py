@@ -13,7 +13,7 @@ from groupwise.compat.xtuner.environment import environment, script_variables
 from groupwise.compat.xtuner.files import TrajectoryLinks
 from groupwise.config.loading import load_config
 from groupwise.errors import ConfigError
-from groupwise.types import Wish
+from groupwise.watching import Wish
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "xtuner_config.py"
 ROW = (
