@@ -89,7 +89,7 @@ test-newest:
 	@$(MAKE) --no-print-directory $(VENV_NEWEST)/.python
 	@echo "== installing the newest releases"
 	@$(BIN_NEWEST)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) torch
-	@$(BIN_NEWEST)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e . pytest pytest-timeout hypothesis gguf
+	@$(BIN_NEWEST)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e . pytest pytest-timeout hypothesis gguf matplotlib
 	@$(BIN_NEWEST)/python -m pip check --disable-pip-version-check
 	@$(BIN_NEWEST)/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|peft|tokenizers|datasets|numpy|pydantic) '
 	@$(BIN_NEWEST)/python -m pytest -q -m "$(FAST)" $(PYTEST_ARGS)

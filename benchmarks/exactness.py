@@ -34,6 +34,7 @@ from groupwise.config import Config
 from groupwise.data import load_prompts, read_rows
 from groupwise.engines.native import NativeEngine
 from groupwise.engines.native.scheduler import PromptLane, Sample, Scheduler
+from groupwise.engines.native.steps import Beginnings
 from groupwise.model.attention import AttentionCall
 from groupwise.model.evenly import EvenActivation
 from groupwise.model.forward import hidden_states, packed_scores
@@ -56,8 +57,10 @@ class DenseSteps:
         self._scheduler = scheduler
         self._attention = attention
 
-    def prefill(self, prompts: Sequence[PromptLane]) -> None:
-        running, shape = self._scheduler.running, self._scheduler.prompt_cache.shape
+    def prefill(
+        self, admitted: Sequence[Sample], running: Sequence[Sample], prompts: Sequence[PromptLane]
+    ) -> Beginnings:
+        shape = self._scheduler.prompt_cache.shape
         self._width = width = max(len(lane.token_ids) for lane in prompts)
         self._column = -1
         missing = torch.tensor([width - len(lane.token_ids) for lane in prompts])
@@ -69,13 +72,15 @@ class DenseSteps:
         self._prompt = torch.zeros(2, shape.layers, len(prompts), shape.heads, width, shape.size, dtype=shape.dtype)
         position_ids = (places - missing[:, None]).clamp(min=0)
         hidden = hidden_states(self._loaded.model, tokens.flatten(), position_ids.flatten(), self)
-        for lane, rows in zip(prompts, hidden.view(*tokens.shape, -1), strict=True):
-            lane.hidden = rows[-1]
+        last = hidden.view(*tokens.shape, -1)[:, -1]
+        for lane, row in zip(prompts, last, strict=True):
+            lane.hidden = row
         owner = torch.tensor([next(i for i, lane in enumerate(prompts) if lane is s.prompt) for s in running])
         most = width + running[0].request.sampling.max_tokens
         self._cache = torch.zeros(2, shape.layers, len(running), shape.heads, most, shape.size, dtype=shape.dtype)
         self._cache[:, :, :, :, :width] = self._prompt[:, :, owner]
         self._mask = _bias(torch.arange(most) >= missing[owner][:, None], shape.dtype)[:, None, None]
+        return Beginnings(last, [next(i for i, lane in enumerate(prompts) if lane is s.prompt) for s in admitted])
 
     def forget(self) -> None:
         """Nothing to let go: what the next prompts need takes the place of the old."""
