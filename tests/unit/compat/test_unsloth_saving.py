@@ -17,7 +17,7 @@ from groupwise.compat.unsloth import FastLanguageModel, FastPeftModel
 from groupwise.errors import ConfigError
 from groupwise.export.source import find_source
 from groupwise.export.verify import verify
-from groupwise.model.adapters import settle_adapters
+from groupwise.model.borrowing import borrow
 
 IDS = torch.tensor([[5, 9, 12, 20, 33]])
 
@@ -56,7 +56,8 @@ def test_a_saved_adapter_goes_on_and_verifies_exports(peft_model: FastPeftModel,
     out = peft_model.save_pretrained_merged(tmp_path / "adapter", save_method="lora")
     again, _ = FastLanguageModel.from_pretrained(str(out), load_in_4bit=False)
     assert isinstance(again, FastPeftModel)
-    settle_adapters(peft_model.base)  # as when it is at work, which what was loaded is already
+    with borrow(again.base, again.settings.tokenizer):  # its adapter computes as the other's does, which was at work
+        pass
     assert torch.equal(logits(again), logits(peft_model))
     merged = peft_model.save_pretrained_merged(tmp_path / "merged")
     assert verify(merged, source=find_source(out), max_tokens=4).agreement > 0.9
