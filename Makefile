@@ -63,7 +63,8 @@ test-all: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
-# A second environment: the trackers need older versions of some packages than the first one has.
+# A second environment: the trackers need older versions of some packages than the first one has. llama.cpp is built for any
+# x86-64 with AVX2: made for this very processor, where that is one with AMX, it ended in a segmentation fault.
 $(VENV_EXTRAS)/.installed: $(VENV_EXTRAS)/.python pyproject.toml constraints-extras.txt
 	@echo "== installing torch into $(VENV_EXTRAS)"
 	@$(PIP_EXTRAS) torch
@@ -74,7 +75,7 @@ $(VENV_EXTRAS)/.installed: $(VENV_EXTRAS)/.python pyproject.toml constraints-ext
 test-extras: $(VENV_EXTRAS)/.installed
 	@if command -v $(CXX) >/dev/null; then \
 		echo "== building llama-cpp-python, unless pip has it already"; \
-		$(PIP_EXTRAS) llama-cpp-python || exit; \
+		CMAKE_ARGS=-DGGML_NATIVE=OFF $(PIP_EXTRAS) llama-cpp-python || exit; \
 		tests='extras'; \
 	else \
 		echo "no C++ compiler (CXX = $(CXX)): the tests with llama-cpp-python are left out" >&2; \
