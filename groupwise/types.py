@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from groupwise.inputs import ModelInput, SampleKey
@@ -22,7 +23,7 @@ FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 RolloutStatus: TypeAlias = Literal["ok", "failed"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prompt:
     """One row of the data, rendered and tokenized.
 
@@ -46,9 +47,9 @@ class Prompt:
     data_source: str = "default"
     columns: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def input(self) -> ModelInput:
-        """What the model is given."""
+        """What the model is given; one object for all of the prompt's samples, so that its digest is made once."""
         return ModelInput.of(self.token_ids)
 
 

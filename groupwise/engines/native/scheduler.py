@@ -45,11 +45,15 @@ class Sample:
 
     Attributes:
         tokens: what follows the prompt, given and drawn; `logprobs` are those of the drawn ones.
+        num_given: how many of `tokens` the request brought.
+        begun: where in `tokens` the answer begins that is being drawn.
     """
 
     request: SampleRequest
     outbox: Outbox
     uniform: np.ndarray = field(init=False)
+    num_given: int = field(init=False)
+    begun: int = field(init=False)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prompt: PromptLane | None = None
@@ -58,21 +62,13 @@ class Sample:
 
     def __post_init__(self) -> None:
         self.tokens.extend(self.request.continues.token_ids)
+        self.num_given = len(self.tokens)
+        self.begun = self.num_given - self.request.resumed
         self.uniform = uniforms(self.request.sampling.seed, self.request.key, self.most_tokens)
-
-    @property
-    def num_given(self) -> int:
-        """How many of `tokens` the request brought."""
-        return len(self.request.continues)
 
     @property
     def drawn(self) -> list[int]:
         return self.tokens[self.num_given :]
-
-    @property
-    def begun(self) -> int:
-        """Where in `tokens` the answer begins that is being drawn."""
-        return self.num_given - self.request.resumed
 
     @property
     def most_tokens(self) -> int:
