@@ -35,11 +35,11 @@ from groupwise.data import load_prompts, read_rows
 from groupwise.engines.native import NativeEngine
 from groupwise.engines.native.scheduler import PromptLane, Sample, Scheduler
 from groupwise.engines.native.steps import Beginnings
-from groupwise.model.attention import AttentionCall
-from groupwise.model.evenly import EvenActivation
-from groupwise.model.forward import hidden_states, packed_scores
+from groupwise.model.fast_cpu.evenly import EvenActivation
+from groupwise.model.forward.attention import AttentionCall
+from groupwise.model.forward.packed_scores import hidden_states, packed_scores
+from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, load_model
-from groupwise.model.packing import pack
 from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams, TrainingRow
 
 INEXACT = ("sdpa", "products")
@@ -47,8 +47,8 @@ SIDES = ("exact", *INEXACT)
 
 
 class DenseSteps:
-    """Steps of an engine that need not be exact, and their own `groupwise.model.attention.Layout`, for samples that
-    start and end together. Prompts are padded on the left, so that all samples write to one column of the cache
+    """Steps of an engine that need not be exact, and their own `Layout` (`model/forward/attention.py`), for samples
+    that start and end together. Prompts are padded on the left, so that all samples write to one column of the cache
     `[2, layers, B, heads, T, size]`.
     """
 

@@ -28,11 +28,11 @@ from torch import Tensor
 from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig, OptimConfig, RolloutConfig, TrainConfig
 from groupwise.engines.native import NativeEngine
-from groupwise.model.forward import packed_hidden_states
-from groupwise.model.head import LanguageHead, entropy_of
+from groupwise.model.forward.head import LanguageHead, entropy_of
+from groupwise.model.forward.packed_scores import packed_hidden_states
+from groupwise.model.forward.packing import Packed, pack, pack_sequences
 from groupwise.model.invariant.use import require_gpu
 from groupwise.model.loading import LoadedModel, resolve_device, resolve_dtype
-from groupwise.model.packing import Packed, pack, pack_sequences
 from groupwise.policy import Policy
 from groupwise.rollout.microbatches import split_rows
 from groupwise.types import Completion, Denominators, MicroBatch, Prompt, SampleRequest, SamplingParams, TrainingRow

@@ -73,7 +73,7 @@ def measure(work: Work) -> dict[str, Any]:
 def _loss(loaded: Any, hidden: Any, targets: Any, chunk_tokens: int) -> Any:
     from torch.nn.functional import cross_entropy
 
-    from groupwise.model.head import token_scores
+    from groupwise.model.forward.head import token_scores
 
     if chunk_tokens:
         return -token_scores(loaded.head, hidden, targets, chunk_tokens=chunk_tokens).logprobs.mean()

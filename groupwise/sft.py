@@ -29,7 +29,7 @@ from groupwise.fingerprint import machine_facts, model_facts, supervised_facts
 from groupwise.interrupt import StopRequest, catch_interrupts, interrupted
 from groupwise.metrics import Last
 from groupwise.model.checkpoints import keep_base, settle_model
-from groupwise.model.experts import check_balance_loss
+from groupwise.model.exact.experts import check_balance_loss
 from groupwise.model.limits import find_limits
 from groupwise.model.loading import (
     LoadedModel,

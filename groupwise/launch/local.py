@@ -29,7 +29,7 @@ from groupwise.launch.preparation import Given, Prepared, make_scorer, prepare
 from groupwise.launch.record import Reports, restore, summarize
 from groupwise.lock import FolderLock
 from groupwise.model.checkpoints import keep_base
-from groupwise.model.experts import check_balance_loss
+from groupwise.model.exact.experts import check_balance_loss
 from groupwise.model.loading import LoadedModel, given_or_loaded, with_adapter
 from groupwise.policy import Objective, Policy
 from groupwise.policy.bundle import BundleWriter

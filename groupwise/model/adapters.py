@@ -21,8 +21,8 @@ from groupwise.config import LoraConfig
 from groupwise.config.lora import AdapterFile, AdapterShape, check_plain
 from groupwise.errors import ConfigError
 from groupwise.installed import require_adapters
-from groupwise.model.experts import experts_of
-from groupwise.model.linear import dnn_linear
+from groupwise.model.exact.experts import experts_of
+from groupwise.model.fast_cpu.linear import dnn_linear
 
 if TYPE_CHECKING:
     import peft

@@ -19,17 +19,17 @@ from groupwise.config.model_name import named_checkpoint, settled_model
 from groupwise.errors import ConfigError
 from groupwise.installed import require_adapters, require_versions
 from groupwise.model.adapters import adapter_of, add_adapter, continue_adapter, load_adapter
-from groupwise.model.attention import ATTENTION_NAME
-from groupwise.model.evenly import make_activations_even
-from groupwise.model.experts import make_experts_even
+from groupwise.model.exact.experts import make_experts_even
+from groupwise.model.fast_cpu.evenly import make_activations_even
+from groupwise.model.fast_cpu.host_memory import keep_freed_memory
+from groupwise.model.fast_cpu.lean_layers import make_layers_lean
+from groupwise.model.fast_cpu.linear import use_dnn_linear
+from groupwise.model.fast_cpu.norms import make_norms_lean
+from groupwise.model.fast_cpu.processor import check_rows_are_exact, limit_units
 from groupwise.model.folder import check_sizes, told_of_folder
-from groupwise.model.head import LanguageHead
-from groupwise.model.host_memory import keep_freed_memory
+from groupwise.model.forward.attention import ATTENTION_NAME
+from groupwise.model.forward.head import LanguageHead
 from groupwise.model.invariant.use import is_batch_invariant, make_batch_invariant, require_gpu
-from groupwise.model.lean_layers import make_layers_lean
-from groupwise.model.linear import use_dnn_linear
-from groupwise.model.norms import make_norms_lean
-from groupwise.model.processor import check_rows_are_exact, limit_units
 from groupwise.model.quantized import nf4_settings, unpack_before_products
 from groupwise.types import Tokenizer
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from groupwise.model.forward import packed_hidden_states
-from groupwise.model.packing import Packed
-from groupwise.model.routing import ExpertCounts, Routing, sum_counts
+from groupwise.model.forward.packed_scores import packed_hidden_states
+from groupwise.model.forward.packing import Packed
+from groupwise.model.forward.routing import ExpertCounts, Routing, sum_counts
 from groupwise.policy.lanes import Lanes
 from groupwise.types import Denominators, MicroBatch
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from groupwise.model.forward import depends_on_length
+from groupwise.model.forward.packed_scores import depends_on_length
 
 _SMALL_BYTES = 1 << 28  # weights of a model whose operations are small, and whose gradients may exist several times
 _MOST = 2  # each holds a pass's memory

@@ -20,13 +20,13 @@ from groupwise.config import OptimConfig, TrainConfig
 from groupwise.errors import TrainingError
 from groupwise.metrics import Last, Max, Mean, Metrics, Sum
 from groupwise.model.adapters import dropout_layers
-from groupwise.model.experts import experts_of
-from groupwise.model.forward import packed_scores
-from groupwise.model.head import TokenScores
+from groupwise.model.exact.experts import experts_of
+from groupwise.model.forward.head import TokenScores
+from groupwise.model.forward.packed_scores import packed_scores
+from groupwise.model.forward.packing import Packed, pack
+from groupwise.model.forward.recompute import recompute_layers
+from groupwise.model.forward.routing import Routing
 from groupwise.model.loading import LoadedModel
-from groupwise.model.packing import Packed, pack
-from groupwise.model.recompute import recompute_layers
-from groupwise.model.routing import Routing
 from groupwise.policy.adapter_reference import make_reference
 from groupwise.policy.balance import routing_of, with_expert_counts
 from groupwise.policy.bundle import BundleWriter, LearnedBatch

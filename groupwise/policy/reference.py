@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groupwise.model.forward import packed_scores
-from groupwise.model.head import LanguageHead
+from groupwise.model.forward.head import LanguageHead
+from groupwise.model.forward.packed_scores import packed_scores
+from groupwise.model.forward.packing import Packed
 from groupwise.model.loading import LoadedModel
-from groupwise.model.packing import Packed
 from groupwise.policy.lanes import Lanes
 
 

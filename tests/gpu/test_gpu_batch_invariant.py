@@ -10,9 +10,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from groupwise.config import LoraConfig, RolloutConfig
 from groupwise.engines.native import NativeEngine
-from groupwise.model.forward import packed_scores
+from groupwise.model.forward.packed_scores import packed_scores
+from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, with_adapter, wrap_model
-from groupwise.model.packing import pack
 from groupwise.quickstart.tiny_model import build_tokenizer
 from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams, TrainingRow
 

@@ -22,8 +22,8 @@ from groupwise.config import Config
 from groupwise.data.files import SourceRow, read_for_training
 from groupwise.errors import ConfigError, Interrupted
 from groupwise.files import write_json_atomic, write_text_atomic
+from groupwise.model.forward.recompute import recomputes_layers
 from groupwise.model.quantized import is_packed
-from groupwise.model.recompute import recomputes_layers
 from groupwise.place import Place as RunPlace
 
 logger = logging.getLogger(__name__)

@@ -29,8 +29,8 @@ from groupwise.config.model_name import named_checkpoint, settled_model
 from groupwise.errors import ConfigError
 from groupwise.model.borrowing import borrow
 from groupwise.model.checkpoints import write_checkpoint_model
+from groupwise.model.forward.recompute import recompute_layers
 from groupwise.model.loading import load_model, load_tokenizer
-from groupwise.model.recompute import recompute_layers
 
 logger = logging.getLogger(__name__)
 

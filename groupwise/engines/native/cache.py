@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from groupwise.model.exact import BLOCK, WIDTHS, width_of
-from groupwise.model.packing import round_up
+from groupwise.model.exact.blocks import BLOCK, WIDTHS, width_of
+from groupwise.model.forward.packing import round_up
 
 ARENA_SPAN = 256  # tokens of an arena come in multiples of this
 

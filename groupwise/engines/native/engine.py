@@ -15,15 +15,15 @@ import torch
 
 from groupwise.config import RolloutConfig
 from groupwise.engines.native.cache import CacheShape
-from groupwise.engines.native.drawing import Draws
+from groupwise.engines.native.next_tokens import Draws
 from groupwise.engines.native.scheduler import Outbox, Sample, Scheduler
 from groupwise.engines.native.steps import DecodeSteps
 from groupwise.engines.native.threads import SMALL_BYTES, StepThreads
 from groupwise.errors import EngineError
-from groupwise.model.forward import depends_on_length, packed_scores
-from groupwise.model.linear import ordered_weights
+from groupwise.model.fast_cpu.linear import ordered_weights
+from groupwise.model.forward.packed_scores import depends_on_length, packed_scores
+from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel
-from groupwise.model.packing import pack
 from groupwise.types import Completion, EngineCaps, FinishReason, SampleRequest, TrainingRow
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from groupwise.model.evenly import row_cumsums, row_sums
-from groupwise.model.head import RowSums, Weighed, scale_by_temperature, target_logprobs, weigh
+from groupwise.model.fast_cpu.evenly import row_cumsums, row_sums
+from groupwise.model.forward.head import RowSums, Weighed, scale_by_temperature, target_logprobs, weigh
 from groupwise.types import SamplingParams
 
 _SPAN = 128  # tokens whose mass is summed before the search

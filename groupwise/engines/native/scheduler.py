@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from groupwise.engines.native.cache import CacheShape, KeyCache, make_cache
-from groupwise.engines.native.keys import uniforms
+from groupwise.engines.native.uniforms import uniforms
 from groupwise.errors import EngineError
 from groupwise.inputs import ModelInput
 from groupwise.types import Completion, SampleRequest

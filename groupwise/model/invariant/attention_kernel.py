@@ -18,7 +18,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from groupwise.model.exact import BLOCK
+from groupwise.model.exact.blocks import BLOCK
 from groupwise.model.invariant.launching import aligned, launch, power_of_two
 
 BLOCK_ROWS = 32

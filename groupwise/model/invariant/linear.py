@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groupwise.model.linear import ProductGradients, product_gradients
+from groupwise.model.fast_cpu.linear import ProductGradients, product_gradients
 
 
 class InvariantLinear(nn.Linear):

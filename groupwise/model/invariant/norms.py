@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groupwise.model.norms import LeanNorm
+from groupwise.model.fast_cpu.norms import LeanNorm
 
 GEMMA_NORMS = frozenset({"GemmaRMSNorm", "Gemma3RMSNorm"})
 """transformers' norms by 1 + weight."""

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groupwise.model.attention import AttentionCall
+from groupwise.model.forward.attention import AttentionCall
+from groupwise.model.forward.packed_attention import Kept, Plan, gradients_by_plan, make_plan
+from groupwise.model.forward.packing import Packed, Segment
+from groupwise.model.forward.segment_gradient import segment_gradient
 from groupwise.model.invariant.launching import aligned
-from groupwise.model.packed_attention import Kept, Plan, gradients_by_plan, make_plan
-from groupwise.model.packing import Packed, Segment
-from groupwise.model.segment_gradient import segment_gradient
 
 
 class _Work:

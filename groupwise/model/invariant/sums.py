@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def fixed_row_sums(x: Tensor) -> Tensor:
-    """`x.sum(-1)` of `[M, V]` float32, differentiable; takes the place of `groupwise.model.evenly.row_sums`."""
+    """`x.sum(-1)` of `[M, V]` float32, differentiable; takes the place of `row_sums` in `model/fast_cpu/evenly.py`."""
     return _Sums.apply(x)
 
 

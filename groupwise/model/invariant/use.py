@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from groupwise.errors import ConfigError
 from groupwise.model.adapters import FullTileLinear
+from groupwise.model.fast_cpu.linear import DnnLinear
+from groupwise.model.fast_cpu.norms import LeanNorm
 from groupwise.model.invariant.linear import InvariantLinear
 from groupwise.model.invariant.norms import GEMMA_NORMS, InvariantGemmaNorm, InvariantNorm
-from groupwise.model.linear import DnnLinear
-from groupwise.model.norms import LeanNorm
 
 SETTING = "model.batch_invariant = true"
 _MAX_REPEAT = 32  # query heads of one key head, which are rows of one tile

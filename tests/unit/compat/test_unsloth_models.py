@@ -19,7 +19,7 @@ from groupwise.compat.trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from groupwise.compat.unsloth import FastLanguageModel, FastModel, FastPeftModel, SamplingParams
 from groupwise.compat.unsloth.settings import ADAPTER, LOADING, SAVING
 from groupwise.errors import ConfigError
-from groupwise.model.recompute import recomputes_layers
+from groupwise.model.forward.recompute import recomputes_layers
 
 Load = Callable[..., Any]
 DRAWN = SamplingParams(max_tokens=10, seed=1)

@@ -23,10 +23,10 @@ from transformers import (
 
 from groupwise.config import RolloutConfig
 from groupwise.engines.native import NativeEngine
-from groupwise.model.forward import packed_hidden_states
-from groupwise.model.head import token_scores
+from groupwise.model.forward.head import token_scores
+from groupwise.model.forward.packed_scores import packed_hidden_states
+from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, wrap_model
-from groupwise.model.packing import pack
 from groupwise.quickstart.tiny_model import build_tokenizer
 from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams, TrainingRow
 

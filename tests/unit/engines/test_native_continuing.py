@@ -12,10 +12,10 @@ import torch
 from groupwise.engines.native import NativeEngine
 from groupwise.errors import EngineError
 from groupwise.inputs import ImagePiece, ImageSource, ModelInput, TokenPiece
-from groupwise.model.forward import packed_hidden_states
-from groupwise.model.head import token_scores
+from groupwise.model.forward.head import token_scores
+from groupwise.model.forward.packed_scores import packed_hidden_states
+from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel
-from groupwise.model.packing import pack
 from groupwise.types import Completion, SampleRequest, SamplingParams, TrainingRow
 
 Lab = Any

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from groupwise.config import LoraConfig, ModelConfig
 from groupwise.errors import ConfigError
 from groupwise.model.adapters import FullTileLinear, adds_nothing, dropout_layers
-from groupwise.model.forward import packed_hidden_states
+from groupwise.model.forward.packed_scores import packed_hidden_states
+from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, load_model, with_adapter, wrap_model
-from groupwise.model.packing import pack
 from groupwise.types import TrainingRow
 
 MakeModel = Any

@@ -31,7 +31,7 @@ from transformers import (
 
 from groupwise.config import ModelConfig
 from groupwise.errors import ConfigError
-from groupwise.model.attention import ATTENTION_NAME
+from groupwise.model.forward.attention import ATTENTION_NAME
 from groupwise.model.loading import load_model, load_tokenizer, resolve_device, resolve_dtype, wrap_model
 from groupwise.quickstart.tiny_model import build_tiny_model
 

@@ -15,8 +15,8 @@ from groupwise.checkpoint import load_checkpoint, save_checkpoint
 from groupwise.config import AlgorithmConfig, LoraConfig, OptimConfig, RolloutConfig, TrainConfig
 from groupwise.engines.native import NativeEngine
 from groupwise.metrics import resolve
+from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, with_adapter
-from groupwise.model.packing import pack
 from groupwise.policy import Policy
 from groupwise.policy.adapter_reference import AdapterReference
 from groupwise.policy.reference import Reference

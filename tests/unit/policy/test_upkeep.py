@@ -14,7 +14,7 @@ from groupwise.algorithms.entropy import EntropyControl
 from groupwise.checkpoint import load_checkpoint, save_checkpoint
 from groupwise.config import AlgorithmConfig, OptimConfig, TrainConfig
 from groupwise.metrics import Mean, resolve
-from groupwise.model.packing import pack
+from groupwise.model.forward.packing import pack
 from groupwise.policy import Policy
 from groupwise.policy.reference import Reference
 from groupwise.policy.upkeep import AdaptiveEntropy, ReferenceSync, Upkeep

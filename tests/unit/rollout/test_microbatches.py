@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groupwise.model.packing import pack
+from groupwise.model.forward.packing import pack
 from groupwise.rollout.microbatches import split_rows
 from groupwise.types import MicroBatch, TrainingRow
 

@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from groupwise.config import LoraConfig, RolloutConfig
 from groupwise.engines.native import NativeEngine
 from groupwise.errors import ConfigError
-from groupwise.model.forward import packed_scores
+from groupwise.model.forward.packed_scores import packed_scores
+from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, with_adapter, wrap_model
-from groupwise.model.packing import pack
 from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams, TrainingRow
 
 MakeModel = Callable[..., PreTrainedModel]

@@ -74,10 +74,10 @@ def test_gradient_of_sums_products_and_norms() -> None:
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+    from groupwise.model.fast_cpu.norms import LeanNorm
     from groupwise.model.invariant.linear import InvariantLinear
     from groupwise.model.invariant.norms import InvariantGemmaNorm, InvariantNorm
     from groupwise.model.invariant.sums import fixed_row_sums
-    from groupwise.model.norms import LeanNorm
 
     linear, twin = nn.Linear(24, 10), nn.Linear(24, 10)
     twin.load_state_dict(linear.state_dict())

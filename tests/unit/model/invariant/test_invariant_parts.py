@@ -12,15 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from groupwise.config import ModelConfig
 from groupwise.errors import ConfigError
-from groupwise.model import segment_gradient as gradient_module
-from groupwise.model.attention import AttentionCall
-from groupwise.model.attention_backward import Rows
+from groupwise.model.exact.attention_backward import Rows
+from groupwise.model.forward import segment_gradient as gradient_module
+from groupwise.model.forward.attention import AttentionCall
+from groupwise.model.forward.packing import Segment
+from groupwise.model.forward.segment_gradient import segment_gradient
 from groupwise.model.invariant.launching import aligned, power_of_two
 from groupwise.model.invariant.packed import tiles_of
 from groupwise.model.invariant.use import is_batch_invariant, require_gpu
 from groupwise.model.loading import given_or_loaded, load_model, wrap_model
-from groupwise.model.packing import Segment
-from groupwise.model.segment_gradient import segment_gradient
 
 
 def test_tiles_of_a_sequence_worked_by_hand() -> None:

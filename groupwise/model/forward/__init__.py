@@ -1,0 +1,1 @@
+"""The one forward: packed rows to log-probs and entropy, and the attention protocol that a layout answers."""
