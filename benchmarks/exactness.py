@@ -35,6 +35,7 @@ from groupwise.data import load_prompts, read_rows
 from groupwise.engines.native import NativeEngine
 from groupwise.engines.native.scheduler import PromptLane, Sample, Scheduler
 from groupwise.engines.native.steps import Beginnings
+from groupwise.inputs import ModelInput
 from groupwise.model.fast_cpu.evenly import EvenActivation
 from groupwise.model.forward.attention import AttentionCall
 from groupwise.model.forward.packed_scores import hidden_states, packed_scores
@@ -172,7 +173,14 @@ def check(side: Side, exact: Side, trainer: LoadedModel) -> dict[str, float]:
     owners = [(number, prompt) for number, prompt in enumerate(side.prompts) for _ in range(side.samples)]
     ones, blank = (1,) * side.tokens, (0.0,) * side.tokens
     rows = [
-        TrainingRow(number, prompt.token_ids, completion.token_ids, ones, blank, completion.logprobs)
+        TrainingRow(
+            number,
+            prompt.input,
+            ModelInput.of(completion.token_ids),
+            ones,
+            blank,
+            completion.logprobs,
+        )
         for (number, prompt), completion in zip(owners, side.sample(seed=0), strict=True)
     ]
     with torch.inference_mode():

@@ -28,6 +28,7 @@ from torch import Tensor
 from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig, OptimConfig, RolloutConfig, TrainConfig
 from groupwise.engines.native import NativeEngine
+from groupwise.inputs import ModelInput
 from groupwise.model.forward.head import LanguageHead, entropy_of
 from groupwise.model.forward.packed_scores import packed_hidden_states
 from groupwise.model.forward.packing import Packed, pack, pack_sequences
@@ -154,7 +155,7 @@ def set_entropy(loaded: LoadedModel, prompts: Sequence[Prompt], wanted: float) -
 def make_prompts(shape: ModelShape, count: int, tokens: int) -> list[Prompt]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(shape.vocab, (count, tokens), generator=generator).tolist()
-    return [Prompt(uid=f"p{i}", messages=(), text="", token_ids=tuple(row)) for i, row in enumerate(ids)]
+    return [Prompt(uid=f"p{i}", messages=(), text="", input=ModelInput.of(row)) for i, row in enumerate(ids)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,14 @@ class Sampled:
 
 def _training_row(group: int, prompt: Prompt, completion: Completion, advantage: float) -> TrainingRow:
     tokens, count = completion.token_ids, len(completion.token_ids)
-    return TrainingRow(group, prompt.token_ids, tokens, (1,) * count, (advantage,) * count, completion.logprobs)
+    return TrainingRow(
+        group,
+        prompt.input,
+        ModelInput.of(tokens),
+        (1,) * count,
+        (advantage,) * count,
+        completion.logprobs,
+    )
 
 
 async def sample(engine: NativeEngine, prompts: Sequence[Prompt], tokens: int, *, cap: float) -> Sampled:

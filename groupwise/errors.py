@@ -45,6 +45,10 @@ class RewardError(GroupwiseError, RuntimeError):
     """A reward function raised, hung or returned something that is not a reward."""
 
 
+class EpisodeError(GroupwiseError, RuntimeError):
+    """Environments as a whole failed: too many of their calls hang."""
+
+
 class TrainingError(GroupwiseError, RuntimeError):
     """Training cannot go on, such as after several gradients that are not finite."""
 

@@ -90,14 +90,18 @@ def model_facts(
     }
 
 
-def reward_facts(config: Config, functions: Iterable[Callable[..., Any]] = ()) -> dict[str, str]:
-    """The code of rewards: of one in a file or a module the whole file, of a function given by a program its source."""
+def code_facts(config: Config, functions: Iterable[Callable[..., Any]] = ()) -> dict[str, str]:
+    """The code of rewards and of the environment: of one in a file or a module the whole file, of a function given by a
+    program its source."""
     facts: dict[str, str] = {}
     for number, reward in enumerate(config.reward):
         place, found, _ = reward.name.strip().rpartition(":")
-        file = _reward_file(place) if found else None
+        file = _code_file(place) if found else None
         if file is not None:
             facts[f"reward {number} code"] = file_digest(file)
+    place, found, _ = (config.environment.name or "").strip().rpartition(":")
+    if found and (file := _code_file(place)) is not None:
+        facts["environment code"] = file_digest(file)
     for number, function in enumerate(functions):
         facts[f"reward function {number}"] = _function_digest(function)
     return facts
@@ -210,7 +214,7 @@ def _without_paths(content: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name not in left_out}
 
 
-def _reward_file(place: str) -> Path | None:
+def _code_file(place: str) -> Path | None:
     if place.endswith(".py") or "/" in place or "\\" in place:
         file = Path(place).expanduser()
     else:

@@ -6,10 +6,10 @@ Nothing here holds a pixel. Two inputs are one if their digests are equal: then 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class ModelInput:
     @staticmethod
     def of(token_ids: Sequence[int]) -> ModelInput:
         """Plain tokens."""
-        return ModelInput((TokenPiece(tuple(token_ids)),)) if token_ids else ModelInput()
+        return ModelInput((TokenPiece(tuple(token_ids)),)) if len(token_ids) else ModelInput()
 
     @cached_property
     def token_ids(self) -> tuple[int, ...]:
@@ -138,3 +138,23 @@ class ModelInput:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+
+def as_json(given: ModelInput) -> list[Any]:
+    """Its pieces: a list of ids for tokens, an object for an image."""
+    return [asdict(piece) if isinstance(piece, ImagePiece) else list(piece.token_ids) for piece in given.pieces]
+
+
+def from_json(pieces: Sequence[Any]) -> ModelInput:
+    """What `as_json` made."""
+    return ModelInput(tuple(_image(piece) if isinstance(piece, dict) else TokenPiece(tuple(piece)) for piece in pieces))
+
+
+def _image(piece: Mapping[str, Any]) -> ImagePiece:
+    return ImagePiece(
+        token_ids=tuple(piece["token_ids"]),
+        runs=tuple((start, length) for start, length in piece["runs"]),
+        grid=tuple(piece["grid"]),
+        digest=piece["digest"],
+        source=ImageSource(**piece["source"]),
+    )

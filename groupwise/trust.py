@@ -92,7 +92,7 @@ def require_yes(loaded: LoadedConfig, run: Path, *, rewards_trusted: bool) -> No
         for claim in _claims(read_object(run / MODEL_FILE))
         if loaded.origins.get(claim.setting, "") != COMMAND_LINE and _asked_for(loaded, claim)
     ]
-    rewards = [claim for claim in claims if claim.setting.startswith("reward.")]
+    rewards = [claim for claim in claims if claim.setting.startswith(("reward.", "environment."))]
     asked = [claim for claim in claims if claim not in rewards or not rewards_trusted]
     unproven = _unproven(asked, run)
     if not unproven:
@@ -113,6 +113,8 @@ def _asked_for(loaded: LoadedConfig, claim: Claim) -> bool:
     section, _, rest = claim.setting.partition(".")
     if section == "reward":
         return int(rest.partition(".")[0]) < len(loaded.config.reward)
+    if section == "environment":
+        return True
     return loaded.config.model.trust_remote_code
 
 
@@ -136,6 +138,11 @@ def _claims(config: Mapping[str, Any]) -> list[Claim]:
         if isinstance(name, str) and ":" in name:
             named = {"name": name, "args": reward.get("args"), "digest": _digest(name)}
             found.append(Claim.of(f"reward.{number}.name", f"reward {name}", **named))
+    environment = config.get("environment")
+    name = environment.get("name") if isinstance(environment, dict) else None
+    if isinstance(name, str) and isinstance(environment, dict) and ":" in name:
+        named = {"name": name, "args": environment.get("args"), "digest": _digest(name)}
+        found.append(Claim.of("environment.name", f"environment {name}", **named))
     model = config.get("model")
     if isinstance(model, dict) and model.get("trust_remote_code"):
         path = str(model.get("path"))
@@ -145,7 +152,7 @@ def _claims(config: Mapping[str, Any]) -> list[Claim]:
 
 
 def _digest(reward: str) -> str | None:
-    """Of the file that a reward is in; None for an installed module."""
+    """Of the file that a reward or an environment is in; None for an installed module."""
     with suppress(OSError, ValueError, RuntimeError):
         return hashlib.blake2b(Path(reward.rpartition(":")[0]).expanduser().read_bytes()).hexdigest()
     return None

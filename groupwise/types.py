@@ -6,6 +6,7 @@ Nothing here imports torch, so data and rewards stay light.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,8 +20,16 @@ if TYPE_CHECKING:
 Message: TypeAlias = Mapping[str, Any]
 """One chat message: `{"role": "user", "content": "…"}`."""
 
-FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
+FinishReason: TypeAlias = Literal["stop", "length", "turns", "abort", "error"]
+"""`length` and `turns`: cut by the budget of tokens or of turns. `abort` and `error`: no sample came of it."""
+
+REFERENCE = "reference"
+"""The name of the frozen (or slowly moving) policy that a KL is taken to, among scorers."""
+
 RolloutStatus: TypeAlias = Literal["ok", "failed"]
+
+Boundary: TypeAlias = Literal["engine", "environment", "reward", "teacher"]
+"""Where a rollout failed: what was asked there, and did not answer as it must."""
 
 
 @dataclass(frozen=True)
@@ -31,26 +40,26 @@ class Prompt:
         uid: stable name of the row: a function of its content and position, never of the order of reading.
         messages: the conversation that the completion continues; empty when the data gave plain text.
         text: the rendered prompt, as the model sees it.
-        token_ids: `[P]`, the rendered prompt's tokens.
+        input: `[P]`, what the model is given; one object for all of the prompt's samples.
         data_source: routes the row to its rewards.
         columns: every column of the row under its own name (`answer`, `reward_model`, …), given to rewards as they are.
 
     Example:
         Prompt(uid="train-000017-3fa9", messages=({"role": "user", "content": "2+2?"},), text="<user>2+2?<assistant>",
-               token_ids=(5, 17, 9), data_source="openai/gsm8k", columns={"answer": "4"})
+               input=ModelInput.of((5, 17, 9)), data_source="openai/gsm8k", columns={"answer": "4"})
     """
 
     uid: str
     messages: tuple[Message, ...]
     text: str
-    token_ids: tuple[int, ...]
+    input: ModelInput
     data_source: str = "default"
     columns: Mapping[str, Any] = field(default_factory=dict)
 
-    @cached_property
-    def input(self) -> ModelInput:
-        """What the model is given; one object for all of the prompt's samples, so that its digest is made once."""
-        return ModelInput.of(self.token_ids)
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """`[P]`."""
+        return self.input.token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +98,7 @@ class SampleRequest:
             stretch for the sampler as for the trainer: the number that decides the next token is that of position C.
         resumed: the last so many tokens of `continues` began the very answer that goes on here, as after an abort:
             they count for `max_tokens`, `min_tokens` and stop strings.
+        wants_routes: the completion is to bring the experts that were chosen (`EngineCaps.routes`).
 
     Example:
         SampleRequest(SampleKey("train-000017-3fa9", 0, 5), prompt.input, SamplingParams(max_tokens=64))
@@ -100,6 +110,7 @@ class SampleRequest:
     continues: ModelInput = field(default_factory=ModelInput)
     resumed: int = 0
     policy_version: int = 0
+    wants_routes: bool = False
 
     def __post_init__(self) -> None:
         assert 0 <= self.resumed <= len(self.continues), f"{self.resumed} of {len(self.continues)} tokens are resumed"
@@ -118,6 +129,23 @@ class SampleRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Routes:
+    """Which experts of a mixture an engine chose, `[tokens][layers][k]`.
+
+    Attributes:
+        data: the numbers, row after row; no part of equality, and in no ledger or JSON.
+        dtype: numpy's name of a number's type.
+        first: position of the first token that has a row, counted from the prompt's first.
+    """
+
+    data: bytes = field(compare=False, repr=False)
+    dtype: str
+    layers: int
+    k: int
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """What an engine returns for one request.
 
@@ -126,6 +154,7 @@ class Completion:
         logprobs: `[T]`, natural log of the policy's probability of each token at the sampling temperature, before
             top-k/top-p/min-p filters and the repetition penalty (at temperature 0: at temperature 1).
         policy_versions: `[T]`, the version of the weights that drew each token.
+        routes: of prompt and completion, where the request wanted them.
     """
 
     key: SampleKey
@@ -135,6 +164,7 @@ class Completion:
     text: str
     finish_reason: FinishReason
     error: str = ""
+    routes: Routes | None = None
 
     @property
     def request_id(self) -> str:
@@ -145,42 +175,162 @@ class Completion:
         return self.key.sample_index
 
 
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """One sampled answer with its reward. A bad one is data: `status="failed"` and a `cause`, never an exception.
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a rollout, written by the model (one turn) or by its environment (one answer). S tokens.
 
     Attributes:
-        token_ids, loss_mask, logprobs, policy_versions: each `[T]`; `loss_mask` is 1 where the model wrote the token.
-        rewards: each reward function's raw value by name; None where the function does not apply.
-        reward: the weighted sum, or None when no function gave a value.
-        cause: why it failed; with the status `ok`, why each of its rewards is the 0 of `on_error = "zero"`.
-        old_logprobs, ref_logprobs: `[T]`, by the policy before the step's first update, and by the reference; None
-            where the algorithm does not ask for them.
+        input: `[S]`.
+        logprobs: `[S]`, the sampler's; zeros where an environment wrote.
+        policy_versions: `[S]`, of the weights that drew each token; an environment's tokens have the version that they
+            answered.
+        messages: what an environment said, where it did not just go on with the text; empty for a turn.
+        finish_reason: of a turn.
+        reward: what the environment gave for a turn; None: nothing.
 
     Example:
-        Rollout(sample_index=0, token_ids=(7, 2), loss_mask=(1, 1), logprobs=(-0.1, -0.3), policy_versions=(4, 4),
-                text="4", finish_reason="stop", rewards={"gsm8k": 1.0}, reward=1.0)
+        Segment("model", ModelInput.of((7, 2)), "4", logprobs=(-0.1, -0.3), policy_versions=(4, 4),
+                finish_reason="stop")
     """
 
-    sample_index: int
-    token_ids: tuple[int, ...]
-    loss_mask: tuple[int, ...]
+    by: Literal["model", "environment"]
+    input: ModelInput
+    text: str
     logprobs: tuple[float, ...]
     policy_versions: tuple[int, ...]
-    text: str
+    messages: tuple[Message, ...] = ()
+    finish_reason: FinishReason | None = None
+    reward: float | None = None
+    routes: Routes | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {len(values) for values in (self.token_ids, self.logprobs, self.policy_versions)}
+        assert len(lengths) == 1, f"per-token arrays of one segment differ in length: {sorted(lengths)}"
+
+    @staticmethod
+    def turn(completion: Completion) -> Segment:
+        """What the model wrote."""
+        return Segment(
+            "model",
+            ModelInput.of(completion.token_ids),
+            completion.text,
+            completion.logprobs,
+            completion.policy_versions,
+            finish_reason=completion.finish_reason,
+            routes=completion.routes,
+        )
+
+    @staticmethod
+    def answer(given: ModelInput, text: str, messages: Sequence[Message], *, version: int) -> Segment:
+        """What an environment said to a turn."""
+        size = len(given)
+        return Segment("environment", given, text, (0.0,) * size, (version,) * size, messages=tuple(messages))
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """`[S]`."""
+        return self.input.token_ids
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One episode with its reward. A bad one is data: `status="failed"` and a `cause`, never an exception.
+
+    Attributes:
+        segments: turns and answers, in order; what they hold together is `[T]`.
+        finish_reason: of the episode: its last turn's, or `turns` where the budget of turns ended it.
+        rewards: each reward function's raw value by name; None where the function does not apply.
+        reward: the weighted sum, or None when no function gave a value.
+        boundary: where it failed.
+        cause: why it failed; with the status `ok`, why each of its rewards is the 0 of `on_error = "zero"`.
+        old_logprobs: `[T]`, by the policy before the step's first update; None where the algorithm does not ask.
+        scores: log-probs `[T]` by the name of the scorer (`reference`, `teacher`) that the algorithm asks.
+        prompt: its own, where an environment's beginning changed the group's.
+
+    Example:
+        Two turns with an answer between them: segments P0 | A0 E0 A1 have token_ids A0 + E0 + A1, and loss_mask 1 on A0
+        and A1, 0 on E0.
+    """
+
+    key: SampleKey
+    segments: tuple[Segment, ...]
     finish_reason: FinishReason
     rewards: Mapping[str, float | None] = field(default_factory=dict)
     reward: float | None = None
     status: RolloutStatus = "ok"
+    boundary: Boundary | None = None
     cause: str = ""
     old_logprobs: tuple[float, ...] | None = None
-    ref_logprobs: tuple[float, ...] | None = None
+    scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    prompt: ModelInput | None = None
 
     def __post_init__(self) -> None:
-        computed = [values for values in (self.old_logprobs, self.ref_logprobs) if values is not None]
-        arrays = (self.token_ids, self.loss_mask, self.logprobs, self.policy_versions, *computed)
-        lengths = {len(values) for values in arrays}
+        computed = [*self.scores.values(), *([] if self.old_logprobs is None else [self.old_logprobs])]
+        lengths = {len(self.token_ids), *map(len, computed)}
         assert len(lengths) == 1, f"per-token arrays of one rollout differ in length: {sorted(lengths)}"
+
+    @staticmethod
+    def one_turn(
+        completion: Completion, *, rewards: Mapping[str, float | None] | None = None, reward: float | None = None
+    ) -> Rollout:
+        """An episode of one turn.
+
+        Example:
+            asyncio.run(scorer.score(prompt, [Rollout.one_turn(completion)]))
+        """
+        turn = Segment.turn(completion)
+        return Rollout(completion.key, (turn,), completion.finish_reason, rewards=rewards or {}, reward=reward)
+
+    @property
+    def sample_index(self) -> int:
+        return self.key.sample_index
+
+    @cached_property
+    def input(self) -> ModelInput:
+        """`[T]`, all that follows the prompt."""
+        if len(self.segments) == 1:
+            return self.segments[0].input
+        return ModelInput(tuple(piece for segment in self.segments for piece in segment.input.pieces))
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """`[T]`."""
+        return self.input.token_ids
+
+    @cached_property
+    def loss_mask(self) -> tuple[int, ...]:
+        """`[T]`, 1 where the model wrote the token; 0 everywhere in a failed rollout."""
+        failed = self.status == "failed"
+        return tuple(int(s.by == "model" and not failed) for s in self.segments for _ in s.token_ids)
+
+    @cached_property
+    def logprobs(self) -> tuple[float, ...]:
+        """`[T]`, the sampler's."""
+        return tuple(value for segment in self.segments for value in segment.logprobs)
+
+    @cached_property
+    def policy_versions(self) -> tuple[int, ...]:
+        """`[T]`."""
+        return tuple(version for segment in self.segments for version in segment.policy_versions)
+
+    @property
+    def num_written(self) -> int:
+        """Tokens that the model wrote."""
+        return sum(len(segment.token_ids) for segment in self.segments if segment.by == "model")
+
+    @property
+    def num_turns(self) -> int:
+        return sum(segment.by == "model" for segment in self.segments)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a budget ended it."""
+        return self.finish_reason in ("length", "turns")
+
+    @property
+    def text(self) -> str:
+        """All that follows the prompt, answers of the environment included."""
+        return "".join(segment.text for segment in self.segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,18 +352,18 @@ class TrainingRow:
     """One sequence as the trainer sees it; all per-token arrays are `[T]`, checked here.
 
     Attributes:
-        prompt_ids: `[P]`; rows of one micro-batch with the same `group` have the same prompt, computed once.
-        token_ids: `[T]`, what follows the prompt.
+        prompt: `[P]`; neighbours in a micro-batch with one `group` and equal prompts have it computed once.
+        follows: `[T]`, what follows the prompt.
         loss_mask: `[T]`, 1 where the loss counts.
-        advantages: `[T]`.
+        advantages: `[T]`, the credit of each token.
         logprobs: `[T]`, the sampler's log-probs; zeros in supervised training.
         old_logprobs: `[T]`, by the policy before the step's first update; None: the sampler's are these.
         ref_logprobs: `[T]`, by the reference; None: the policy asks it when it needs them.
     """
 
     group: int
-    prompt_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
+    prompt: ModelInput
+    follows: ModelInput
     loss_mask: tuple[int, ...]
     advantages: tuple[float, ...]
     logprobs: tuple[float, ...]
@@ -228,8 +378,18 @@ class TrainingRow:
         assert self.prompt_ids and self.token_ids, "a training row needs at least one prompt and one completion token"
 
     @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """`[P]`."""
+        return self.prompt.token_ids
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """`[T]`."""
+        return self.follows.token_ids
+
+    @property
     def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.token_ids)
+        return len(self.prompt) + len(self.follows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +430,15 @@ class MiniBatch:
     denominators: Denominators
 
 
+Credit: TypeAlias = float | tuple[float, ...]
+"""What a rollout is credited with: one number for all of its tokens, or one for each, `[T]`."""
+
+
+def mean_credit(credit: Credit) -> float:
+    """Over its tokens; 0 without one."""
+    return (math.fsum(credit) / max(len(credit), 1)) if isinstance(credit, tuple) else credit
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
     """Groups packed for the trainer: `steps_per_batch` mini-batches, each one optimiser step, and again in each further
@@ -277,12 +446,12 @@ class TrainingBatch:
 
     Attributes:
         groups: the groups it was built from, in index order.
-        advantages: `[groups][G]`, one number per rollout, for trajectories.
+        credit: `[groups][G]`, of one number per rollout or of one per token `[T]`, for trajectories.
         dropped: groups that were sampled for it and teach nothing: measured and recorded, not learned.
     """
 
     groups: tuple[RolloutGroup, ...]
-    advantages: tuple[tuple[float, ...], ...]
+    credit: tuple[tuple[Credit, ...], ...]
     minibatches: tuple[MiniBatch, ...]
     metrics: Metrics
     dropped: tuple[RolloutGroup, ...] = ()
@@ -295,11 +464,17 @@ class EngineCaps:
     Attributes:
         exact_logprobs: its log-probs are those of the trainer's own forward, so no second forward is needed.
         seeded: a sample depends on weights, prompt, seed and index alone.
+        routes: it tells which experts were chosen.
+        scores: it scores given tokens.
+        images: it takes inputs with images.
     """
 
     name: str
     exact_logprobs: bool
     seeded: bool
+    routes: bool = False
+    scores: bool = False
+    images: bool = False
 
 
 class Engine(Protocol):
@@ -331,6 +506,58 @@ class Engine(Protocol):
     async def wake(self) -> None: ...
 
     async def health(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An environment's answer to a turn, after which the model goes on.
+
+    Attributes:
+        messages: rendered once by the chat template, as what follows the turn; the model answers them.
+        text: in place of messages: the turn goes on after it, as after the result of a calculator.
+        reward: for the turn.
+
+    Example:
+        Reply(messages=({"role": "tool", "content": "18 °C"},))
+    """
+
+    messages: tuple[Message, ...] = ()
+    text: str = ""
+    reward: float | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.messages) == bool(self.text):
+            raise ValueError("a Reply has messages or a text: one of them, and not both")
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The episode is over. `reward` is for its last turn."""
+
+    reward: float | None = None
+
+
+class Environment(Protocol):
+    """What answers the turns of one sample; there is one object for each. Methods may also be plain functions, which
+    then run in a thread.
+
+    Its answers should be a function of prompt, key and turns: then a resumed run is the run that was never stopped.
+
+    Attributes:
+        stop: strings that end a turn, beside `rollout.stop`; may be left out.
+    """
+
+    async def begin(self, prompt: Prompt, key: SampleKey) -> Sequence[Message] | None:
+        """Called first. Messages are put after the prompt's own; None leaves it as it is."""
+        ...
+
+    async def answer(self, turn: Segment) -> Reply | Done:
+        """Answer what the model just wrote."""
+        ...
+
+    async def close(self) -> None:
+        """Called last, also after a failure."""
+        ...
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from groupwise.cli.parsing import Parser, set_key
 from groupwise.errors import ConfigError
+from groupwise.inputs import ModelInput
 
 if TYPE_CHECKING:
     import argparse
@@ -163,7 +164,7 @@ class Talker:
         token_ids = encode_rendered(text, self._tokenizer)
         if not token_ids:
             raise ConfigError("the chat template makes nothing of the message; set model.chat_template to another")
-        return Prompt(uid="prompt", messages=tuple(messages), text=text, token_ids=token_ids)
+        return Prompt(uid="prompt", messages=tuple(messages), text=text, input=ModelInput.of(token_ids))
 
     def raw_prompt(self, text: str) -> Prompt:
         from groupwise.data import encode_text
@@ -175,7 +176,7 @@ class Talker:
         token_ids = encode_text(text, self._tokenizer)
         if not token_ids:
             raise ConfigError("the tokenizer makes no tokens of the prompt; give another text")
-        return Prompt(uid="prompt", messages=(), text=text, token_ids=token_ids)
+        return Prompt(uid="prompt", messages=(), text=text, input=ModelInput.of(token_ids))
 
 
 def quiet_loading() -> None:

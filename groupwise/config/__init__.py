@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from groupwise.config.algorithm import AlgorithmConfig
 from groupwise.config.base import Section
 from groupwise.config.data import DataConfig
+from groupwise.config.environment import EnvironmentConfig
 from groupwise.config.eval import EvalConfig
 from groupwise.config.lora import LoraConfig
 from groupwise.config.model import ModelConfig
@@ -21,6 +22,7 @@ __all__ = [
     "AlgorithmConfig",
     "Config",
     "DataConfig",
+    "EnvironmentConfig",
     "EvalConfig",
     "LoraConfig",
     "ModelConfig",
@@ -46,6 +48,7 @@ class Config(Section):
     data: DataConfig = DataConfig()  # type: ignore[call-arg]
     reward: tuple[RewardConfig, ...] = Field(())
     rollout: RolloutConfig = RolloutConfig()  # type: ignore[call-arg]
+    environment: EnvironmentConfig = EnvironmentConfig()  # type: ignore[call-arg]
     algorithm: AlgorithmConfig = AlgorithmConfig()  # type: ignore[call-arg]
     optim: OptimConfig = OptimConfig()  # type: ignore[call-arg]
     train: TrainConfig = TrainConfig()  # type: ignore[call-arg]

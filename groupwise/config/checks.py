@@ -45,7 +45,7 @@ def check_trainable(config: Config, *, provided: Collection[str] = ()) -> None:
             "rollout.temperature = 0: greedy sampling gives each prompt the same answer group_size times, so all "
             "advantages are 0; set it above 0 (1.0 is usual)"
         )
-    found += _algorithm_problems(config) + _keep_best_problems(config)
+    found += _algorithm_problems(config) + _keep_best_problems(config) + _environment_problems(config)
     _refuse(found)
 
 
@@ -55,6 +55,20 @@ def _keep_best_problems(config: Config) -> list[str]:
     return [
         f"train.keep_best = {config.train.keep_best!r}: nothing is evaluated, so no checkpoint is the best; set "
         "eval.every (and data.eval), or leave it out"
+    ]
+
+
+def _environment_problems(config: Config) -> list[str]:
+    environment = config.environment
+    if environment.name is not None:
+        return []
+    set_ones = sorted(environment.model_fields_set - {"name"})
+    neutral = type(environment)().model_dump()  # type: ignore[call-arg]
+    return [
+        f"environment.{name} = {getattr(environment, name)!r}: there is no environment for it to act on; set "
+        "environment.name, or leave it out"
+        for name in set_ones
+        if getattr(environment, name) != neutral[name]
     ]
 
 

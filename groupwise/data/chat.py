@@ -177,6 +177,41 @@ def encode_rendered(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
+_TURN = "turnwrittenhere"
+
+
+def encode_answer(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, template_kwargs: Mapping[str, Any], last_token: int
+) -> tuple[tuple[int, ...], str]:
+    """Tokens and text of messages that answer the assistant's turn, up to where it is to speak again.
+
+    They are what the template writes after a turn, whatever was said before: the conversation is not rendered again.
+
+    Args:
+        last_token: of the turn; if it is the template's end of a turn already, that is not written twice.
+
+    Raises:
+        DataError: the template refuses such messages, or does not show a turn's text before them.
+    """
+    spoken = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _TURN}]
+    answer = [dict(message) for message in messages]
+    whole = render([*spoken, *answer], tokenizer, template_kwargs=template_kwargs)
+    _, turn, after = whole.rpartition(_TURN)
+    if not turn:
+        raise DataError("the chat template does not show the assistant's turn before an answer; use another template")
+    end = tokenizer.decode([last_token], skip_special_tokens=False)
+    if end and after.startswith(end):
+        after = after[len(end) :]
+    return encode_rendered(after, tokenizer), after
+
+
+def encode_going_on(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """`[S]` tokens of a text in the middle of another; some tokenizers put a space in front of a text that stands
+    alone."""
+    before = encode_rendered(">", tokenizer)
+    return _after(before, encode_rendered(f">{text}", tokenizer)) or encode_rendered(text, tokenizer)
+
+
 def encode_text(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """`[P]` tokens of a plain-text prompt, with the tokenizer's own beginning-of-sequence token.
 

@@ -23,6 +23,7 @@ from groupwise.data.rows import (
     with_context,
 )
 from groupwise.errors import DataError
+from groupwise.inputs import ModelInput
 from groupwise.metrics import Last, Metric
 from groupwise.types import Prompt, Tokenizer
 
@@ -117,7 +118,7 @@ def make_prompt(row: SourceRow, index: int, *, config: DataConfig, tokenizer: To
         uid=row_uid(index, asked),
         messages=messages,
         text=text,
-        token_ids=token_ids,
+        input=ModelInput.of(token_ids),
         data_source=data_source_of(row.values, config),
         columns=_columns(row.values, config),
     )

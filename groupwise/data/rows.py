@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -206,8 +207,26 @@ def row_uid(index: int, prompt: str | Sequence[Message]) -> str:
 
 
 def prompt_key(prompt: str | Sequence[Message]) -> str:
-    """Equal for prompts that ask the same, whatever the order of keys in their messages."""
-    return json.dumps(prompt, sort_keys=True, default=str)
+    """Equal for prompts that ask the same, whatever the order of keys in their messages and wherever images lie."""
+    return json.dumps(prompt, sort_keys=True, default=_key_of)
+
+
+def _key_of(value: Any) -> str:
+    """What stands for a value that JSON does not know: never its address in memory.
+
+    Raises:
+        DataError: nothing about the value but its address is known.
+    """
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"bytes {hashlib.blake2b(value, digest_size=16).hexdigest()}"
+    size, mode = getattr(value, "size", None), getattr(value, "mode", None)
+    if hasattr(value, "tobytes"):  # an image, or an array
+        form = f"{size}{mode}{getattr(value, 'shape', '')}{getattr(value, 'dtype', '')}"
+        return f"{type(value).__name__} {form} {hashlib.blake2b(value.tobytes(), digest_size=16).hexdigest()}"
+    text = str(value)
+    if re.search(r" at 0x[0-9a-fA-F]+", text):
+        raise DataError(f"a message holds {text}, which no other process would know again; give text, or an image")
+    return text
 
 
 def _encoding_problem(text: str, name: str) -> str | None:

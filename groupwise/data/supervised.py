@@ -33,6 +33,7 @@ from groupwise.data.rows import (
     with_context,
 )
 from groupwise.errors import DataError
+from groupwise.inputs import ModelInput
 from groupwise.metrics import Last, Metric
 from groupwise.types import Message, Tokenizer, TrainingRow
 
@@ -274,8 +275,8 @@ def _training_row(index: int, item: EncodedConversation) -> TrainingRow:
     n = len(item.token_ids)
     return TrainingRow(
         group=index,
-        prompt_ids=item.prompt_ids,
-        token_ids=item.token_ids,
+        prompt=ModelInput.of(item.prompt_ids),
+        follows=ModelInput.of(item.token_ids),
         loss_mask=item.loss_mask,
         advantages=(1.0,) * n,
         logprobs=(0.0,) * n,

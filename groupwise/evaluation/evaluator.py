@@ -6,38 +6,21 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from groupwise.config import EvalConfig, RolloutConfig
 from groupwise.empty_steps import commonest
-from groupwise.errors import DataError, EngineError
+from groupwise.environments import SINGLE_TURN, Environments
+from groupwise.errors import DataError
 from groupwise.evaluation.best import Best
 from groupwise.evaluation.report import EvalReport, EvalRow, EvalSample, build_report
+from groupwise.inputs import SampleKey
 from groupwise.metrics import Metrics
-from groupwise.types import Completion, Engine, Prompt, SampleRequest, SamplingParams
+from groupwise.rollout.episode import Sample, Scorer, run_group
+from groupwise.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 logger = logging.getLogger(__name__)
-
-
-class Score(Protocol):
-    """What a scorer says of one completion; `groupwise.rewards` has the real one."""
-
-    @property
-    def reward(self) -> float | None: ...
-
-    @property
-    def rewards(self) -> Mapping[str, float | None]: ...
-
-    @property
-    def failed(self) -> bool: ...
-
-    @property
-    def cause(self) -> str: ...
-
-
-class Scorer(Protocol):
-    async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> Sequence[Score]: ...
 
 
 def eval_sampling(config: EvalConfig, rollout: RolloutConfig, *, seed: int) -> SamplingParams:
@@ -59,102 +42,79 @@ def eval_sampling(config: EvalConfig, rollout: RolloutConfig, *, seed: int) -> S
 
 
 async def evaluate(
-    engine: Engine,
+    sample: Sample,
     prompts: Sequence[Prompt],
     scorer: Scorer,
+    environments: Environments = SINGLE_TURN,
     *,
     config: EvalConfig,
     sampling: SamplingParams,
     version: int,
 ) -> EvalReport:
-    """Draw `config.samples` completions of each of the first `config.limit` prompts and score them.
+    """Run `config.samples` episodes of each of the first `config.limit` prompts and score them.
 
-    A completion is correct when its first reward (the raw value of the first function that applies) is above
-    `config.threshold`. One that the engine or a reward failed on, or that has no reward, is wrong and is counted, and a
-    warning tells of it. Where every one failed nothing was measured, and there is no accuracy.
+    An answer is correct when its first reward (the raw value of the first function that applies) is above
+    `config.threshold`. One that the engine, an environment or a reward failed on, or that has no reward, is wrong and
+    is counted, and a warning tells of it. Where every one failed nothing was measured, and there is no accuracy.
     With the same weights, prompts and `sampling.seed`, a seeded engine gives the same report.
 
     Raises:
         DataError: there are no prompts.
-        EngineError: the engine as a whole failed, or answered a request twice or never.
+        EngineError: the engine as a whole failed.
     """
     chosen = _chosen(prompts, config)
-    requests = [
-        SampleRequest.of(prompt, index, sampling, version) for prompt in chosen for index in range(config.samples)
-    ]
-    row_of = {request.id: position // config.samples for position, request in enumerate(requests)}
-    pending: list[dict[int, Completion]] = [{} for _ in chosen]
-    tasks: dict[int, asyncio.Task[EvalRow]] = {}
-    try:
-        # One call with everything, so that the engine decides what is batched with what.
-        async for completion in engine.generate(requests):
-            row = row_of.pop(completion.request_id, None)
-            if row is None:
-                raise EngineError(f"engine {engine.caps.name!r} answered {completion.request_id!r}, which is not open")
-            pending[row][completion.sample_index] = completion
-            if len(pending[row]) == config.samples:
-                ordered = [pending[row][index] for index in range(config.samples)]
-                tasks[row] = asyncio.create_task(_judge(scorer, chosen[row], ordered, threshold=config.threshold))
-        if row_of:
-            raise EngineError(
-                f"engine {engine.caps.name!r} never answered {len(row_of)} of {len(requests)} requests, "
-                f"the first is {next(iter(row_of))!r}"
+    # All at once, so that the engine decides what is batched with what.
+    groups = [
+        asyncio.ensure_future(
+            run_group(
+                sample,
+                scorer,
+                environments,
+                prompt,
+                keys=[SampleKey(prompt.uid, 0, index) for index in range(config.samples)],
+                sampling=sampling,
+                version=version,
             )
-        rows = await asyncio.gather(*(tasks[row] for row in range(len(chosen))))
+        )
+        for prompt in chosen
+    ]
+    try:
+        rows = [_judged(group, threshold=config.threshold) for group in await asyncio.gather(*groups)]
     finally:
-        for task in tasks.values():
-            task.cancel()
+        for group in groups:
+            group.cancel()
     report = build_report(rows, version=version)
     if report.causes:
         logger.warning(
             "evaluation of version %d: %d of %d samples failed, %s: %s",
             version,
             len(report.causes),
-            len(requests),
+            len(chosen) * config.samples,
             "so there is no accuracy" if report.nothing_measured else "and count as wrong",
             commonest(report.causes),
         )
     return report
 
 
-async def _judge(scorer: Scorer, prompt: Prompt, completions: Sequence[Completion], *, threshold: float) -> EvalRow:
-    usable = [completion for completion in completions if completion.finish_reason in ("stop", "length")]
-    scores = await scorer.score(prompt, usable) if usable else ()
-    assert len(scores) == len(usable), f"the scorer gave {len(scores)} scores for {len(usable)} completions"
-    judged = {
-        completion.sample_index: _scored(completion, score, threshold=threshold)
-        for completion, score in zip(usable, scores, strict=True)
-    }
-    samples = (judged.get(completion.sample_index) or _unusable(completion) for completion in completions)
-    return EvalRow(prompt=prompt, samples=tuple(samples))
+def _judged(group: RolloutGroup, *, threshold: float) -> EvalRow:
+    return EvalRow(group.prompt, tuple(_sample(rollout, threshold=threshold) for rollout in group.rollouts))
 
 
-def _scored(completion: Completion, score: Score, *, threshold: float) -> EvalSample:
-    name, first = next(((n, value) for n, value in score.rewards.items() if value is not None), ("", None))
-    valid = first is not None and math.isfinite(first) and score.reward is not None and math.isfinite(score.reward)
-    failed = score.failed or bool(score.cause) or not valid
+def _sample(rollout: Rollout, *, threshold: float) -> EvalSample:
+    name, first = next(((n, value) for n, value in rollout.rewards.items() if value is not None), ("", None))
+    valid = first is not None and rollout.reward is not None and math.isfinite(first) and math.isfinite(rollout.reward)
+    failed = rollout.status == "failed" or bool(rollout.cause) or not valid
     return EvalSample(
-        sample_index=completion.sample_index,
-        text=completion.text,
-        num_tokens=len(completion.token_ids),
-        finish_reason=completion.finish_reason,
-        rewards=score.rewards,
-        reward=score.reward,
+        sample_index=rollout.sample_index,
+        text=rollout.text,
+        num_tokens=rollout.num_written,
+        finish_reason=rollout.finish_reason,
+        rewards=rollout.rewards,
+        reward=rollout.reward,
         correct=not failed and first is not None and first > threshold,
         counted="" if failed else name,
         failed=failed,
-        cause=(score.cause or "no reward function gave a finite value") if failed else "",
-    )
-
-
-def _unusable(completion: Completion) -> EvalSample:
-    return EvalSample(
-        sample_index=completion.sample_index,
-        text=completion.text,
-        num_tokens=len(completion.token_ids),
-        finish_reason=completion.finish_reason,
-        failed=True,
-        cause=completion.error or f"the engine ended the completion with {completion.finish_reason!r}",
+        cause=(rollout.cause or "no reward function gave a finite value") if failed else "",
     )
 
 
@@ -186,39 +146,40 @@ class Evaluator:
 
     def __init__(
         self,
-        engine: Engine,
+        sample: Sample,
         prompts: Sequence[Prompt],
         *,
         scorer: Scorer,
+        environments: Environments = SINGLE_TURN,
         config: EvalConfig,
         sampling: SamplingParams,
         on_report: Callable[[int, EvalReport], None] | None = None,
         keep_best: str | None = None,
     ) -> None:
         self.best = Best(keep_best)
-        self._engine = engine
+        self._sample = sample
         self._prompts = _chosen(prompts, config) if config.every else prompts
         self._scorer = scorer
+        self._environments = environments
         self._config = config
         self._sampling = sampling
         self._on_report = on_report
         self._last_step = -1
-        self.last_report: EvalReport | None = None
 
     async def maybe_run(self, step: int, *, final: bool = False, asked: bool = False) -> Metrics:
         """The metrics of the policy after `step` training steps, or nothing when no evaluation is due or asked for."""
         if not self._is_due(step, final=final) and not (asked and step != self._last_step):
             return {}
         report = await evaluate(
-            self._engine,
+            self._sample,
             self._prompts,
             self._scorer,
+            self._environments,
             config=self._config,
             sampling=self._sampling,
             version=step,
         )
         self._last_step = step
-        self.last_report = report
         if self._on_report is not None:
             self._on_report(step, report)
         found = report.metrics()

@@ -38,11 +38,12 @@ from groupwise.resume import Identity, Start, describe_start, find_start, hold_p
 from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, LogprobPass, Producer, Selection
 from groupwise.rollout.batch import teaches
+from groupwise.rollout.episode import Sample, sampled_by
 from groupwise.rundir import RunDirectory
 from groupwise.tracking import Trackers, build_trackers
 from groupwise.train import TrainParts, train
 from groupwise.trust import prove
-from groupwise.types import Engine, RolloutGroup, SamplingParams, Stateful
+from groupwise.types import RolloutGroup, SamplingParams, Stateful
 from groupwise.watching import GuardedWatcher, Unwatched, Watcher
 from groupwise.weight_sync import InProcessSync
 
@@ -141,10 +142,11 @@ def _build(ready: Prepared, given: Given, *, loaded: LoadedModel, opened: _Opene
     adaptive = None if algorithm.entropy_control is None else AdaptiveEntropy(algorithm, algorithm.entropy_control)
     policy = _policy(config, loaded, adaptive or algorithm, run=run, steps=steps)
     engine = build_engine(config.rollout, loaded, reserved_bytes=policy.bytes_to_come)
+    sample = sampled_by(engine)
     buffer = _buffer(config)
-    producer = _producer(config, _sampler(config, ready.train, start), engine, scorer, buffer=buffer, steps=steps)
+    producer = _producer(ready, _sampler(config, ready.train, start), sample, buffer=buffer)
     upkeep = _upkeep(config, policy, adaptive)
-    evaluator = _evaluator(config, ready.eval, engine, scorer=opened.judge, reports=reports)
+    evaluator = _evaluator(ready, sample, scorer=opened.judge, reports=reports)
     watcher, empty = GuardedWatcher(given.watcher or Unwatched()), _empty_steps(config)
     saved: dict[str, Stateful] = {
         "policy": policy,
@@ -240,17 +242,16 @@ def _sampler(config: Config, data: PromptSet, start: Start) -> PromptSampler:
     )
 
 
-def _producer(
-    config: Config, sampler: PromptSampler, engine: Engine, scorer: RewardScorer, *, buffer: Buffer, steps: int
-) -> Producer:
+def _producer(ready: Prepared, sampler: PromptSampler, sample: Sample, *, buffer: Buffer) -> Producer:
     return Producer(
-        engine,
-        scorer,
+        sample,
+        ready.scorer,
+        ready.environments,
         sampler,
         buffer,
-        sampling=training_sampling(config),
-        group_size=config.rollout.group_size,
-        total_steps=steps,
+        sampling=training_sampling(ready.config),
+        group_size=ready.config.rollout.group_size,
+        total_steps=ready.steps,
     )
 
 
@@ -317,14 +318,14 @@ def _upkeep(config: Config, policy: Policy, adaptive: AdaptiveEntropy | None) ->
     return Upkeep(entropy=adaptive, sync=ReferenceSync(reference, config.algorithm.reference_sync_every, alpha))
 
 
-def _evaluator(
-    config: Config, data: PromptSet | None, engine: Engine, *, scorer: RewardScorer, reports: Reports
-) -> Evaluator:
+def _evaluator(ready: Prepared, sample: Sample, *, scorer: RewardScorer, reports: Reports) -> Evaluator:
     """With a scorer of its own, so that training's reward metrics hold training's rewards alone."""
+    config = ready.config
     return Evaluator(
-        engine,
-        () if data is None else data.prompts,
+        sample,
+        () if ready.eval is None else ready.eval.prompts,
         scorer=scorer,
+        environments=ready.environments,
         config=config.eval,
         sampling=eval_sampling(config.eval, config.rollout, seed=config.train.seed),
         on_report=reports.add,

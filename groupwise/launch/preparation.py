@@ -15,8 +15,9 @@ from groupwise.config.model_name import short_name
 from groupwise.data import PromptSet, check_rows, load_prompts
 from groupwise.data.files import Source, read_for_training
 from groupwise.engines import check_engine
+from groupwise.environments import Environments, load_environments
 from groupwise.errors import ConfigError
-from groupwise.fingerprint import machine_facts, model_facts, prompt_facts, reward_facts
+from groupwise.fingerprint import code_facts, machine_facts, model_facts, prompt_facts
 from groupwise.model.checkpoints import settle_model
 from groupwise.model.limits import check_run, find_limits
 from groupwise.model.loading import LoadedModel, load_tokenizer, prepare_device, resolve_device, resolve_dtype
@@ -77,6 +78,7 @@ class Prepared:
     model: ModelConfig
     algorithm: Algorithm
     scorer: RewardScorer
+    environments: Environments
     train: PromptSet
     eval: PromptSet | None
     steps: int
@@ -122,6 +124,7 @@ def prepare(config: Config, *, resume: bool = False, overwrite: bool = False, gi
         model,
         algorithm,
         scorer,
+        load_environments(config.environment, data.tokenizer, template_kwargs=config.data.chat_template_kwargs),
         train=data.train,
         eval=data.eval,
         steps=_num_steps(config, len(data.train.prompts)),
@@ -137,7 +140,7 @@ def _identity(config: Config, given: Given, data: _Data, algorithm: Algorithm) -
         config,
         prompt_facts(data.train.prompts, num_rows=data.train.num_rows)
         | model_facts(config, data.tokenizer, module, compared=algorithm.needs_reference)
-        | reward_facts(config, given.rewards)
+        | code_facts(config, given.rewards)
         | machine_facts(str(device), str(resolve_dtype(config.model.dtype, device))),
     )
 

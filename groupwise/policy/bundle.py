@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from groupwise.config import Config
 from groupwise.config.loading import config_json
 from groupwise.errors import DataError
 from groupwise.files import make_anew, use_umask, write_json_atomic, write_text_atomic, writing
+from groupwise.inputs import ModelInput, as_json, from_json
 from groupwise.policy.optimizer import Gradient
 from groupwise.rundir import RunDirectory, versions
 from groupwise.types import Denominators, MicroBatch, TrainingRow
@@ -141,13 +142,18 @@ _WEIGHTS = "weights.safetensors"
 
 
 def _as_json(learned: LearnedBatch) -> dict[str, Any]:
-    rows = [{name: _plain(value) for name, value in asdict(row).items()} for row in learned.batch.rows]
+    rows = [_row_as_json(row) for row in learned.batch.rows]
     return {
         "backward": learned.batch.backward,
         "denominators": asdict(learned.denominators),
         "loss": learned.loss,
         "rows": rows,
     }
+
+
+def _row_as_json(row: TrainingRow) -> dict[str, Any]:
+    values = {field.name: getattr(row, field.name) for field in fields(row)}
+    return {name: as_json(value) if isinstance(value, ModelInput) else _plain(value) for name, value in values.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -163,5 +169,9 @@ def _from_json(content: Any) -> LearnedBatch:
 
 
 def _row(content: Any) -> TrainingRow:
-    values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in content.items()}
-    return TrainingRow(**values)
+    values: dict[str, Any] = dict(content)
+    if "prompt_ids" in values:  # as bundles were written before inputs had pieces
+        values |= {"prompt": [values.pop("prompt_ids")], "follows": [values.pop("token_ids")]}
+    made: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+    made |= {name: from_json(values[name]) for name in ("prompt", "follows")}
+    return TrainingRow(**made)

@@ -1,30 +1,18 @@
-"""From a reward's name to its function: built in, `module:function`, or `path/to/file.py:function`.
-
-A boundary module: loading runs the user's file, which may raise anything.
-"""
+"""From a reward's name to its function: built in, `module:function`, or `path/to/file.py:function`."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import importlib
-import importlib.util
-import inspect
-import sys
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from groupwise.config.reward import RewardConfig
-from groupwise.errors import ConfigError, GroupwiseError
-from groupwise.process_state import guarded
+from groupwise.errors import ConfigError
 from groupwise.rewards.arguments import from_environment
 from groupwise.rewards.earnable import PromptCheck
 from groupwise.rewards.registry import built_in, check_args
 from groupwise.rewards.signature import Signature, read_signature
+from groupwise.user_code import load_named
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +49,9 @@ def load_reward(config: RewardConfig) -> LoadedReward:
     args: dict[str, Any] = from_environment(config.args, reward=name)
     if ":" not in name:
         return _load_built_in(name, args)
-    place, _, attribute = name.rpartition(":")
-    if not place or not attribute:
-        raise ConfigError(f"reward {name!r}: expected path/to/file.py:function or module:function")
-    looks_like_file = place.endswith(".py") or "/" in place or "\\" in place
-    module = _module_of_file(name, Path(place).expanduser()) if looks_like_file else _module_of_name(name, place)
-    function = _find(name, module, attribute)
+    function = load_named(name, kind="reward", attribute_kind="function")
+    attribute = name.rpartition(":")[2]
+    _check_function(name, function, attribute)
     signature = read_signature(function, name=name, args=args)
     return LoadedReward(attribute.rpartition(".")[2], function, signature, args)
 
@@ -85,81 +70,7 @@ def _load_built_in(name: str, args: Mapping[str, Any]) -> LoadedReward:
     )
 
 
-def _module_of_file(name: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigError(
-            f"reward {name!r}: {path} {what}; expected a Python file, seen from the current folder {Path.cwd()}"
-        )
-    if path.suffix != ".py":
-        raise ConfigError(f"reward {name!r}: {path} is not a Python file; its name has to end with .py")
-    path = path.resolve()
-    # The content is part of the module's name: rewards of one file share it, and an edited file is loaded anew.
-    digest = hashlib.blake2b(str(path).encode() + b"\0" + path.read_bytes(), digest_size=8).hexdigest()
-    module_name = f"groupwise_user_reward_{path.stem}_{digest}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None, f"no import spec for {path}"
-    assert spec.loader is not None, f"no loader for {path}"
-    module = importlib.util.module_from_spec(spec)
-    folder = str(path.parent)
-    if folder not in sys.path:  # last, so that the user's helpers are found and hide nothing
-        sys.path.append(folder)
-    sys.modules[module_name] = module
-    try:
-        with guarded(f"loading reward {name!r}"):
-            spec.loader.exec_module(module)
-    except (KeyboardInterrupt, GroupwiseError):
-        del sys.modules[module_name]
-        raise
-    except BaseException as error:
-        del sys.modules[module_name]
-        raise _import_failure(name, str(path), error) from error
-    return module
-
-
-def _module_of_name(name: str, place: str) -> ModuleType:
-    try:
-        with guarded(f"loading reward {name!r}"):
-            return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (place == error.name or place.startswith(error.name + ".")):
-            raise ConfigError(
-                f"reward {name!r}: there is no module {error.name!r}; install it, put its folder on PYTHONPATH, or "
-                "give the file as path/to/file.py:function"
-            ) from error
-        raise _import_failure(name, place, error) from error
-    except (KeyboardInterrupt, GroupwiseError):
-        raise
-    except BaseException as error:
-        raise _import_failure(name, place, error) from error
-
-
-def _import_failure(name: str, place: str, error: BaseException) -> ConfigError:
-    if isinstance(error, SyntaxError) and error.filename:
-        where = f"{error.filename}:{error.lineno}"
-    else:
-        own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == place]
-        where = f"{own[-1].filename}:{own[-1].lineno}" if own else place
-    return ConfigError(
-        f"reward {name!r}: loading it raised {type(error).__name__}: {error} (at {where}); correct that file"
-    )
-
-
-def _find(name: str, module: ModuleType, attribute: str) -> Callable[..., Any]:
-    found: Any = module
-    for part in attribute.split("."):
-        names = [key for key in dir(found) if not key.startswith("_")]
-        if not hasattr(found, part):
-            near = difflib.get_close_matches(part, names, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            functions = [key for key in names if inspect.isroutine(getattr(found, key))]
-            place = module.__file__ or module.__name__
-            raise ConfigError(
-                f"reward {name!r}: {place} has no {part!r}; {hint}functions there: {', '.join(functions) or 'none'}"
-            )
-        found = getattr(found, part)
+def _check_function(name: str, found: Any, attribute: str) -> None:
     if not callable(found):
         raise ConfigError(
             f"reward {name!r}: {attribute} is not a function but {type(found).__name__}; expected "
@@ -170,4 +81,3 @@ def _find(name: str, module: ModuleType, attribute: str) -> Callable[..., Any]:
             f"reward {name!r}: {attribute} is a class, and calling it gives no rewards; name a function, or an "
             "instance that has __call__"
         )
-    return found

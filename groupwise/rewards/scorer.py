@@ -20,7 +20,7 @@ from groupwise.rewards.placement import make_runner
 from groupwise.rewards.signature import function_name, group_arguments, read_signature, require_columns
 from groupwise.rewards.tally import Tally
 from groupwise.rewards.values import Graded
-from groupwise.types import Completion, Prompt, Tokenizer
+from groupwise.types import Prompt, Rollout, Tokenizer
 
 MAX_ABANDONED_THREADS = 8
 _KINDS_LOGGED = 20
@@ -89,7 +89,7 @@ class RewardScorer:
 
     Example:
         scorer = RewardScorer([RewardConfig(name="gsm8k")], functions=[says_please])
-        scores = await scorer.score(prompt, completions)
+        scores = await scorer.score(prompt, rollouts)
     """
 
     def __init__(
@@ -174,21 +174,21 @@ class RewardScorer:
                 except (ConfigError, DataError) as error:
                     raise _with_row(error, prompt) from error
 
-    async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[Score]:
-        """Score the completions `[G]` of one prompt.
+    async def score(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[Score]:
+        """Score the rollouts `[G]` of one prompt, in their order.
 
         Raises:
             RewardError: a reward with `on_error = "stop"` failed, or too many calls hang.
             ConfigError: no reward scores this row, or the row lacks a column.
             DataError: the row's reference answer cannot be used.
         """
-        if not completions:
+        if not rollouts:
             return []
         self.check_sources([prompt.data_source])
         entries = self._covering(prompt.data_source)
-        graded = await asyncio.gather(*(self._grade(entry, prompt, completions) for entry in entries))
+        graded = await asyncio.gather(*(self._grade(entry, prompt, rollouts) for entry in entries))
         self._check_abandoned()
-        return [self._combine(entries, graded, index) for index in range(len(completions))]
+        return [self._combine(entries, graded, index) for index in range(len(rollouts))]
 
     def metrics(self) -> Metrics:
         """What happened since the last call, and a new start.
@@ -248,13 +248,13 @@ class RewardScorer:
             "for, or raise the reward's `timeout` if it is only slow"
         )
 
-    async def _grade(self, entry: _Entry, prompt: Prompt, completions: Sequence[Completion]) -> Graded:
+    async def _grade(self, entry: _Entry, prompt: Prompt, rollouts: Sequence[Rollout]) -> Graded:
         """One reward's answers; `problems` tell what failed, also where `on_error = "zero"` put a 0 in its place."""
-        loaded, size = entry.loaded, len(completions)
+        loaded, size = entry.loaded, len(rollouts)
         require_columns(loaded.signature, prompt, name=entry.name)
 
         def arguments() -> dict[str, Any]:
-            return group_arguments(loaded.signature, prompt, completions=completions, args=loaded.args)
+            return group_arguments(loaded.signature, prompt, rollouts=rollouts, args=loaded.args)
 
         try:
             outcome = await entry.runner.run(arguments, size)

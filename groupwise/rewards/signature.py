@@ -12,7 +12,7 @@ from typing import Any
 from groupwise.errors import ConfigError
 from groupwise.rewards.copies import independent, independent_arguments
 from groupwise.texts import one_line
-from groupwise.types import Completion, Prompt
+from groupwise.types import Prompt, Rollout
 
 ANSWERS = ("prompts", "completions", "completion_ids")
 STANDARD_ARGUMENTS = (*ANSWERS, "rendered_prompts")
@@ -98,27 +98,44 @@ def function_name(function: Callable[..., Any]) -> str:
 
 
 def group_arguments(
-    signature: Signature, prompt: Prompt, *, completions: Sequence[Completion], args: Mapping[str, Any]
+    signature: Signature, prompt: Prompt, *, rollouts: Sequence[Rollout], args: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The keyword arguments of one call: every list is `[G]`, and nothing in it that could be changed is shared.
 
     The rendered prompt goes to functions that name `rendered_prompts`, and not to `**columns`.
     """
-    size = len(completions)
+    size = len(rollouts)
     made: dict[str, Callable[[], Any]] = {
         name: functools.partial(independent, value, size) for name, value in prompt.columns.items()
     }
     if prompt.messages:
         made["prompts"] = lambda: independent([dict(message) for message in prompt.messages], size)
-        made["completions"] = lambda: [[{"role": "assistant", "content": c.text}] for c in completions]
+        made["completions"] = lambda: [_messages(rollout) for rollout in rollouts]
     else:
         made["prompts"] = lambda: [prompt.text] * size
-        made["completions"] = lambda: [c.text for c in completions]
-    made["completion_ids"] = lambda: [list(c.token_ids) for c in completions]
+        made["completions"] = lambda: [rollout.text for rollout in rollouts]
+    made["completion_ids"] = lambda: [list(rollout.token_ids) for rollout in rollouts]
     if "rendered_prompts" in signature.accepted:
         made["rendered_prompts"] = lambda: [prompt.text] * size
     arguments = {name: make() for name, make in made.items() if signature.takes(name)}
     return arguments | independent_arguments(args)
+
+
+def _messages(rollout: Rollout) -> list[dict[str, Any]]:
+    """What follows the prompt, as a conversation: turns, and an environment's messages; what it put into a turn is part
+    of that turn."""
+    messages: list[dict[str, Any]] = []
+    continues = False  # the last message is a turn that goes on
+    for segment in rollout.segments:
+        if segment.messages:
+            messages.extend(dict(message) for message in segment.messages)
+            continues = False
+        elif continues:
+            messages[-1]["content"] += segment.text
+        else:
+            messages.append({"role": "assistant", "content": segment.text})
+            continues = True
+    return messages
 
 
 def require_columns(signature: Signature, prompt: Prompt, *, name: str) -> None:

@@ -13,9 +13,19 @@ from torch import Tensor
 from groupwise.algorithms.base import AdvantageInputs, Algorithm
 from groupwise.algorithms.kl import kl_in_reward, kl_penalty
 from groupwise.empty_steps import Usable
+from groupwise.environments import ENVIRONMENT
 from groupwise.metrics import Max, Mean, Metric, Min, Sum
 from groupwise.rollout.microbatches import split_rows
-from groupwise.types import Denominators, MiniBatch, Rollout, RolloutGroup, TrainingBatch, TrainingRow
+from groupwise.types import (
+    REFERENCE,
+    Credit,
+    Denominators,
+    MiniBatch,
+    Rollout,
+    RolloutGroup,
+    TrainingBatch,
+    TrainingRow,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +70,12 @@ def build_batch(
         penalised = [_less_kl(raw, group, algorithm) for raw, group in zip(rewards, groups, strict=True)]
         metrics["reward_kl_penalty"] = _mean_difference(rewards, penalised)
         rewards = penalised
-    advantages = _advantages(groups, rewards, algorithm, weights=reward_weights)
+    credit = _advantages(groups, rewards, algorithm, weights=reward_weights)
     minibatches = [
-        _minibatch([row for g in share for row in _rows(groups[g], advantages[g], algorithm)], shape, algorithm)
+        _minibatch([row for g in share for row in _rows(groups[g], credit[g], algorithm)], shape, algorithm)
         for share in _shares(len(groups), shape.steps_per_batch)
     ]
-    return TrainingBatch(
-        tuple(groups), advantages, tuple(minibatches) * shape.passes_per_batch, metrics, tuple(dropped)
-    )
+    return TrainingBatch(tuple(groups), credit, tuple(minibatches) * shape.passes_per_batch, metrics, tuple(dropped))
 
 
 def teaches(group: RolloutGroup, algorithm: Algorithm, *, reward_weights: dict[str, float]) -> bool:
@@ -88,11 +96,11 @@ def _rewards(group: RolloutGroup) -> Tensor:
 
 def _less_kl(rewards: Tensor, group: RolloutGroup, algorithm: Algorithm) -> Tensor:
     """`[G]` rewards of a group less the KL of its completions at sampling time."""
-    counted = [(i, r) for i, r in enumerate(group.rollouts) if r.ref_logprobs is not None]
+    counted = [(i, r) for i, r in enumerate(group.rollouts) if REFERENCE in r.scores]
     old = [x for _, r in counted for x in (r.logprobs if r.old_logprobs is None else r.old_logprobs)]
     kl = kl_penalty(
         torch.tensor(old, dtype=torch.float64),
-        torch.tensor([x for _, r in counted for x in r.ref_logprobs or ()], dtype=torch.float64),
+        torch.tensor([x for _, r in counted for x in r.scores[REFERENCE]], dtype=torch.float64),
         estimator=algorithm.kl_estimator,
     )
     mask = torch.tensor([float(x) for _, r in counted for x in r.loss_mask], dtype=torch.float64)
@@ -124,28 +132,30 @@ def _advantages(
             for group in groups
         ),
         weights=tuple(weights.values()),
-        lengths=tuple(
-            torch.tensor([len(r.token_ids) for r in group.rollouts], dtype=torch.float64) for group in groups
-        ),
+        lengths=tuple(torch.tensor([r.num_written for r in group.rollouts], dtype=torch.float64) for group in groups),
     )
     return tuple(tuple(values.tolist()) for values in algorithm.advantages(inputs))
 
 
-def _rows(group: RolloutGroup, advantages: Sequence[float], algorithm: Algorithm) -> list[TrainingRow]:
+def _rows(group: RolloutGroup, credit: Sequence[Credit], algorithm: Algorithm) -> list[TrainingRow]:
     return [
         TrainingRow(
             group=group.index,
-            prompt_ids=group.prompt.token_ids,
-            token_ids=rollout.token_ids,
+            prompt=rollout.prompt or group.prompt.input,
+            follows=rollout.input,
             loss_mask=rollout.loss_mask,
-            advantages=(advantage,) * len(rollout.token_ids),
+            advantages=_per_token(given, len(rollout.token_ids)),
             logprobs=rollout.logprobs,
             old_logprobs=rollout.old_logprobs,
-            ref_logprobs=rollout.ref_logprobs,
+            ref_logprobs=rollout.scores.get(REFERENCE),
         )
-        for rollout, advantage in zip(group.rollouts, advantages, strict=True)
-        if is_learnable(rollout) and not (algorithm.masks_truncated and rollout.finish_reason == "length")
+        for rollout, given in zip(group.rollouts, credit, strict=True)
+        if is_learnable(rollout) and not (algorithm.masks_truncated and rollout.is_cut)
     ]
+
+
+def _per_token(credit: Credit, size: int) -> tuple[float, ...]:
+    return credit if isinstance(credit, tuple) else (credit,) * size
 
 
 def is_learnable(rollout: Rollout) -> bool:
@@ -166,8 +176,11 @@ def _why_unusable(rollout: Rollout, algorithm: Algorithm) -> str:
         return "no reward function gave a value"
     if not any(rollout.loss_mask):
         return "it has no token to learn"
-    if algorithm.masks_truncated and rollout.finish_reason == "length":
-        return 'it was cut off at rollout.max_completion_tokens, and algorithm.overlong = "mask" leaves such out'
+    if algorithm.masks_truncated and rollout.is_cut:
+        return (
+            "it was cut off by its budget (rollout.max_completion_tokens, environment.max_turns), and "
+            'algorithm.overlong = "mask" leaves such out'
+        )
     return ""
 
 
@@ -192,10 +205,12 @@ def _minibatch(rows: Sequence[TrainingRow], shape: BatchShape, algorithm: Algori
 def batch_metrics(groups: Sequence[RolloutGroup]) -> dict[str, Metric]:
     """Rewards and lengths of the batch, under TRL's names."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    metrics = _reward_metrics(groups, rollouts) | _length_metrics(rollouts)
+    metrics = _reward_metrics(groups, rollouts) | _length_metrics(rollouts) | _episode_metrics(rollouts)
     sampled = sum(len(group.prompt.token_ids) + len(r.token_ids) for group in groups for r in group.rollouts)
     metrics["num_tokens"] = Sum(float(sampled))
     metrics["rollout/failed"] = Sum(float(sum(rollout.status == "failed" for rollout in rollouts)))
+    for boundary in sorted({rollout.boundary for rollout in rollouts if rollout.boundary}):
+        metrics[f"rollout/failed/{boundary}"] = Sum(float(sum(rollout.boundary == boundary for rollout in rollouts)))
     return metrics
 
 
@@ -214,9 +229,9 @@ def _reward_metrics(groups: Sequence[RolloutGroup], rollouts: Sequence[Rollout])
 
 
 def _length_metrics(rollouts: Sequence[Rollout]) -> dict[str, Metric]:
-    lengths = [len(rollout.token_ids) for rollout in rollouts]
-    ended = [len(rollout.token_ids) for rollout in rollouts if rollout.finish_reason == "stop"]
-    clipped = sum(rollout.finish_reason == "length" for rollout in rollouts)
+    lengths = [rollout.num_written for rollout in rollouts]
+    ended = [rollout.num_written for rollout in rollouts if rollout.finish_reason == "stop"]
+    clipped = sum(rollout.is_cut for rollout in rollouts)
     metrics: dict[str, Metric] = {
         "completions/mean_length": Mean(float(sum(lengths)), len(lengths)),
         "completions/min_length": Min(float(min(lengths))),
@@ -227,4 +242,19 @@ def _length_metrics(rollouts: Sequence[Rollout]) -> dict[str, Metric]:
         metrics["completions/mean_terminated_length"] = Mean(float(sum(ended)), len(ended))
         metrics["completions/min_terminated_length"] = Min(float(min(ended)))
         metrics["completions/max_terminated_length"] = Max(float(max(ended)))
+    return metrics
+
+
+def _episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, Metric]:
+    """Of episodes in which an environment had its say; nothing where all are single turns."""
+    answers = [sum(segment.by == "environment" for segment in rollout.segments) for rollout in rollouts]
+    given = [rollout.rewards[ENVIRONMENT] for rollout in rollouts if rollout.rewards.get(ENVIRONMENT) is not None]
+    metrics: dict[str, Metric] = {}
+    if any(answers):
+        written = sum(len(rollout.token_ids) - rollout.num_written for rollout in rollouts)
+        metrics["environment/answers_per_episode"] = Mean(float(sum(answers)), len(rollouts))
+        metrics["environment/tokens_per_episode"] = Mean(float(written), len(rollouts))
+        metrics["environment/share_of_episodes"] = Mean(float(sum(map(bool, answers))), len(rollouts))
+    if given:
+        metrics[f"rewards/{ENVIRONMENT}/mean"] = Mean(math.fsum(x for x in given if x is not None), len(given))
     return metrics

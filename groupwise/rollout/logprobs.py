@@ -11,7 +11,7 @@ from torch import Tensor
 from groupwise.policy import Policy
 from groupwise.rollout.batch import is_learnable
 from groupwise.rollout.microbatches import split_rows
-from groupwise.types import Rollout, RolloutGroup, TrainingRow
+from groupwise.types import REFERENCE, Rollout, RolloutGroup, TrainingRow
 
 Forward: TypeAlias = Callable[[Sequence[Sequence[TrainingRow]]], Sequence[Tensor]]
 
@@ -34,7 +34,7 @@ class LogprobPass:
     micro_batch_tokens: int
 
     def add(self, groups: Sequence[RolloutGroup]) -> tuple[RolloutGroup, ...]:
-        """The groups, with `old_logprobs` and `ref_logprobs` in every rollout that can be learned from."""
+        """The groups, with `old_logprobs` and the reference's scores in every rollout that can be learned from."""
         if not (self.old or self.reference):
             return tuple(groups)
         rows = {
@@ -49,7 +49,9 @@ class LogprobPass:
         def filled(group: RolloutGroup, rollout: Rollout) -> Rollout:
             row = rows.get((group.index, rollout.sample_index))
             return (
-                rollout if row is None else replace(rollout, old_logprobs=old.get(row), ref_logprobs=reference.get(row))
+                rollout
+                if row is None
+                else replace(rollout, old_logprobs=old.get(row), scores=_named(reference.get(row)))
             )
 
         return tuple(replace(group, rollouts=tuple(filled(group, r) for r in group.rollouts)) for group in groups)
@@ -67,11 +69,15 @@ class LogprobPass:
         return found
 
 
+def _named(reference: tuple[float, ...] | None) -> dict[str, tuple[float, ...]]:
+    return {} if reference is None else {REFERENCE: reference}
+
+
 def _row(group: RolloutGroup, rollout: Rollout) -> TrainingRow:
     return TrainingRow(
         group=group.index,
-        prompt_ids=group.prompt.token_ids,
-        token_ids=rollout.token_ids,
+        prompt=rollout.prompt or group.prompt.input,
+        follows=rollout.input,
         loss_mask=rollout.loss_mask,
         advantages=(0.0,) * len(rollout.token_ids),
         logprobs=rollout.logprobs,

@@ -3,59 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 from groupwise.data.sampler import PromptSampler
-from groupwise.rewards.scorer import RewardScorer, Score
+from groupwise.environments import Environments
+from groupwise.inputs import SampleKey
 from groupwise.rollout.buffer import Buffer
-from groupwise.types import Completion, Engine, Prompt, Rollout, RolloutGroup, SampleRequest, SamplingParams
-
-
-async def produce_group(
-    engine: Engine, scorer: RewardScorer, prompt: Prompt, requests: Sequence[SampleRequest], *, index: int
-) -> RolloutGroup:
-    """Sample the requests of one prompt and score them; a sample that fails is a failed rollout."""
-    completions = [completion async for completion in engine.generate(requests)]
-    completions.sort(key=lambda completion: completion.sample_index)
-    usable = [completion for completion in completions if _is_usable(completion)]
-    scores = iter(await scorer.score(prompt, usable))
-    rollouts = [_scored(c, next(scores)) if _is_usable(c) else _failed(c) for c in completions]
-    return RolloutGroup(index, prompt, tuple(rollouts))
-
-
-def _is_usable(completion: Completion) -> bool:
-    return completion.finish_reason in ("stop", "length") and bool(completion.token_ids)
-
-
-def _scored(completion: Completion, score: Score) -> Rollout:
-    return Rollout(
-        sample_index=completion.sample_index,
-        token_ids=completion.token_ids,
-        loss_mask=(1,) * len(completion.token_ids),
-        logprobs=completion.logprobs,
-        policy_versions=completion.policy_versions,
-        text=completion.text,
-        finish_reason=completion.finish_reason,
-        rewards=score.rewards,
-        reward=None if score.failed else score.reward,
-        status="failed" if score.failed else "ok",
-        cause=score.cause,
-    )
-
-
-def _failed(completion: Completion) -> Rollout:
-    return Rollout(
-        sample_index=completion.sample_index,
-        token_ids=completion.token_ids,
-        loss_mask=(0,) * len(completion.token_ids),
-        logprobs=completion.logprobs,
-        policy_versions=completion.policy_versions,
-        text=completion.text,
-        finish_reason=completion.finish_reason,
-        status="failed",
-        cause=completion.error or f"the engine ended it with {completion.finish_reason!r}",
-    )
+from groupwise.rollout.episode import Sample, Scorer, run_group
+from groupwise.types import Prompt, SamplingParams
 
 
 class Producer:
@@ -67,8 +22,9 @@ class Producer:
 
     def __init__(
         self,
-        engine: Engine,
-        scorer: RewardScorer,
+        sample: Sample,
+        scorer: Scorer,
+        environments: Environments,
         sampler: PromptSampler,
         buffer: Buffer,
         *,
@@ -76,8 +32,9 @@ class Producer:
         group_size: int,
         total_steps: int,
     ) -> None:
-        self._engine = engine
+        self._sample = sample
         self._scorer = scorer
+        self._environments = environments
         self._sampler = sampler
         self._buffer = buffer
         self._sampling = sampling
@@ -97,11 +54,21 @@ class Producer:
         return self._buffer.step_of(index) < self._total_steps and self._buffer.pin(index) <= version
 
     async def _produce(self, index: int, prompt: Prompt, version: int) -> None:
-        # An engine's draw is a function of seed, prompt and sample; a prompt that comes again must not draw the same.
+        # A draw is a function of seed and key; a prompt that comes again must not draw the same.
         draw = index // self._sampler.num_prompts
-        requests = [SampleRequest.of(prompt, i, self._sampling, version, draw=draw) for i in range(self._group_size)]
+        keys = [SampleKey(prompt.uid, draw, i) for i in range(self._group_size)]
         try:
-            self._buffer.put(await produce_group(self._engine, self._scorer, prompt, requests, index=index))
+            group = await run_group(
+                self._sample,
+                self._scorer,
+                self._environments,
+                prompt,
+                keys=keys,
+                sampling=self._sampling,
+                version=version,
+                index=index,
+            )
+            self._buffer.put(group)
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001 - whoever takes the group raises it

@@ -12,8 +12,8 @@ from groupwise.types import RolloutGroup, TrainingBatch
 def trajectory_rows(batch: TrainingBatch, *, step: int) -> Iterator[dict[str, Any]]:
     """One row per rollout: prompt, text, each reward, advantage, lengths, finish reason, version."""
     without = [(0.0,) * len(group.rollouts) for group in batch.dropped]
-    for group, advantages in zip((*batch.groups, *batch.dropped), (*batch.advantages, *without), strict=True):
-        for rollout, advantage in zip(group.rollouts, advantages, strict=True):
+    for group, credit in zip((*batch.groups, *batch.dropped), (*batch.credit, *without), strict=True):
+        for rollout, given in zip(group.rollouts, credit, strict=True):
             yield {
                 "step": step,
                 "group": group.index,
@@ -24,9 +24,9 @@ def trajectory_rows(batch: TrainingBatch, *, step: int) -> Iterator[dict[str, An
                 "completion": rollout.text,
                 "reward": rollout.reward,
                 "rewards": dict(rollout.rewards),
-                "advantage": advantage,
+                "advantage": given,
                 "prompt_tokens": len(group.prompt.token_ids),
-                "completion_tokens": len(rollout.token_ids),
+                "completion_tokens": rollout.num_written,
                 "finish_reason": rollout.finish_reason,
                 "policy_version": rollout.policy_versions[0] if rollout.policy_versions else None,
                 "status": rollout.status,

@@ -13,7 +13,7 @@ from groupwise.files import json_safe
 from groupwise.texts import one_line
 from groupwise.tracking.background import Background
 from groupwise.tracking.base import Sample, Tracker
-from groupwise.types import TrainingBatch
+from groupwise.types import TrainingBatch, mean_credit
 
 logger = logging.getLogger("groupwise.tracking")
 
@@ -96,11 +96,12 @@ class Trackers:
 def choose_samples(batch: TrainingBatch, count: int) -> list[Sample]:
     """The first `count` completions of the batch, prompt by prompt, so that those of one prompt can be compared."""
     chosen: list[Sample] = []
-    for group, advantages in zip(batch.groups, batch.advantages, strict=True):
-        for rollout, advantage in zip(group.rollouts, advantages, strict=True):
+    for group, credit in zip(batch.groups, batch.credit, strict=True):
+        for rollout, given in zip(group.rollouts, credit, strict=True):
             if len(chosen) == count:
                 return chosen
-            chosen.append(Sample(group.prompt.text, rollout.text, rollout.reward, dict(rollout.rewards), advantage))
+            rewards, advantage = dict(rollout.rewards), mean_credit(given)
+            chosen.append(Sample(group.prompt.text, rollout.text, rollout.reward, rewards, advantage))
     return chosen
 
 

@@ -10,6 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from groupwise.config import LoraConfig, RolloutConfig
 from groupwise.engines.native import NativeEngine
+from groupwise.inputs import ModelInput
 from groupwise.model.forward.packed_scores import packed_scores
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, with_adapter, wrap_model
@@ -54,12 +55,12 @@ def test_no_mismatch(dtype: torch.dtype, window: int | None, rank: int) -> None:
     requests: list[SampleRequest] = []
     for length in (1, 64, 130, 300):
         tokens = tuple(torch.randint(3, 4000, (length,), generator=generator).tolist())
-        prompt = Prompt(uid=f"p{length}", messages=(), text="", token_ids=tokens)
+        prompt = Prompt(uid=f"p{length}", messages=(), text="", input=ModelInput.of(tokens))
         params = [SamplingParams(max_tokens=n, temperature=0.8) for n in (5, 64, 65, 200)]
         requests += [SampleRequest.of(prompt, i, param) for i, param in enumerate(params)]
     found = sample(loaded, requests)
     rows = [
-        TrainingRow(i // 4, r.prompt.token_ids, c.token_ids, *[(0.0,) * len(c.token_ids)] * 3)
+        TrainingRow(i // 4, r.prompt, ModelInput.of(c.token_ids), *[(0.0,) * len(c.token_ids)] * 3)
         for i, (r, c) in enumerate(zip(requests, found, strict=True))
     ]
     scores = packed_scores(loaded, pack(rows).to(loaded.device), temperature=0.8)

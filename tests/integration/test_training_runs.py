@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from groupwise.config import ModelConfig, RolloutConfig
 from groupwise.engines.native import NativeEngine
+from groupwise.inputs import ModelInput
 from groupwise.launch.local import Given, run_training
 from groupwise.model.loading import load_model
 from groupwise.sft import run_sft
@@ -106,7 +107,7 @@ def _same_greedy_text(folder: Path, texts: list[str]) -> None:
     )
 
     async def answer(text: str) -> str:
-        prompt = Prompt(text, (), text, tuple(tokenizer.encode(text)))
+        prompt = Prompt(text, (), text, ModelInput.of(tuple(tokenizer.encode(text))))
         request = SampleRequest.of(prompt, 0, SamplingParams(temperature=0.0, max_tokens=12))
         (completion,) = [c async for c in engine.generate([request])]
         return completion.text

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from groupwise import fingerprint
-from groupwise.fingerprint import file_digest, prompt_facts, reward_facts, supervised_facts, value_digest
+from groupwise.fingerprint import code_facts, file_digest, prompt_facts, supervised_facts, value_digest
+from groupwise.inputs import ModelInput
 from groupwise.types import Prompt, TrainingRow
 
 
 def prompt(uid: str = "a", **values: Any) -> Prompt:
-    return Prompt(uid=uid, messages=(), text="2+2?", token_ids=(1, 2), **values)
+    return Prompt(uid=uid, messages=(), text="2+2?", input=ModelInput.of((1, 2)), **values)
 
 
 def changed(before: dict[str, str], now: dict[str, str]) -> set[str]:
@@ -38,7 +39,12 @@ def test_supervised_rows():
         n = len(tokens)
         zeros = (0.0,) * n
         return TrainingRow(
-            group=0, prompt_ids=(1,), token_ids=tokens, loss_mask=(True,) * n, advantages=zeros, logprobs=zeros
+            group=0,
+            prompt=ModelInput.of((1,)),
+            follows=ModelInput.of(tokens),
+            loss_mask=(True,) * n,
+            advantages=zeros,
+            logprobs=zeros,
         )
 
     base = supervised_facts([row(2), row(3)], num_rows=2)
@@ -106,5 +112,5 @@ def test_the_code_of_given_functions():
     from groupwise.config import Config
 
     config = Config.model_validate({"model": {"path": "m"}, "data": {"train": "t.jsonl"}})
-    assert reward_facts(config, [one]) == reward_facts(config, [one])
-    assert changed(reward_facts(config, [one]), reward_facts(config, [two])) == {"reward function 0"}
+    assert code_facts(config, [one]) == code_facts(config, [one])
+    assert changed(code_facts(config, [one]), code_facts(config, [two])) == {"reward function 0"}

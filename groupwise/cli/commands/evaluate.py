@@ -98,9 +98,11 @@ def _evaluate(config: Config, *, quiet: bool) -> EvalReport:
     # What is wrong with names, rewards and rows is refused before the model's libraries and weights are loaded.
     from groupwise.data import check_rows, load_prompts, read_rows
     from groupwise.engines import build_engine, check_engine
+    from groupwise.environments import load_environments
     from groupwise.evaluation import eval_sampling, evaluate
     from groupwise.evaluation.counted import counted_remarks
     from groupwise.rewards import RewardScorer
+    from groupwise.rollout.episode import sampled_by
 
     check_engine(config.rollout.engine)
     scorer = RewardScorer(config.reward)
@@ -122,7 +124,14 @@ def _evaluate(config: Config, *, quiet: bool) -> EvalReport:
         logger.warning("%s", remark)
     engine = build_engine(config.rollout, load_model(config.model, tokenizer=tokenizer))
     sampling = eval_sampling(config.eval, config.rollout, seed=config.train.seed)
-    return asyncio.run(evaluate(engine, found.prompts, scorer, config=config.eval, sampling=sampling, version=0))
+    environments = load_environments(
+        config.environment, cast("Tokenizer", tokenizer), template_kwargs=config.data.chat_template_kwargs
+    )
+    return asyncio.run(
+        evaluate(
+            sampled_by(engine), found.prompts, scorer, environments, config=config.eval, sampling=sampling, version=0
+        )
+    )
 
 
 def _describe(report: EvalReport, *, seconds: float) -> str:

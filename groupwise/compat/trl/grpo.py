@@ -20,14 +20,16 @@ from groupwise.config.checks import check_trainable
 from groupwise.data import load_prompts
 from groupwise.data.files import SourceRow, read_for_training
 from groupwise.engines import build_engine
+from groupwise.environments import SINGLE_TURN
 from groupwise.errors import ConfigError
 from groupwise.evaluation import eval_sampling, evaluate
+from groupwise.inputs import SampleKey
 from groupwise.launch.local import Given, run_async, run_training, training_sampling
 from groupwise.model.limits import check_evaluation, check_run, find_limits
 from groupwise.rewards import RewardScorer
 from groupwise.rewards.signature import function_name
-from groupwise.rollout.producer import produce_group
-from groupwise.types import RolloutGroup, SampleRequest
+from groupwise.rollout.episode import run_group, sampled_by
+from groupwise.types import RolloutGroup
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +135,8 @@ class GRPOTrainer(Trainer):
             scorer.check_prompts(prompts)
             check_evaluation(prompts, find_limits(loaded, config.model), config)
             sampling = eval_sampling(config.eval, config.rollout, seed=config.train.seed)
-            engine = build_engine(config.rollout, loaded)
-            report = run_async(evaluate(engine, prompts, scorer, config=config.eval, sampling=sampling, version=0))
+            sample = sampled_by(build_engine(config.rollout, loaded))
+            report = run_async(evaluate(sample, prompts, scorer, config=config.eval, sampling=sampling, version=0))
         metrics = {name: float(metric.value) for name, metric in report.metrics().items()}
         return watcher.evaluated(metrics, seconds=time.perf_counter() - started, prefix=metric_key_prefix)
 
@@ -153,19 +155,24 @@ class GRPOTrainer(Trainer):
             prompts = load_prompts(_as_rows(dataset), config.data, loaded.tokenizer).prompts
             scorer.check_prompts(prompts)
             check_run(config, find_limits(loaded, config.model), prompts=prompts, eval_prompts=())
-            engine, sampling = build_engine(config.rollout, loaded), training_sampling(config)
+            sample, sampling = sampled_by(build_engine(config.rollout, loaded)), training_sampling(config)
 
-            async def sample() -> list[RolloutGroup]:
-                asked = [
-                    [SampleRequest.of(prompt, i, sampling) for i in range(config.rollout.group_size)]
-                    for prompt in prompts
-                ]
+            async def groups() -> list[RolloutGroup]:
+                indices = range(config.rollout.group_size)
                 return [
-                    await produce_group(engine, scorer, prompt, requests, index=index)
-                    for index, (prompt, requests) in enumerate(zip(prompts, asked, strict=True))
+                    await run_group(
+                        sample,
+                        scorer,
+                        SINGLE_TURN,
+                        prompt,
+                        keys=[SampleKey(prompt.uid, 0, i) for i in indices],
+                        sampling=sampling,
+                        index=index,
+                    )
+                    for index, prompt in enumerate(prompts)
                 ]
 
-            return run_async(sample())
+            return run_async(groups())
 
     @property
     def _num_eval_rows(self) -> int:

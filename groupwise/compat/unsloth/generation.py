@@ -17,6 +17,7 @@ from groupwise.config.limits import check_stop_tokens
 from groupwise.data import encode_text
 from groupwise.engines import build_engine
 from groupwise.errors import ConfigError
+from groupwise.inputs import ModelInput
 from groupwise.launch.local import run_async
 from groupwise.model.limits import find_limits
 from groupwise.model.loading import LoadedModel
@@ -85,7 +86,7 @@ async def _answer(engine: Engine, loaded: LoadedModel, asked: _Asked, limits: Li
     uid = f"{limits.call}/{asked.index}"
     if params.seed is not None:  # then the prompt alone decides, wherever it stands
         uid = hashlib.sha256(repr(asked.token_ids).encode()).hexdigest()[:16]
-    prompt = Prompt(uid=uid, messages=(), text=asked.text or "", token_ids=asked.token_ids)
+    prompt = Prompt(uid=uid, messages=(), text=asked.text or "", input=ModelInput.of(asked.token_ids))
     requests = [SampleRequest.of(prompt, index, sampling) for index in range(params.n)]
     found = [completion async for completion in engine.generate(requests)]
     outputs = [_output(each, params, loaded) for each in sorted(found, key=lambda each: each.sample_index)]

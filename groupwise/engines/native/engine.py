@@ -20,6 +20,7 @@ from groupwise.engines.native.scheduler import Outbox, Sample, Scheduler
 from groupwise.engines.native.steps import DecodeSteps
 from groupwise.engines.native.threads import SMALL_BYTES, StepThreads
 from groupwise.errors import EngineError
+from groupwise.inputs import ModelInput
 from groupwise.model.fast_cpu.linear import ordered_weights
 from groupwise.model.forward.packed_scores import depends_on_length, packed_scores
 from groupwise.model.forward.packing import pack
@@ -177,7 +178,14 @@ class NativeEngine:
 
     async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[float]:
         neutral = (0.0,) * len(completion_ids)
-        row = TrainingRow(0, tuple(prompt_ids), tuple(completion_ids), (1,) * len(completion_ids), neutral, neutral)
+        row = TrainingRow(
+            0,
+            ModelInput.of(prompt_ids),
+            ModelInput.of(completion_ids),
+            (1,) * len(completion_ids),
+            neutral,
+            neutral,
+        )
         with torch.inference_mode():
             return packed_scores(self._loaded, pack([row]).to(self._loaded.device)).logprobs.tolist()
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from groupwise.inputs import ModelInput
 from groupwise.types import TrainingRow
 
 ROW_MULTIPLE = 16
@@ -69,8 +70,23 @@ class Packed:
         return Packed(move[0], move[1], self.segments, rest[0], rest[1], rest[2])
 
 
+class _Prompts:
+    """Where each prompt of each group stands. Inputs are compared by digest, which is made where there is doubt."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, list[tuple[ModelInput, int]]] = {}
+
+    def find(self, row: TrainingRow) -> int | None:
+        """The segment of the row's prompt."""
+        known = self._places.get(row.group, ())
+        return next((place for prompt, place in known if prompt is row.prompt or prompt == row.prompt), None)
+
+    def add(self, row: TrainingRow, place: int) -> None:
+        self._places.setdefault(row.group, []).append((row.prompt, place))
+
+
 def pack(rows: Sequence[TrainingRow]) -> Packed:
-    """Pack training rows; rows with the same `group` must have the same prompt and stand next to each other.
+    """Pack training rows; those of one group with equal prompts, which must be neighbours, share the prompt.
 
     Example:
         Two rows of one group with prompt (1, 2, 3) and completions (7, 8) and (9,) pack to token_ids (1, 2, 3, 7),
@@ -79,12 +95,10 @@ def pack(rows: Sequence[TrainingRow]) -> Packed:
     tokens: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
-    prompt_of: dict[int, int] = {}
-    prompts: dict[int, tuple[int, ...]] = {}
+    prompts = _Prompts()
     for row in rows:
-        if row.group not in prompt_of:
-            prompt_of[row.group] = len(segments)
-            prompts[row.group] = row.prompt_ids
+        if prompts.find(row) is None:
+            prompts.add(row, len(segments))
             segments.append(Segment(len(tokens), len(row.prompt_ids)))
             tokens.extend(row.prompt_ids)
             positions.extend(range(len(row.prompt_ids)))
@@ -92,15 +106,16 @@ def pack(rows: Sequence[TrainingRow]) -> Packed:
     targets: list[int] = []
     owner: list[int] = []
     for index, row in enumerate(rows):
-        prompt = segments[prompt_of[row.group]]
-        assert prompts[row.group] == row.prompt_ids, f"group {row.group} has two prompts"
+        place = prompts.find(row)
+        assert place is not None, "the loop above placed every row's prompt"
+        prompt = segments[place]
         length = len(row.token_ids) - 1
         predictors.append(prompt.stop - 1)
         predictors.extend(range(len(tokens), len(tokens) + length))
         targets.extend(row.token_ids)
         owner.extend([index] * len(row.token_ids))
         if length:
-            segments.append(Segment(len(tokens), length, prompt_of[row.group]))
+            segments.append(Segment(len(tokens), length, place))
             tokens.extend(row.token_ids[:-1])
             positions.extend(range(prompt.length, prompt.length + length))
     return _finish(tokens, positions, segments, predictors, targets, owner)

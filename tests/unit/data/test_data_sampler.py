@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from groupwise.data import PromptSampler
 from groupwise.errors import CheckpointError, DataError
+from groupwise.inputs import ModelInput
 from groupwise.types import Prompt, Stateful
 
 
 def prompts(n: int, *, tag: str = "") -> tuple[Prompt, ...]:
-    return tuple(Prompt(uid=f"{i:06d}-{tag}", messages=(), text=str(i), token_ids=(i,)) for i in range(n))
+    return tuple(Prompt(uid=f"{i:06d}-{tag}", messages=(), text=str(i), input=ModelInput.of((i,))) for i in range(n))
 
 
 def sampler(n: int, *, seed: int = 0, shuffle: bool = True) -> PromptSampler:

@@ -23,6 +23,7 @@ from transformers import (
 
 from groupwise.config import RolloutConfig
 from groupwise.engines.native import NativeEngine
+from groupwise.inputs import ModelInput
 from groupwise.model.forward.head import token_scores
 from groupwise.model.forward.packed_scores import packed_hidden_states
 from groupwise.model.forward.packing import pack
@@ -77,7 +78,7 @@ class Lab:
     def prompt(self, name: str, length: int) -> Prompt:
         generator = torch.Generator().manual_seed(sum(name.encode()) + 1000 * length)
         tokens = tuple(torch.randint(3, 250, (length,), generator=generator).tolist())
-        return Prompt(uid=name, messages=(), text="", token_ids=tokens)
+        return Prompt(uid=name, messages=(), text="", input=ModelInput.of(tokens))
 
     def requests(
         self, prompts: Iterable[Prompt], sampling: Sequence[SamplingParams], version: int = 0
@@ -120,7 +121,7 @@ class Lab:
 
 def row_of(group: int, prompt: Prompt, tokens: Sequence[int]) -> TrainingRow:
     neutral = (0.0,) * len(tokens)
-    return TrainingRow(group, prompt.token_ids, tuple(tokens), (1,) * len(tokens), neutral, neutral)
+    return TrainingRow(group, prompt.input, ModelInput.of(tokens), (1,) * len(tokens), neutral, neutral)
 
 
 @pytest.fixture(scope="session")

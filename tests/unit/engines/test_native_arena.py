@@ -16,6 +16,7 @@ from groupwise.engines.native import NativeEngine
 from groupwise.engines.native.cache import ArenaCache, CacheShape
 from groupwise.engines.native.scheduler import Sample, Scheduler
 from groupwise.errors import EngineError
+from groupwise.inputs import ModelInput
 from groupwise.types import Prompt, SampleRequest, SamplingParams
 
 SHAPE = CacheShape(2, 2, 16, torch.float32, torch.device("cpu"), fixed=True, graphs=True)
@@ -64,7 +65,7 @@ class Arenas:
 
 
 def sample(prompt: int, index: int, tokens: int, length: int = 9) -> Sample:
-    made = Prompt(uid=f"p{prompt}", messages=(), text="", token_ids=tuple(range(3 + prompt, 3 + prompt + length)))
+    made = Prompt(uid=f"p{prompt}", messages=(), text="", input=ModelInput.of(range(3 + prompt, 3 + prompt + length)))
     return Sample(SampleRequest.of(made, index, SamplingParams(max_tokens=tokens)), asyncio.Queue())
 
 

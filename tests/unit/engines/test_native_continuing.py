@@ -62,7 +62,10 @@ def assert_no_mismatch(loaded: LoadedModel, rollouts: list[Rollout]) -> None:
     names = list(dict.fromkeys(rollout.request.prompt for rollout in rollouts))
     rows = [
         TrainingRow(
-            names.index(r.request.prompt), r.request.prompt.token_ids, tuple(r.tokens), *[(0,) * len(r.tokens)] * 3
+            names.index(r.request.prompt),
+            ModelInput.of(r.request.prompt.token_ids),
+            ModelInput.of(tuple(r.tokens)),
+            *[(0,) * len(r.tokens)] * 3,
         )
         for r in rollouts
     ]
@@ -174,7 +177,7 @@ def test_least_and_most_tokens_count_for_each_turn(lab: Lab) -> None:
     ("changes", "message"),
     [
         ({"continues": ModelInput.of((5, 300))}, "has tokens from"),
-        ({"continues": ModelInput.of(tuple(range(3, 13))), "resumed": 10}, "nothing is left to draw"),
+        ({"continues": ModelInput.of(range(3, 13)), "resumed": 10}, "nothing is left to draw"),
     ],
 )
 def test_what_cannot_go_on_is_refused(lab: Lab, changes: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from groupwise.engines.native.scheduler import Sample
 from groupwise.engines.native.stopping import find_finish
+from groupwise.inputs import ModelInput
 from groupwise.model.loading import LoadedModel
 from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams
 
@@ -101,7 +102,7 @@ def test_a_stop_string_ends_with_the_token_that_completes_it(
 
 def written(lab: Lab, text: str, sampling: SamplingParams) -> list[str | None]:
     """The verdict after each token of a text of the tokenizer's own."""
-    sample = Sample(SampleRequest.of(Prompt("a", (), "", (3,)), 0, sampling), outbox=None)  # type: ignore[arg-type]
+    sample = Sample(SampleRequest.of(Prompt("a", (), "", ModelInput.of((3,))), 0, sampling), outbox=None)  # type: ignore[arg-type]
     model = lab.model()
     verdicts: list[str | None] = []
     for token in lab.tokenizer.encode(text):

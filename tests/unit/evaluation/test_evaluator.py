@@ -16,9 +16,11 @@ from groupwise.config import EvalConfig, RewardConfig, RolloutConfig
 from groupwise.errors import DataError, EngineError
 from groupwise.evaluation import EvalReport, Evaluator, eval_sampling, evaluate
 from groupwise.evaluation.counted import counted_remarks, counted_rewards
+from groupwise.inputs import ModelInput
 from groupwise.metrics import resolve
 from groupwise.rewards import RewardScorer
-from groupwise.types import Completion, EngineCaps, FinishReason, Prompt, SampleRequest, SamplingParams
+from groupwise.rollout.episode import sampled_by
+from groupwise.types import Completion, EngineCaps, FinishReason, Prompt, Rollout, SampleRequest, SamplingParams
 
 ANSWERS: dict[str, Sequence[str]] = {}
 """What the engine says to each prompt."""
@@ -86,10 +88,10 @@ class TextScorer:
     def __init__(self) -> None:
         self.scored: list[str] = []
 
-    async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[FakeScore]:
+    async def score(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[FakeScore]:
         self.scored.append(prompt.uid)
         await asyncio.sleep(0)
-        return [self._one(completion.text) for completion in completions]
+        return [self._one(rollout.text) for rollout in rollouts]
 
     def _one(self, text: str) -> FakeScore:
         special = {
@@ -106,13 +108,13 @@ class TextScorer:
 
 def prompt(uid: str, *answers: str) -> Prompt:
     ANSWERS[uid] = answers
-    return Prompt(uid=uid, messages=(), text=f"q {uid}", token_ids=(1, 2), columns={"answers": answers})
+    return Prompt(uid=uid, messages=(), text=f"q {uid}", input=ModelInput.of((1, 2)), columns={"answers": answers})
 
 
 def run(prompts: Sequence[Prompt], *, engine: ScriptedEngine | None = None, **config: object) -> EvalReport:
     return asyncio.run(
         evaluate(
-            engine or ScriptedEngine(),
+            sampled_by(engine or ScriptedEngine()),
             prompts,
             TextScorer(),
             config=EvalConfig.model_validate(config),
@@ -126,9 +128,9 @@ def test_each_row_once_and_in_one_call() -> None:
     engine = ScriptedEngine()
     prompts = [prompt(f"r{i}", "right", "wrong", "long", "right") for i in range(9)]
     report = run(prompts, engine=engine, samples=4)
-    assert len(engine.calls) == 1
-    assert Counter(r.id for r in engine.calls[0]) == Counter(f"r{i}/0/{j}" for i in range(9) for j in range(4))
-    assert all(request.sampling == SAMPLING for request in engine.calls[0])
+    asked = [request for call in engine.calls for request in call]
+    assert Counter(r.id for r in asked) == Counter(f"r{i}/0/{j}" for i in range(9) for j in range(4))
+    assert all(request.sampling == SAMPLING for request in asked)
     assert [row.prompt.uid for row in report.rows] == [p.uid for p in prompts]
     assert all([s.sample_index for s in row.samples] == [0, 1, 2, 3] for row in report.rows)
     assert report.accuracy == pytest.approx(0.5)
@@ -187,7 +189,9 @@ def test_values_that_stand_for_errors_are_failures() -> None:
             return FakeScore(0.0, {"gsm8k": 0.0}, cause="reward 'gsm8k' failed: KeyError")
 
     config = EvalConfig.model_validate({"threshold": -1.0})
-    work = evaluate(ScriptedEngine(), [prompt("a", "x")], Zeros(), config=config, sampling=SAMPLING, version=0)
+    work = evaluate(
+        sampled_by(ScriptedEngine()), [prompt("a", "x")], Zeros(), config=config, sampling=SAMPLING, version=0
+    )
     report = asyncio.run(work)
     assert report.nothing_measured
     assert report.rows[0].samples[0].cause == "reward 'gsm8k' failed: KeyError"
@@ -234,24 +238,24 @@ def test_no_prompts_is_a_data_error() -> None:
 
 def test_an_engine_that_loses_or_repeats_answers_is_refused() -> None:
     engine = ScriptedEngine()
-    engine.drop = 2
-    with pytest.raises(EngineError, match="never answered 2 of 5"):
+    engine.drop = 1
+    with pytest.raises(EngineError, match=r"'scripted' answered nothing to 0/0/0; expected it once"):
         run([prompt(str(i), "right") for i in range(5)], engine=engine)
     engine = ScriptedEngine()
     engine.repeat = True
-    with pytest.raises(EngineError, match="not open"):
+    with pytest.raises(EngineError, match=r"answered 0/0/0, 0/0/0 to 0/0/0"):
         run([prompt(str(i), "right") for i in range(5)], engine=engine)
 
 
 def test_a_scorer_that_stops_the_run_does() -> None:
     class Stops:
-        async def score(self, prompt: Prompt, completions: Sequence[Completion]) -> list[FakeScore]:
+        async def score(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> list[FakeScore]:
             raise RuntimeError("on_error = stop")
 
     with pytest.raises(RuntimeError, match="on_error"):
         asyncio.run(
             evaluate(
-                ScriptedEngine(),
+                sampled_by(ScriptedEngine()),
                 [prompt("a", "right"), prompt("b", "right")],
                 Stops(),
                 config=EvalConfig.model_validate({}),
@@ -325,7 +329,7 @@ def due_steps(
 ) -> tuple[list[int], Evaluator]:
     seen: list[int] = []
     evaluator = Evaluator(
-        ScriptedEngine(),
+        sampled_by(ScriptedEngine()),
         [prompt("a", "right")],
         scorer=TextScorer(),
         config=EvalConfig.model_validate(config),
@@ -363,7 +367,7 @@ def test_a_resumed_run_does_not_repeat_an_evaluation() -> None:
 def test_evaluator_refuses_empty_data_only_when_it_would_run() -> None:
     def build(every: int) -> Evaluator:
         return Evaluator(
-            ScriptedEngine(),
+            sampled_by(ScriptedEngine()),
             [],
             scorer=TextScorer(),
             config=EvalConfig.model_validate({"every": every}),

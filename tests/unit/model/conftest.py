@@ -21,6 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from groupwise.inputs import ModelInput
 from groupwise.quickstart.tiny_model import build_tokenizer
 from groupwise.types import TrainingRow
 
@@ -123,7 +124,10 @@ def make_rows() -> MakeRows:
         rows: list[TrainingRow] = []
         for group, (prompt_length, lengths) in enumerate(shape):
             prompt = tokens(prompt_length)
-            rows.extend(TrainingRow(group, prompt, tokens(n), (1,) * n, (1.0,) * n, (0.0,) * n) for n in lengths)
+            rows.extend(
+                TrainingRow(group, ModelInput.of(prompt), ModelInput.of(tokens(n)), (1,) * n, (1.0,) * n, (0.0,) * n)
+                for n in lengths
+            )
         return rows
 
     return make

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from groupwise.config import LoraConfig, ModelConfig
 from groupwise.errors import ConfigError
+from groupwise.inputs import ModelInput
 from groupwise.model.adapters import FullTileLinear, adds_nothing, dropout_layers
 from groupwise.model.forward.packed_scores import packed_hidden_states
 from groupwise.model.forward.packing import pack
@@ -28,7 +29,9 @@ def lora(**settings: object) -> LoraConfig:
 
 def row(length: int = 9) -> TrainingRow:
     neutral = (0.0,) * length
-    return TrainingRow(0, (5, 6, 7), tuple(range(10, 10 + length)), (1,) * length, neutral, neutral)
+    return TrainingRow(
+        0, ModelInput.of((5, 6, 7)), ModelInput.of(range(10, 10 + length)), (1,) * length, neutral, neutral
+    )
 
 
 @torch.no_grad()

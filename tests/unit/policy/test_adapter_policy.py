@@ -14,6 +14,7 @@ from groupwise.algorithms import Algorithm, build_algorithm
 from groupwise.checkpoint import load_checkpoint, save_checkpoint
 from groupwise.config import AlgorithmConfig, LoraConfig, OptimConfig, RolloutConfig, TrainConfig
 from groupwise.engines.native import NativeEngine
+from groupwise.inputs import ModelInput
 from groupwise.metrics import resolve
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, with_adapter
@@ -48,7 +49,14 @@ def make_policy(loaded: LoadedModel, *, kl_coef: float = 0.0, checkpointing: boo
 
 def row(group: int, length: int, advantage: float = 1.0) -> TrainingRow:
     tokens = tuple((7 * group + 3 * i + length) % 60 + 3 for i in range(length))
-    return TrainingRow(group, (10, 11, 12 + group), tokens, (1,) * length, (advantage,) * length, (-4.0,) * length)
+    return TrainingRow(
+        group,
+        ModelInput.of((10, 11, 12 + group)),
+        ModelInput.of(tokens),
+        (1,) * length,
+        (advantage,) * length,
+        (-4.0,) * length,
+    )
 
 
 BATCH = MicroBatch((row(0, 7), row(1, 5, -1.0)))
@@ -71,11 +79,20 @@ def sampled(loaded: LoadedModel) -> tuple[TrainingRow, ...]:
         engine = NativeEngine(loaded, RolloutConfig.model_validate({}))
         rows = []
         for k in range(2):
-            prompt = Prompt(f"p{k}", (), "", tuple(5 + k + i for i in range(3 + k)))
+            prompt = Prompt(f"p{k}", (), "", ModelInput.of(tuple(5 + k + i for i in range(3 + k))))
             requests = [SampleRequest.of(prompt, i, SamplingParams(max_tokens=11, seed=3)) for i in range(5)]
             for c in sorted([c async for c in engine.generate(requests)], key=lambda c: c.sample_index):
                 size, sign = len(c.token_ids), 1.0 if c.sample_index % 2 else -1.0
-                rows.append(TrainingRow(k, prompt.token_ids, c.token_ids, (1,) * size, (sign,) * size, c.logprobs))
+                rows.append(
+                    TrainingRow(
+                        k,
+                        prompt.input,
+                        ModelInput.of(c.token_ids),
+                        (1,) * size,
+                        (sign,) * size,
+                        c.logprobs,
+                    )
+                )
         return tuple(rows)
 
     return asyncio.run(collect())

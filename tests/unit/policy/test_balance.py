@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig, LoraConfig, OptimConfig, TrainConfig
 from groupwise.errors import ConfigError
+from groupwise.inputs import ModelInput
 from groupwise.metrics import Load, Mean, merge, resolve
 from groupwise.model.loading import LoadedModel, with_adapter, wrap_model
 from groupwise.policy import Policy
@@ -40,7 +41,11 @@ def rows_of(groups: int = 8, size: int = 2, *, advantage: float = 0.0) -> list[T
             count = 4 + (group * size + member) % 7
             tokens = tuple(torch.randint(3, 280, (count,), generator=generator).tolist())
             mask = tuple(int(place != 1) for place in range(count))
-            rows.append(TrainingRow(group, prompt, tokens, mask, (advantage,) * count, (-5.0,) * count))
+            rows.append(
+                TrainingRow(
+                    group, ModelInput.of(prompt), ModelInput.of(tokens), mask, (advantage,) * count, (-5.0,) * count
+                )
+            )
     return rows
 
 

@@ -14,6 +14,7 @@ import torch
 from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig, Config, LoraConfig, OptimConfig, TrainConfig
 from groupwise.errors import DataError, TrainingError
+from groupwise.inputs import ModelInput
 from groupwise.metrics import resolve
 from groupwise.model.loading import with_adapter
 from groupwise.policy import Policy
@@ -22,7 +23,9 @@ from groupwise.rundir import RunDirectory
 from groupwise.types import Denominators, MicroBatch, TrainingRow
 
 DENOMINATORS = Denominators(6.0, 2.0, 16.0, ((3, 1), (0, 4)))
-ROW = TrainingRow(0, (10, 11, 12), (5, 6, 7), (1, 1, 0), (0.5, -0.5, 0.1), (-4.0, -3.5, -math.inf))
+ROW = TrainingRow(
+    0, ModelInput.of((10, 11, 12)), ModelInput.of((5, 6, 7)), (1, 1, 0), (0.5, -0.5, 0.1), (-4.0, -3.5, -math.inf)
+)
 
 
 def make_policy(make_model: Any, folder: Path, *, lora: bool = False, steps_per_batch: int = 1) -> Policy:

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 from groupwise.algorithms import Algorithm, build_algorithm
 from groupwise.config import AlgorithmConfig, OptimConfig, TrainConfig
+from groupwise.inputs import ModelInput, SampleKey
 from groupwise.policy import Policy
 from groupwise.rollout.batch import BatchShape, build_batch
-from groupwise.types import MicroBatch, MiniBatch, Prompt, Rollout, RolloutGroup, TrainingRow
+from groupwise.types import Completion, MicroBatch, MiniBatch, Prompt, Rollout, RolloutGroup, TrainingRow
 
 ROUND_OFF = 1e-11
 
@@ -33,16 +34,15 @@ def rollouts(draw: st.DrawFn, index: int) -> Rollout:
     sampled = tuple(-4.0 + 0.1 * draw(st.integers(-10, 10)) for _ in ids)
     old = tuple(x + 0.1 * draw(st.integers(-5, 5)) for x in sampled)
     reward = draw(rewards)
-    return Rollout(
-        index, ids, (1,) * len(ids), sampled, (0,) * len(ids), "", "stop", {"r": reward}, reward, old_logprobs=old
-    )
+    written = Completion(SampleKey("p", 0, index), ids, sampled, (0,) * len(ids), "", "stop")
+    return replace(Rollout.one_turn(written, rewards={"r": reward}, reward=reward), old_logprobs=old)
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> list[RolloutGroup]:
     made = []
     for index in range(draw(st.integers(2, 4))):
-        prompt = Prompt(f"p{index}", (), "", tuple(draw(st.lists(tokens, min_size=1, max_size=6))))
+        prompt = Prompt(f"p{index}", (), "", ModelInput.of(tuple(draw(st.lists(tokens, min_size=1, max_size=6)))))
         size = draw(st.integers(2, 4))
         made.append(RolloutGroup(index, prompt, tuple(draw(rollouts(i)) for i in range(size))))
     return made
@@ -65,7 +65,9 @@ def gradient(policy: Policy, batch: MiniBatch, microbatches: tuple[MicroBatch, .
 
 def masked_row(group: int) -> TrainingRow:
     """Padding: a row of which no token counts, with advantages that would show."""
-    return TrainingRow(group, (9, 8), (7, 6, 5), (0,) * 3, (50.0,) * 3, (-1.0,) * 3, (-2.0,) * 3)
+    return TrainingRow(
+        group, ModelInput.of((9, 8)), ModelInput.of((7, 6, 5)), (0,) * 3, (50.0,) * 3, (-1.0,) * 3, (-2.0,) * 3
+    )
 
 
 def unshared(microbatch: MicroBatch) -> MicroBatch:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig, LoraConfig, OptimConfig, TrainConfig
+from groupwise.inputs import ModelInput
 from groupwise.metrics import resolve
 from groupwise.model.loading import LoadedModel, with_adapter
 from groupwise.policy import Policy, lanes
@@ -24,7 +25,14 @@ Threads = Callable[[int], None]
 
 def row(group: int, length: int, advantage: float = 1.0) -> TrainingRow:
     tokens = tuple((7 * group + 3 * i + length) % 60 + 3 for i in range(length))
-    return TrainingRow(group, (10, 11, 12 + group), tokens, (1,) * length, (advantage,) * length, (-4.0,) * length)
+    return TrainingRow(
+        group,
+        ModelInput.of((10, 11, 12 + group)),
+        ModelInput.of(tokens),
+        (1,) * length,
+        (advantage,) * length,
+        (-4.0,) * length,
+    )
 
 
 def test_results_come_in_order_whatever_ends_first(threads: Threads) -> None:

@@ -18,6 +18,7 @@ from groupwise.checkpoint import load_checkpoint, save_checkpoint
 from groupwise.config import AlgorithmConfig, OptimConfig, RolloutConfig, TrainConfig
 from groupwise.engines.native import NativeEngine
 from groupwise.errors import TrainingError
+from groupwise.inputs import ModelInput
 from groupwise.metrics import Metrics, resolve
 from groupwise.model.loading import LoadedModel
 from groupwise.policy import Policy
@@ -63,8 +64,8 @@ def row(group: int, length: int, *, advantage: float = 1.0, prompt: int = 3) -> 
     tokens = tuple((7 * group + 3 * i + length) % 60 + 3 for i in range(length))
     return TrainingRow(
         group=group,
-        prompt_ids=tuple(10 + group + i for i in range(prompt)),
-        token_ids=tokens,
+        prompt=ModelInput.of(tuple(10 + group + i for i in range(prompt))),
+        follows=ModelInput.of(tokens),
         loss_mask=(1,) * length,
         advantages=(advantage,) * length,
         logprobs=(-4.0,) * length,
@@ -92,7 +93,7 @@ def sampled(
         engine = NativeEngine(loaded, RolloutConfig.model_validate({}))
         groups = []
         for k in range(prompts):
-            prompt = Prompt(f"p{k}", (), "", tuple(5 + k + i for i in range(3 + k)))
+            prompt = Prompt(f"p{k}", (), "", ModelInput.of(tuple(5 + k + i for i in range(3 + k))))
             requests = [SampleRequest.of(prompt, i, sampling) for i in range(size)]
             done = sorted([c async for c in engine.generate(requests)], key=lambda c: c.sample_index)
             groups.append(RolloutGroup(k, prompt, tuple(scored(c) for c in done)))
@@ -102,17 +103,8 @@ def sampled(
 
 
 def scored(c: Completion) -> Rollout:
-    return Rollout(
-        sample_index=c.sample_index,
-        token_ids=c.token_ids,
-        loss_mask=(1,) * len(c.token_ids),
-        logprobs=c.logprobs,
-        policy_versions=c.policy_versions,
-        text=c.text,
-        finish_reason=c.finish_reason,
-        rewards={"r": float(c.sample_index % 2)},
-        reward=float(c.sample_index % 2),
-    )
+    reward = float(c.sample_index % 2)
+    return Rollout.one_turn(c, rewards={"r": reward}, reward=reward)
 
 
 def one_step(policy: Policy, groups: tuple[RolloutGroup, ...], objective: Algorithm, **shape: int) -> list[Metrics]:

@@ -13,6 +13,7 @@ from groupwise.algorithms import build_algorithm
 from groupwise.algorithms.entropy import EntropyControl
 from groupwise.checkpoint import load_checkpoint, save_checkpoint
 from groupwise.config import AlgorithmConfig, OptimConfig, TrainConfig
+from groupwise.inputs import ModelInput
 from groupwise.metrics import Mean, resolve
 from groupwise.model.forward.packing import pack
 from groupwise.policy import Policy
@@ -20,7 +21,7 @@ from groupwise.policy.reference import Reference
 from groupwise.policy.upkeep import AdaptiveEntropy, ReferenceSync, Upkeep
 from groupwise.types import Denominators, MicroBatch, TrainingRow
 
-ROW = TrainingRow(0, (3, 4), (5, 6, 7), (1, 1, 1), (0.0,) * 3, (-4.0,) * 3)
+ROW = TrainingRow(0, ModelInput.of((3, 4)), ModelInput.of((5, 6, 7)), (1, 1, 1), (0.0,) * 3, (-4.0,) * 3)
 
 
 def reference(loaded: Any) -> Reference:

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 
 from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig, OptimConfig, TrainConfig
+from groupwise.inputs import ModelInput, SampleKey
 from groupwise.policy import Policy
 from groupwise.quickstart.tiny_model import build_tokenizer
 from groupwise.rollout.batch import BatchShape, build_batch
-from groupwise.types import Prompt, Rollout, RolloutGroup
+from groupwise.types import Completion, Prompt, Rollout, RolloutGroup
 
 SETTINGS = [{"kl_coef": 0.1, "entropy_coef": 0.02}, {"name": "gspo"}, {"name": "dr_grpo"}, {"name": "gmpo"}]
 
@@ -30,10 +31,13 @@ def groups() -> list[RolloutGroup]:
         tokens = tuple((11 * group + 5 * i + 3 * t) % 60 + 3 for t in range(n))
         old = tuple(-4.0 - 0.2 * t for t in range(n))
         reward = float((i + group) % 3)
-        return Rollout(i, tokens, (1,) * n, old, (0,) * n, "", "stop", {"r": reward}, reward)
+        written = Completion(SampleKey(f"p{group}", 0, i), tokens, old, (0,) * n, "", "stop")
+        return Rollout.one_turn(written, rewards={"r": reward}, reward=reward)
 
     return [
-        RolloutGroup(g, Prompt(f"p{g}", (), "", (4 + g, 5, 6 + g)), tuple(rollout(g, i) for i in range(4)))
+        RolloutGroup(
+            g, Prompt(f"p{g}", (), "", ModelInput.of((4 + g, 5, 6 + g))), tuple(rollout(g, i) for i in range(4))
+        )
         for g in range(4)
     ]
 

@@ -10,13 +10,13 @@ import pytest
 
 from groupwise.config import RewardConfig
 from groupwise.errors import ConfigError, DataError
-from groupwise.inputs import SampleKey
+from groupwise.inputs import ModelInput, SampleKey
 from groupwise.rewards import RewardScorer, completion_texts, load_reward, reward_names
 from groupwise.rewards import format as format_module
 from groupwise.rewards.format import format_reward, think_format_reward
 from groupwise.rewards.length import overlong_reward
 from groupwise.rewards.match import exact_match_reward
-from groupwise.types import Completion, Prompt
+from groupwise.types import Completion, Prompt, Rollout
 
 
 def config(name: str, **args: Any) -> RewardConfig:
@@ -92,9 +92,9 @@ def test_think_format(text: str, expected: float) -> None:
     ],
 )
 def test_think_format_knows_what_the_prompt_opened(prompt: str, text: str, expected: float) -> None:
-    row = Prompt("r", (), prompt, (1,))
+    row = Prompt("r", (), prompt, ModelInput.of((1,)))
     scorer = RewardScorer([config("think_format")])
-    done = [Completion(SampleKey("r", 0, 0), (1,), (0.0,), (0,), text, "stop")]
+    done = [Rollout.one_turn(Completion(SampleKey("r", 0, 0), (1,), (0.0,), (0,), text, "stop"))]
     assert asyncio.run(scorer.score(row, done))[0].reward == expected
 
 
@@ -118,7 +118,7 @@ def test_a_reward_that_no_answer_can_earn_is_refused(
 ) -> None:
     scorer = RewardScorer([config(name, **args)])
     with pytest.raises((ConfigError, DataError), match=message):
-        scorer.check_prompts([Prompt("r", (), text, (1,), columns=columns)], stop=stop)
+        scorer.check_prompts([Prompt("r", (), text, ModelInput.of((1,)), columns=columns)], stop=stop)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,9 @@ def test_a_reward_that_no_answer_can_earn_is_refused(
 def test_a_reward_that_can_be_earned_is_not_refused(
     name: str, args: dict[str, Any], text: str, columns: dict[str, Any], stop: tuple[str, ...]
 ) -> None:
-    RewardScorer([config(name, **args)]).check_prompts([Prompt("r", (), text, (1,), columns=columns)], stop=stop)
+    RewardScorer([config(name, **args)]).check_prompts(
+        [Prompt("r", (), text, ModelInput.of((1,)), columns=columns)], stop=stop
+    )
 
 
 def test_a_tokenizer_that_hides_the_mark_is_refused() -> None:

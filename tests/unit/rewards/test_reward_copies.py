@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from groupwise.inputs import SampleKey
+from groupwise.inputs import ModelInput, SampleKey
 from groupwise.rewards import RewardScorer
 from groupwise.rewards.copies import independent
-from groupwise.types import Completion, Prompt
+from groupwise.types import Completion, Prompt, Rollout
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -135,7 +135,7 @@ ROW = {"spec": {"modulus": 3}, "allowed": ["a", "b"], "picture": np.zeros(2)}
 
 def prompt(row: dict[str, Any]) -> Prompt:
     messages = ({"role": "user", "content": "?", "tools": [{"name": "add"}]},)
-    return Prompt("row-1", messages, "?", (1,), columns=row)
+    return Prompt("row-1", messages, "?", ModelInput.of((1,)), columns=row)
 
 
 def test_a_reward_that_changes_all_it_gets_scores_identical_answers_the_same_in_every_epoch() -> None:
@@ -159,7 +159,7 @@ def test_a_reward_that_changes_all_it_gets_scores_identical_answers_the_same_in_
         return uses_up(completions, **columns)
 
     scorer = RewardScorer([], functions=[uses_up, too])
-    done = [Completion(SampleKey("r", 0, i), (1,), (0.0,), (0,), "same", "stop") for i in range(4)]
+    done = [Rollout.one_turn(Completion(SampleKey("r", 0, i), (1,), (0.0,), (0,), "same", "stop")) for i in range(4)]
     for _ in range(3):
         scores = asyncio.run(scorer.score(asked, done))
         assert [s.rewards for s in scores] == [{"uses_up": 6.0, "too": 6.0}] * 4, scores[0].cause
@@ -176,6 +176,6 @@ def test_args_are_new_for_every_call(tmp_path: Any) -> None:
 
     config = RewardConfig.model_validate({"name": f"{path}:f", "args": {"seen": {"n": []}}})
     scorer = RewardScorer([config])
-    done = [Completion(SampleKey("r", 0, 0), (1,), (0.0,), (0,), "a", "stop")]
+    done = [Rollout.one_turn(Completion(SampleKey("r", 0, 0), (1,), (0.0,), (0,), "a", "stop"))]
     assert [asyncio.run(scorer.score(prompt({}), done))[0].reward for _ in range(3)] == [1.0, 1.0, 1.0]
     assert config.args == {"seen": {"n": []}}

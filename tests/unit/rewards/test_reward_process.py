@@ -21,10 +21,10 @@ import pytest
 
 from groupwise.config import RewardConfig
 from groupwise.errors import ConfigError, DataError
-from groupwise.inputs import SampleKey
+from groupwise.inputs import ModelInput, SampleKey
 from groupwise.metrics import resolve
 from groupwise.rewards import RewardScorer, Score
-from groupwise.types import Completion, Prompt
+from groupwise.types import Completion, Prompt, Rollout
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes of rewards need fork")
 DATABASE = sqlite3.connect(":memory:")
@@ -33,11 +33,14 @@ LOCAL.right = "4"
 
 
 def prompt(**columns: Any) -> Prompt:
-    return Prompt("row-7", (), "2+2?", (1, 2), columns={"answer": "4", **columns})
+    return Prompt("row-7", (), "2+2?", ModelInput.of((1, 2)), columns={"answer": "4", **columns})
 
 
-def completions(*texts: str) -> list[Completion]:
-    return [Completion(SampleKey("r", 0, i), (1,), (0.0,), (0,), text, "stop") for i, text in enumerate(texts)]
+def completions(*texts: str) -> list[Rollout]:
+    return [
+        Rollout.one_turn(Completion(SampleKey("r", 0, i), (1,), (0.0,), (0,), text, "stop"))
+        for i, text in enumerate(texts)
+    ]
 
 
 def score(scorer: RewardScorer, *texts: str, row: Prompt | None = None) -> list[Score]:
@@ -374,7 +377,7 @@ sys.path.insert(0, {str(tmp_path)!r})
 from groupwise.config.reward import RewardConfig
 from groupwise.rewards import RewardScorer
 from groupwise.inputs import SampleKey
-from groupwise.types import Completion, Prompt
+from groupwise.types import Completion, Prompt, Rollout
 scorer = RewardScorer([RewardConfig(name={where + ":hangs"!r}, isolated=True)])
 if {how == "closure"}:
     import hanging

@@ -16,22 +16,24 @@ import pytest
 
 from groupwise.config import RewardConfig
 from groupwise.errors import ConfigError, DataError, RewardError
-from groupwise.inputs import SampleKey
+from groupwise.inputs import ModelInput, SampleKey
 from groupwise.metrics import resolve
 from groupwise.rewards import RewardScorer, Score, load_reward
-from groupwise.types import Completion, Prompt
+from groupwise.types import Completion, Prompt, Rollout
 
 ROW = {"answer": "4", "reward_model": {"ground_truth": "4"}}
 
 
 def prompt(source: str = "math", *, chat: bool = False, **columns: Any) -> Prompt:
     messages = ({"role": "user", "content": "2+2?"},) if chat else ()
-    return Prompt("row-7", messages, "2+2?", (1, 2), data_source=source, columns=columns or ROW)
+    return Prompt("row-7", messages, "2+2?", ModelInput.of((1, 2)), data_source=source, columns=columns or ROW)
 
 
-def completions(*texts: str) -> list[Completion]:
+def completions(*texts: str) -> list[Rollout]:
     return [
-        Completion(SampleKey("row-7", 0, i), tuple(range(len(t))), (0.0,) * len(t), (0,) * len(t), t, "stop")
+        Rollout.one_turn(
+            Completion(SampleKey("row-7", 0, i), tuple(range(len(t))), (0.0,) * len(t), (0,) * len(t), t, "stop")
+        )
         for i, t in enumerate(texts)
     ]
 
@@ -373,12 +375,12 @@ def test_hung_reward_does_not_keep_the_process_alive(tmp_path: Path) -> None:
     code = f"""
 import asyncio
 from groupwise.config.reward import RewardConfig
-from groupwise.inputs import SampleKey
+from groupwise.inputs import ModelInput, SampleKey
 from groupwise.rewards import RewardScorer
-from groupwise.types import Completion, Prompt
+from groupwise.types import Completion, Prompt, Rollout
 scorer = RewardScorer([RewardConfig(name={str(tmp_path / "hanging.py") + ":hangs"!r}, timeout=0.2)])
-done = Completion(SampleKey("r", 0, 0), (1,), (0.0,), (0,), "a", "stop")
-print(asyncio.run(scorer.score(Prompt("u", (), "?", (1,)), [done]))[0].failed)
+done = Rollout.one_turn(Completion(SampleKey("r", 0, 0), (1,), (0.0,), (0,), "a", "stop"))
+print(asyncio.run(scorer.score(Prompt("u", (), "?", ModelInput.of((1,))), [done]))[0].failed)
 """
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr

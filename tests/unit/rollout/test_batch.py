@@ -13,7 +13,7 @@ from groupwise.config import AlgorithmConfig
 from groupwise.metrics import Mean, resolve
 from groupwise.rollout.batch import BatchShape, build_batch, teaches, usable_samples
 from groupwise.rollout.records import ledger_rows, trajectory_rows
-from groupwise.types import RolloutGroup, TrainingBatch, TrainingRow
+from groupwise.types import REFERENCE, RolloutGroup, TrainingBatch, TrainingRow
 
 
 def build(groups: list[RolloutGroup], *, steps: int = 1, tokens: int = 1000, **settings: Any) -> TrainingBatch:
@@ -52,7 +52,7 @@ def test_a_row_carries_its_rollout(make_group: Any) -> None:
 
 def test_advantages_are_one_per_rollout_also_for_those_left_out(make_group: Any) -> None:
     batch = build([make_group(0, [1.0, "failed", 0.0, None])])
-    (advantages,) = batch.advantages
+    (advantages,) = batch.credit
     assert advantages[1] == 0.0 == advantages[3]
     # (1, 0): mean 0.5, std 0.7071 with n - 1
     assert advantages[0] == pytest.approx(0.7071, abs=1e-3)
@@ -93,8 +93,8 @@ def test_a_top_entropy_filter_alone_lets_no_row_learn_without_advantage(make_gro
 def test_truncated_completions_are_masked_out_of_loss_and_denominators_but_shape_the_baseline(make_group: Any) -> None:
     group = make_group(0, [1.0, 0.0, 0.0], [2, 3, 7])  # 6 tokens and more end by "length"
     kept, masked = build([group]), build([group], overlong="mask")
-    assert kept.advantages == masked.advantages
-    assert kept.advantages != build([make_group(0, [1.0, 0.0], [2, 3])]).advantages
+    assert kept.credit == masked.credit
+    assert kept.credit != build([make_group(0, [1.0, 0.0], [2, 3])]).credit
     assert [len(r.token_ids) for r in rows(kept, backward=True)] == [2, 3, 7]
     assert [len(r.token_ids) for r in rows(masked, backward=True)] == [2, 3]
     assert masked.minibatches[0].denominators.tokens == 5
@@ -111,7 +111,8 @@ def test_a_batch_of_truncated_completions_is_empty(make_group: Any) -> None:
 def with_reference(group: RolloutGroup, *gaps: float) -> RolloutGroup:
     """Each rollout's reference log-probs lie `gap` below the sampler's, at every token."""
     rollouts = [
-        replace(r, ref_logprobs=tuple(x - gap for x in r.logprobs)) for r, gap in zip(group.rollouts, gaps, strict=True)
+        replace(r, scores={REFERENCE: tuple(x - gap for x in r.logprobs)})
+        for r, gap in zip(group.rollouts, gaps, strict=True)
     ]
     return replace(group, rollouts=tuple(rollouts))
 
@@ -120,7 +121,7 @@ def test_a_kl_in_the_reward_lowers_each_reward_by_its_completions_sum(make_group
     group = with_reference(make_group(0, [1.0, 1.0], [2, 3]), 0.1, 0.2)
     batch = build([group], kl_coef=0.5, kl_in="reward", name="dr_grpo")
     # 1 - 0.5 * 2 * 0.1 = 0.9 and 1 - 0.5 * 3 * 0.2 = 0.7, less their mean
-    assert batch.advantages[0] == pytest.approx((0.1, -0.1))
+    assert batch.credit[0] == pytest.approx((0.1, -0.1))
     found = resolve(batch.metrics)
     assert found["reward"] == 1.0
     assert found["reward_kl_penalty"] == pytest.approx(0.2)
@@ -132,15 +133,15 @@ def test_a_kl_in_the_reward_starts_from_the_recomputed_logprobs_where_there_are_
     group = with_reference(make_group(0, [1.0, 1.0], [2, 2]), 0.1, 0.1)
     first = replace(group.rollouts[0], old_logprobs=tuple(x + 0.3 for x in group.rollouts[0].logprobs))
     batch = build([replace(group, rollouts=(first, group.rollouts[1]))], kl_coef=1.0, kl_in="reward", name="dr_grpo")
-    assert batch.advantages[0] == pytest.approx((-0.3, 0.3))
+    assert batch.credit[0] == pytest.approx((-0.3, 0.3))
     assert rows(batch, backward=True)[0].old_logprobs == first.old_logprobs
 
 
 def test_failed_rollouts_have_no_kl(make_group: Any) -> None:
     group = make_group(0, [1.0, "failed", 0.0], [2, 2, 2])
-    rollouts = [replace(r, ref_logprobs=r.logprobs) if r.reward is not None else r for r in group.rollouts]
+    rollouts = [replace(r, scores={REFERENCE: r.logprobs}) if r.reward is not None else r for r in group.rollouts]
     batch = build([replace(group, rollouts=tuple(rollouts))], kl_coef=0.5, kl_in="reward", name="dr_grpo")
-    assert batch.advantages[0] == pytest.approx((0.5, 0.0, -0.5))
+    assert batch.credit[0] == pytest.approx((0.5, 0.0, -0.5))
     assert resolve(batch.metrics)["reward_kl_penalty"] == 0.0
 
 
@@ -187,12 +188,12 @@ def test_nothing_usable_gives_an_empty_mini_batch(make_group: Any) -> None:
     assert found["rollout/failed"] == 3
     assert "reward" not in found
     assert "reward_std" not in found
-    assert batch.advantages == ((0.0, 0.0), (0.0, 0.0))
+    assert batch.credit == ((0.0, 0.0), (0.0, 0.0))
 
 
 def test_one_reward_in_a_group_is_compared_with_nothing(make_group: Any) -> None:
     batch = build([make_group(0, [1.0, None])])
-    assert batch.advantages == ((0.0, 0.0),)
+    assert batch.credit == ((0.0, 0.0),)
     found = resolve(batch.metrics)
     assert found["reward"] == 1.0
     assert "reward_std" not in found
@@ -246,7 +247,7 @@ def test_usable_samples_are_those_that_could_be_learned_from(make_group: Any) ->
     ]
     masked = usable_samples(groups, build_algorithm(AlgorithmConfig.model_validate({"overlong": "mask"})))
     assert masked.count == 3
-    assert [cause for cause in masked.causes if "cut off at rollout.max_completion_tokens" in cause]
+    assert [cause for cause in masked.causes if "cut off by its budget (rollout.max_completion_tokens" in cause]
 
 
 def test_a_mean_of_nothing_is_left_out(make_group: Any) -> None:

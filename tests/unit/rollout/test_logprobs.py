@@ -17,7 +17,7 @@ from groupwise.policy import Policy
 from groupwise.quickstart.tiny_model import build_tiny_model
 from groupwise.rollout import LogprobPass, build_batch
 from groupwise.rollout.batch import BatchShape
-from groupwise.types import RolloutGroup
+from groupwise.types import REFERENCE, RolloutGroup
 
 MISMATCH = "sampling/sampling_logp_difference/max"
 
@@ -56,9 +56,9 @@ def test_each_rollout_gets_its_own(make_group: Any, model: Path, budget: int) ->
     alone = fill(policy, [groups[1]], old=True, reference=True, budget=1000)
     assert filled[1] == alone[0]
     assert [r.old_logprobs is None for r in filled[0].rollouts] == [False, False, True]
-    assert [r.ref_logprobs is None for r in filled[1].rollouts] == [False, True, False]
+    assert [REFERENCE not in r.scores for r in filled[1].rollouts] == [False, True, False]
     assert [len(r.old_logprobs) for r in filled[0].rollouts[:2]] == [4, 2]
-    assert filled[0].rollouts[0].old_logprobs == filled[0].rollouts[0].ref_logprobs
+    assert filled[0].rollouts[0].old_logprobs == filled[0].rollouts[0].scores[REFERENCE]
     assert filled[0].rollouts[0].logprobs == groups[0].rollouts[0].logprobs
 
 
@@ -76,7 +76,12 @@ def sampled_by(policy: Policy, groups: list[RolloutGroup], *, off: float) -> lis
         replace(
             group,
             rollouts=tuple(
-                replace(r, logprobs=tuple(x - off for x in r.old_logprobs), old_logprobs=None) for r in group.rollouts
+                replace(
+                    r,
+                    segments=(replace(r.segments[0], logprobs=tuple(x - off for x in r.old_logprobs or ())),),
+                    old_logprobs=None,
+                )
+                for r in group.rollouts
             ),
         )
         for group in filled

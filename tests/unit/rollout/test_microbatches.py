@@ -8,13 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from groupwise.inputs import ModelInput
 from groupwise.model.forward.packing import pack
 from groupwise.rollout.microbatches import split_rows
 from groupwise.types import MicroBatch, TrainingRow
 
 
 def row(group: int, prompt: int, length: int, name: int = 0) -> TrainingRow:
-    return TrainingRow(group, (1,) * prompt, (name % 50 + 2,) * length, (1,) * length, (1.0,) * length, (0.0,) * length)
+    return TrainingRow(
+        group,
+        ModelInput.of((1,) * prompt),
+        ModelInput.of((name % 50 + 2,) * length),
+        (1,) * length,
+        (1.0,) * length,
+        (0.0,) * length,
+    )
 
 
 def cost(microbatch: MicroBatch) -> int:
@@ -30,7 +38,14 @@ def row_lists(draw: st.DrawFn) -> list[TrainingRow]:
         prompt = draw(st.integers(1, 12))
         rows += [row(group, prompt, n) for n in draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))]
     return [
-        TrainingRow(r.group, r.prompt_ids, r.token_ids, r.loss_mask, (float(i),) * len(r.token_ids), r.logprobs)
+        TrainingRow(
+            r.group,
+            ModelInput.of(r.prompt_ids),
+            ModelInput.of(r.token_ids),
+            r.loss_mask,
+            (float(i),) * len(r.token_ids),
+            r.logprobs,
+        )
         for i, r in enumerate(rows)
     ]
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from groupwise.data import PromptSampler
+from groupwise.environments import SINGLE_TURN
 from groupwise.errors import CheckpointError, EngineError
+from groupwise.inputs import ModelInput, SampleKey
 from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, Producer
-from groupwise.rollout.producer import produce_group
+from groupwise.rollout.episode import run_group, sampled_by
 from groupwise.types import Completion, EngineCaps, FinishReason, Prompt, RolloutGroup, SampleRequest, SamplingParams
 
 COLUMNS: dict[str, dict[str, Any]] = {}
@@ -70,12 +72,14 @@ def digits(completions: list[str], **columns: Any) -> list[float]:
 
 def prompt(name: str, **columns: Any) -> Prompt:
     COLUMNS[name] = columns
-    return Prompt(name, (), name, (1, 2), columns=columns)
+    return Prompt(name, (), name, ModelInput.of((1, 2)), columns=columns)
 
 
 def group_of(asked: Prompt, scorer: RewardScorer, size: int = 4) -> RolloutGroup:
-    requests = [SampleRequest.of(asked, i, SamplingParams(), 7) for i in range(size)]
-    return asyncio.run(produce_group(ScriptedEngine(), scorer, asked, requests, index=3))
+    keys = [SampleKey(asked.uid, 0, i) for i in range(size)]
+    sample = sampled_by(ScriptedEngine())
+    group = run_group(sample, scorer, SINGLE_TURN, asked, keys=keys, sampling=SamplingParams(), version=7, index=3)
+    return asyncio.run(group)
 
 
 def test_a_group_is_sampled_and_scored_in_sample_order() -> None:
@@ -128,8 +132,9 @@ def make(
 ) -> tuple[Producer, Buffer, ScriptedEngine]:
     engine, held = ScriptedEngine(), Buffer(prompts_per_step=per_step, max_off_policy_steps=lag)
     producer = Producer(
-        engine,
+        sampled_by(engine),
         RewardScorer([], functions=[digits]),
+        SINGLE_TURN,
         PromptSampler(prompts, seed=seed, shuffle=False),
         held,
         sampling=SamplingParams(seed=seed),

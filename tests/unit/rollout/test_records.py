@@ -9,6 +9,7 @@ from typing import Any
 from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig
 from groupwise.files import json_line
+from groupwise.inputs import ModelInput
 from groupwise.rollout.batch import BatchShape, build_batch
 from groupwise.rollout.records import ledger_rows, trajectory_rows
 from groupwise.types import RolloutGroup
@@ -59,9 +60,10 @@ def test_the_digest_is_steady_and_notices_every_change(make_group: Any) -> None:
     group = make_group(0, [1.0, 0.0])
     assert digest(group) == digest(make_group(0, [1.0, 0.0]))
     first = group.rollouts[0]
+    turn = first.segments[0]
     for changed in (
-        replace(first, token_ids=(10, 99)),
-        replace(first, logprobs=(-0.5, -0.5100000001)),
+        replace(first, segments=(replace(turn, input=ModelInput.of((10, 99))),)),
+        replace(first, segments=(replace(turn, logprobs=(-0.5, -0.5100000001)),)),
         replace(first, reward=None),
         replace(first, reward=0.9999999999),
     ):

@@ -13,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupwise.data import PromptSampler
+from groupwise.environments import SINGLE_TURN
+from groupwise.inputs import ModelInput
 from groupwise.metrics import resolve
 from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, Producer, Selection
+from groupwise.rollout.episode import sampled_by
 from groupwise.rollout.selection import Selected
 from groupwise.types import Completion, EngineCaps, Prompt, RolloutGroup, SampleRequest, SamplingParams
 
@@ -60,12 +63,23 @@ def run(
     """`steps` steps over an endless stream of prompts that teach as `pattern` says."""
 
     async def go() -> list[Selected]:
-        prompts = [Prompt(f"p{i}", (), "", (1, 2), columns={"good": good}) for i, good in enumerate(pattern)]
+        prompts = [
+            Prompt(f"p{i}", (), "", ModelInput.of((1, 2)), columns={"good": good}) for i, good in enumerate(pattern)
+        ]
         sampler = PromptSampler(prompts, seed=0, shuffle=False)
         buffer = Buffer(prompts_per_step=per_step, max_off_policy_steps=0)
         engine: Any = Engine(seed)
         scorer = RewardScorer([], functions=[mixed])
-        producer = Producer(engine, scorer, sampler, buffer, sampling=SamplingParams(), group_size=2, total_steps=steps)
+        producer = Producer(
+            sampled_by(engine),
+            scorer,
+            SINGLE_TURN,
+            sampler,
+            buffer,
+            sampling=SamplingParams(),
+            group_size=2,
+            total_steps=steps,
+        )
         selection = Selection(buffer, producer, prompts_per_step=per_step, cap=cap, teaches=differs)
         first = 0
         if start is not None:

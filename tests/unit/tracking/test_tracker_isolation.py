@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from groupwise.inputs import ModelInput, SampleKey
 from groupwise.metrics import Last
 from groupwise.tracking import Trackers
 from groupwise.tracking.background import Background
 from groupwise.tracking.base import Sample, SampleTable
 from groupwise.tracking.composite import choose_samples
-from groupwise.types import Prompt, Rollout, RolloutGroup, TrainingBatch
+from groupwise.types import Completion, Prompt, Rollout, RolloutGroup, TrainingBatch
 
 
 class Recorder:
@@ -44,22 +45,13 @@ class Recorder:
 
 
 def rollout(index: int, reward: float | None) -> Rollout:
-    return Rollout(
-        sample_index=index,
-        token_ids=(1,),
-        loss_mask=(1,),
-        logprobs=(0.0,),
-        policy_versions=(0,),
-        text=f"answer {index}",
-        finish_reason="stop",
-        rewards={"match": reward},
-        reward=reward,
-    )
+    written = Completion(SampleKey("u", 0, index), (1,), (0.0,), (0,), f"answer {index}", "stop")
+    return Rollout.one_turn(written, rewards={"match": reward}, reward=reward)
 
 
 def batch() -> TrainingBatch:
     groups = tuple(
-        RolloutGroup(k, Prompt(f"u{k}", (), f"question {k}", (1,)), (rollout(0, 1.0), rollout(1, None)))
+        RolloutGroup(k, Prompt(f"u{k}", (), f"question {k}", ModelInput.of((1,))), (rollout(0, 1.0), rollout(1, None)))
         for k in range(3)
     )
     return TrainingBatch(groups, ((0.5, -0.5),) * 3, (), {"reward": Last(1.0)})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from groupwise.inputs import ModelInput
 from groupwise.model.exact import buckets
 from groupwise.model.exact.buckets import Pool, Run, make_buckets
 from groupwise.model.forward.attention import AttentionCall
@@ -19,7 +20,13 @@ from groupwise.types import TrainingRow
 def rows(group: int, prompt: int, lengths: Sequence[int]) -> list[TrainingRow]:
     """Completions of these lengths, their last tokens, which are not packed, left out."""
     return [
-        TrainingRow(group, tuple(range(3, 3 + prompt)), (5,) * (n + 1), (1,) * (n + 1), *[(0.0,) * (n + 1)] * 2)
+        TrainingRow(
+            group,
+            ModelInput.of(range(3, 3 + prompt)),
+            ModelInput.of((5,) * (n + 1)),
+            (1,) * (n + 1),
+            *[(0.0,) * (n + 1)] * 2,
+        )
         for n in lengths
     ]
 

@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 from transformers import PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from groupwise.inputs import ModelInput
 from groupwise.model.fast_cpu import lean_layers
 from groupwise.model.fast_cpu.evenly import make_activations_even
 from groupwise.model.fast_cpu.flat_layers import flat_norm
@@ -57,7 +58,9 @@ def test_gradients_of_rotation_and_gate_are_finite_differences() -> None:
 def packed() -> Packed:
     def row(group: int, tokens: tuple[int, ...]) -> TrainingRow:
         neutral = (0.0,) * len(tokens)
-        return TrainingRow(group, (3, 5, 7 + group), tokens, (1,) * len(tokens), neutral, neutral)
+        return TrainingRow(
+            group, ModelInput.of((3, 5, 7 + group)), ModelInput.of(tokens), (1,) * len(tokens), neutral, neutral
+        )
 
     return pack([row(0, tuple(range(4, 40))), row(0, (9, 8)), row(1, tuple(range(30, 110)))])
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from groupwise.inputs import ModelInput
 from groupwise.model.exact import buckets
 from groupwise.model.forward.head import LanguageHead, TokenScores, token_scores
 from groupwise.model.forward.packed_scores import packed_hidden_states
@@ -154,7 +155,7 @@ def test_padding_rows_get_no_gradient_and_give_none(
 ) -> None:
     """Padding repeats token 0; if it took part, the embedding of token 0 would have a gradient."""
     model = wrap_model(make_model("qwen3", tie_word_embeddings=False), tiny_tokenizer).model
-    rows = [TrainingRow(0, (5, 6, 7), (8, 9), (1, 1), (1.0, 1.0), (0.0, 0.0))]
+    rows = [TrainingRow(0, ModelInput.of((5, 6, 7)), ModelInput.of((8, 9)), (1, 1), (1.0, 1.0), (0.0, 0.0))]
     loss_of(packed_scores(model, rows)).backward()
     grad = model.get_input_embeddings().weight.grad
     assert isinstance(grad, Tensor)

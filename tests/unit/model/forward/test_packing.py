@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from groupwise.inputs import ModelInput
 from groupwise.model.forward.packed_attention import make_plan
 from groupwise.model.forward.packing import ROW_MULTIPLE, Packed, Segment, pack, pack_sequences, pad_rows
 from groupwise.types import TrainingRow
@@ -16,7 +17,7 @@ GROUPS = st.lists(st.tuples(TOKENS, st.lists(TOKENS, min_size=1, max_size=4)), m
 
 def row(group: int, prompt: list[int], completion: list[int]) -> TrainingRow:
     n = len(completion)
-    return TrainingRow(group, tuple(prompt), tuple(completion), (1,) * n, (0.0,) * n, (0.0,) * n)
+    return TrainingRow(group, ModelInput.of(prompt), ModelInput.of(completion), (1,) * n, (0.0,) * n, (0.0,) * n)
 
 
 def rows_of(groups: list[tuple[list[int], list[list[int]]]]) -> list[TrainingRow]:

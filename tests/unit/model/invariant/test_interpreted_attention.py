@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from groupwise.inputs import ModelInput
 from groupwise.model.forward.attention import AttentionCall
 from groupwise.model.forward.packing import Packed, pack
 from groupwise.types import TrainingRow
@@ -16,7 +17,7 @@ SHAPE = [(1, [2, 64]), (63, [2]), (64, [65, 3, 2]), (65, [66]), (5, [131]), (129
 def rows_of(shape: list[tuple[int, list[int]]]) -> list[TrainingRow]:
     """Rows by prompt length and completion lengths; a completion's last token is not computed."""
     return [
-        TrainingRow(group, (1,) * prompt, (1,) * n, (1,) * n, (0.0,) * n, (0.0,) * n)
+        TrainingRow(group, ModelInput.of((1,) * prompt), ModelInput.of((1,) * n), (1,) * n, (0.0,) * n, (0.0,) * n)
         for group, (prompt, lengths) in enumerate(shape)
         for n in lengths
     ]

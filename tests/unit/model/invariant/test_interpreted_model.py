@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from groupwise.config import LoraConfig, RolloutConfig
 from groupwise.engines.native import NativeEngine
 from groupwise.errors import ConfigError
+from groupwise.inputs import ModelInput
 from groupwise.model.forward.packed_scores import packed_scores
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, with_adapter, wrap_model
@@ -26,7 +27,7 @@ MakeRows = Callable[..., list[TrainingRow]]
 
 def prompt(length: int) -> Prompt:
     tokens = torch.randint(3, 250, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-    return Prompt(uid=f"p{length}", messages=(), text="", token_ids=tuple(tokens))
+    return Prompt(uid=f"p{length}", messages=(), text="", input=ModelInput.of(tokens))
 
 
 def requests_of(lengths: Sequence[int], tokens: Sequence[int], temperature: float = 1.0) -> list[SampleRequest]:
@@ -54,7 +55,12 @@ def mismatch(
 ) -> float:
     names = list(dict.fromkeys(request.key.uid for request in requests))
     rows = [
-        TrainingRow(names.index(r.key.uid), r.prompt.token_ids, c.token_ids, *[(0.0,) * len(c.token_ids)] * 3)
+        TrainingRow(
+            names.index(r.key.uid),
+            r.prompt,
+            ModelInput.of(c.token_ids),
+            *[(0.0,) * len(c.token_ids)] * 3,
+        )
         for r, c in zip(requests, found, strict=True)
     ]
     sampled = torch.tensor([x for completion in found for x in completion.logprobs])
