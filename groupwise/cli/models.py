@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from groupwise.cli.parsing import Parser, set_key
-from groupwise.errors import ConfigError
-from groupwise.inputs import ModelInput
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
 
-    from groupwise.config import Config, RolloutConfig
-    from groupwise.types import Engine, Message, Prompt, SamplingParams, Tokenizer
+    from groupwise.config import Config
+    from groupwise.session import Session
 
 MODEL_SETTINGS = (
     "model.dtype",
@@ -88,95 +83,16 @@ def sampling_config(args: argparse.Namespace) -> Config:
     ).config
 
 
-def sampling_of(rollout: RolloutConfig, *, seed: int) -> SamplingParams:
-    from groupwise.types import SamplingParams
+def open_session(config: Config) -> Session:
+    """Quietly, as between a command's own lines.
 
-    return SamplingParams(
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        min_p=rollout.min_p,
-        repetition_penalty=rollout.repetition_penalty,
-        max_tokens=rollout.max_completion_tokens,
-        stop=rollout.stop,
-        seed=seed,
-    )
+    Raises:
+        ConfigError: as of `Session`.
+    """
+    from groupwise.session import Session
 
-
-class Talker:
-    """A model that answers messages or continues text. Its weights are loaded when `engine` is first asked for."""
-
-    def __init__(self, config: Config) -> None:
-        from groupwise.config.limits import check_stop_tokens
-        from groupwise.engines import check_engine
-        from groupwise.model.limits import find_limits
-        from groupwise.model.loading import load_tokenizer
-
-        check_engine(config.rollout.engine)
-        quiet_loading()
-        self._config = config
-        self._tokenizer = cast("Tokenizer", load_tokenizer(config.model))
-        self._limits = find_limits(None, config.model)
-        check_stop_tokens(config.rollout.stop_token_ids, self._limits, setting="rollout.stop_token_ids")
-
-    @cached_property
-    def engine(self) -> Engine:
-        from groupwise.engines import build_engine
-        from groupwise.model.loading import load_model
-
-        return build_engine(self._config.rollout, load_model(self._config.model, tokenizer=self._tokenizer))
-
-    def load(self) -> None:
-        """Load the weights now, before somebody waits for an answer."""
-        _ = self.engine
-
-    def within(self, prompt: Prompt, sampling: SamplingParams) -> SamplingParams:
-        """The sampling, with no more tokens than the model has positions for after this prompt.
-
-        Raises:
-            ConfigError: there are none, or the prompt has tokens that the model does not know.
-        """
-        from groupwise.config.limits import check_lengths
-
-        check_lengths([prompt.token_ids], self._limits, most=1, setting="--max-tokens", prompts="prompts")
-        positions = self._limits.positions
-        if positions is None:
-            return sampling
-        return replace(sampling, max_tokens=min(sampling.max_tokens, positions - len(prompt.token_ids)))
-
-    def chat_prompt(self, messages: Sequence[Message]) -> Prompt:
-        """The conversation, rendered with the model's chat template.
-
-        Raises:
-            ConfigError: the model has no chat template.
-        """
-        from groupwise.data import check_template, encode_rendered, render
-        from groupwise.types import Prompt
-
-        if not self._tokenizer.chat_template:
-            raise ConfigError(
-                f"{self._config.model.path} has no chat template; give one with --model.chat_template FILE, "
-                "or continue plain text with `groupwise generate --raw`"
-            )
-        kwargs = self._config.data.chat_template_kwargs
-        check_template(self._tokenizer, kwargs)
-        text = render(messages, self._tokenizer, template_kwargs=kwargs)
-        token_ids = encode_rendered(text, self._tokenizer)
-        if not token_ids:
-            raise ConfigError("the chat template makes nothing of the message; set model.chat_template to another")
-        return Prompt(uid="prompt", messages=tuple(messages), text=text, input=ModelInput.of(token_ids))
-
-    def raw_prompt(self, text: str) -> Prompt:
-        from groupwise.data import encode_text
-        from groupwise.texts import encodable
-        from groupwise.types import Prompt
-
-        if encodable(text) != text:
-            raise ConfigError("the prompt holds half a surrogate pair or bytes that are no UTF-8; give text")
-        token_ids = encode_text(text, self._tokenizer)
-        if not token_ids:
-            raise ConfigError("the tokenizer makes no tokens of the prompt; give another text")
-        return Prompt(uid="prompt", messages=(), text=text, input=ModelInput.of(token_ids))
+    quiet_loading()
+    return Session(config)
 
 
 def quiet_loading() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from groupwise.evaluation.evaluator import Evaluator, Scorer, eval_sampling, evaluate
+from groupwise.evaluation.evaluator import Evaluator, evaluate
 from groupwise.evaluation.metrics import Interval, accuracy, confidence_interval, mean_pass_at_k, pass_at_k
 from groupwise.evaluation.report import EvalReport, EvalRow, EvalSample
 
@@ -12,10 +12,8 @@ __all__ = [
     "EvalSample",
     "Evaluator",
     "Interval",
-    "Scorer",
     "accuracy",
     "confidence_interval",
-    "eval_sampling",
     "evaluate",
     "mean_pass_at_k",
     "pass_at_k",

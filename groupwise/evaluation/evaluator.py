@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from groupwise.config import EvalConfig, RolloutConfig
+from groupwise.config import EvalConfig
 from groupwise.empty_steps import commonest
 from groupwise.environments import SINGLE_TURN, Environments
 from groupwise.errors import DataError
@@ -21,24 +21,6 @@ from groupwise.rollout.episode import Sample, Scorer, run_group
 from groupwise.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 logger = logging.getLogger(__name__)
-
-
-def eval_sampling(config: EvalConfig, rollout: RolloutConfig, *, seed: int) -> SamplingParams:
-    """How evaluation draws: `eval`'s own temperature and top-p; what ends a completion is as in training.
-
-    `top_k` and `min_p` are shapes of the training distribution and do not apply here.
-    """
-    max_tokens = config.max_completion_tokens or rollout.max_completion_tokens
-    return SamplingParams(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        repetition_penalty=rollout.repetition_penalty,
-        max_tokens=max_tokens,
-        min_tokens=min(rollout.min_completion_tokens, max_tokens),
-        stop=rollout.stop,
-        stop_token_ids=rollout.stop_token_ids,
-        seed=seed,
-    )
 
 
 async def evaluate(

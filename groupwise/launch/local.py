@@ -22,7 +22,7 @@ from groupwise.data import PromptSampler, PromptSet
 from groupwise.empty_steps import EmptySteps
 from groupwise.engines import build_engine
 from groupwise.evaluation.counted import counted_remarks, counted_rewards
-from groupwise.evaluation.evaluator import Evaluator, eval_sampling
+from groupwise.evaluation.evaluator import Evaluator
 from groupwise.files import write_json_atomic
 from groupwise.interrupt import StopRequest, catch_interrupts
 from groupwise.launch.preparation import Given, Prepared, make_scorer, prepare
@@ -39,15 +39,16 @@ from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, LogprobPass, Producer, Selection
 from groupwise.rollout.batch import teaches
 from groupwise.rollout.episode import Sample, sampled_by
+from groupwise.rollout.sampling import eval_sampling, training_sampling
 from groupwise.rundir import RunDirectory
 from groupwise.tracking import Trackers, build_trackers
 from groupwise.train import TrainParts, train
 from groupwise.trust import prove
-from groupwise.types import RolloutGroup, SamplingParams, Stateful
+from groupwise.types import RolloutGroup, Stateful
 from groupwise.watching import GuardedWatcher, Unwatched, Watcher
 from groupwise.weight_sync import InProcessSync
 
-__all__ = ["Given", "prepare", "run_async", "run_training", "training_sampling"]
+__all__ = ["Given", "prepare", "run_async", "run_training"]
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _REMEDY = "Mend what it names: the reward, the columns that it reads, or the limits on completions"
@@ -216,23 +217,6 @@ def _describe(ready: Prepared) -> None:
         logger.warning(remark)
 
 
-def training_sampling(config: Config) -> SamplingParams:
-    """How the samples that are learned from are drawn."""
-    rollout = config.rollout
-    return SamplingParams(
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        min_p=rollout.min_p,
-        repetition_penalty=rollout.repetition_penalty,
-        max_tokens=rollout.max_completion_tokens,
-        min_tokens=rollout.min_completion_tokens,
-        stop=rollout.stop,
-        stop_token_ids=rollout.stop_token_ids,
-        seed=config.train.seed,
-    )
-
-
 def _sampler(config: Config, data: PromptSet, start: Start) -> PromptSampler:
     return PromptSampler(
         data.prompts,
@@ -327,7 +311,7 @@ def _evaluator(ready: Prepared, sample: Sample, *, scorer: RewardScorer, reports
         scorer=scorer,
         environments=ready.environments,
         config=config.eval,
-        sampling=eval_sampling(config.eval, config.rollout, seed=config.train.seed),
+        sampling=eval_sampling(config),
         on_report=reports.add,
         keep_best=config.train.keep_best,
     )

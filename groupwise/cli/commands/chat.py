@@ -9,14 +9,12 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from groupwise.cli.commands.generate import sample
 from groupwise.cli.models import (
     ENGINE_SETTINGS,
     MODEL_SETTINGS,
-    Talker,
     add_sampling_flags,
+    open_session,
     sampling_config,
-    sampling_of,
 )
 from groupwise.cli.output import say, tell
 from groupwise.cli.parsing import Command, Parser
@@ -24,6 +22,7 @@ from groupwise.errors import ConfigError
 from groupwise.texts import encodable
 
 if TYPE_CHECKING:
+    from groupwise.session import Session
     from groupwise.types import Message, SamplingParams
 
 _HELP = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C ends a reply"
@@ -36,11 +35,13 @@ def _arguments(parser: Parser) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
+    from groupwise.rollout.sampling import training_sampling
+
     config = sampling_config(args)
-    talker = Talker(config)
+    session = open_session(config)
     system: list[Message] = [] if args.system is None else [{"role": "system", "content": encodable(args.system)}]
-    sampling = sampling_of(config.rollout, seed=config.train.seed)
-    talker.load()
+    sampling = training_sampling(config)
+    session.load()
     print(_HELP, file=sys.stderr)
     # One runner for all turns, because the engine's work belongs to one event loop.
     with asyncio.Runner() as runner:
@@ -56,25 +57,27 @@ def _chat(args: argparse.Namespace) -> None:
                 messages.append({"role": "user", "content": line})
                 # A seed of its own per turn, so that turns do not draw alike; after /clear the same again.
                 own = dataclasses.replace(sampling, seed=sampling.seed + len(messages))
-                reply = _reply(runner, talker, messages, sampling=own)
+                reply = _reply(runner, session, messages, sampling=own)
                 if reply is None:
                     messages.pop()
                 else:
                     messages.append({"role": "assistant", "content": reply})
 
 
-def _reply(runner: asyncio.Runner, talker: Talker, messages: list[Message], *, sampling: SamplingParams) -> str | None:
+def _reply(
+    runner: asyncio.Runner, session: Session, messages: list[Message], *, sampling: SamplingParams
+) -> str | None:
     """The printed reply; None when the user ended it with Ctrl-C, or there is no room for one."""
     try:
-        prompt = talker.chat_prompt(messages)
+        prompt = session.chat_prompt(messages)
         try:
-            within = talker.within(prompt, sampling)
+            within = session.within(prompt, sampling)
         except ConfigError as error:
             print(f"{error}\n/clear begins anew", file=sys.stderr)
             return None
-        [completion] = runner.run(sample(talker.engine, prompt, sampling=within))
+        [completion] = runner.run(session.complete(prompt, sampling=within))
     except KeyboardInterrupt:
-        runner.run(talker.engine.abort())
+        runner.run(session.engine.abort())
         print("(reply ended)", file=sys.stderr)
         return None
     say(completion.text)

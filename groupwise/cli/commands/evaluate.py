@@ -7,9 +7,9 @@ import asyncio
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from groupwise.cli.models import ENGINE_SETTINGS, MODEL_SETTINGS, add_trust_flag, model_path, quiet_loading
+from groupwise.cli.models import ENGINE_SETTINGS, MODEL_SETTINGS, add_trust_flag, model_path, open_session
 from groupwise.cli.output import say, tell
 from groupwise.cli.parsing import Command, Parser, set_key, set_rewards
 from groupwise.empty_steps import commonest
@@ -19,7 +19,6 @@ from groupwise.files import json_line
 if TYPE_CHECKING:
     from groupwise.config import Config
     from groupwise.evaluation import EvalReport
-    from groupwise.types import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -96,42 +95,23 @@ def _config(args: argparse.Namespace) -> Config:
 
 def _evaluate(config: Config, *, quiet: bool) -> EvalReport:
     # What is wrong with names, rewards and rows is refused before the model's libraries and weights are loaded.
-    from groupwise.data import check_rows, load_prompts, read_rows
-    from groupwise.engines import build_engine, check_engine
-    from groupwise.environments import load_environments
-    from groupwise.evaluation import eval_sampling, evaluate
+    from groupwise.data import check_rows, read_rows
+    from groupwise.engines import check_engine
     from groupwise.evaluation.counted import counted_remarks
     from groupwise.rewards import RewardScorer
-    from groupwise.rollout.episode import sampled_by
 
     check_engine(config.rollout.engine)
     scorer = RewardScorer(config.reward)
     check_rows(read_rows(config.data.eval, limit=config.eval.limit), config.data)
     if not quiet:
         tell(f"evaluating {config.model.path} on {config.data.eval}")
-
-    from groupwise.model.limits import check_evaluation, find_limits
-    from groupwise.model.loading import load_model, load_tokenizer
-
-    quiet_loading()
-    tokenizer = load_tokenizer(config.model)
-    found = load_prompts(config.data.eval, config.data, cast("Tokenizer", tokenizer), limit=config.eval.limit)
-    scorer.check_prompts(found.prompts)
-    check_evaluation(found.prompts, find_limits(None, config.model), config)
+    session = open_session(config)
+    found = session.prompts(config.data.eval, scorer, evaluated=True)
     if found.num_too_long:
         logger.warning("%s", found.describe())
     for remark in counted_remarks(scorer, (prompt.data_source for prompt in found.prompts)):
         logger.warning("%s", remark)
-    engine = build_engine(config.rollout, load_model(config.model, tokenizer=tokenizer))
-    sampling = eval_sampling(config.eval, config.rollout, seed=config.train.seed)
-    environments = load_environments(
-        config.environment, cast("Tokenizer", tokenizer), template_kwargs=config.data.chat_template_kwargs
-    )
-    return asyncio.run(
-        evaluate(
-            sampled_by(engine), found.prompts, scorer, environments, config=config.eval, sampling=sampling, version=0
-        )
-    )
+    return asyncio.run(session.evaluate(found.prompts, scorer))
 
 
 def _describe(report: EvalReport, *, seconds: float) -> str:

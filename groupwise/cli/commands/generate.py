@@ -5,23 +5,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from typing import TYPE_CHECKING
 
 from groupwise.cli.models import (
     ENGINE_SETTINGS,
     MODEL_SETTINGS,
-    Talker,
     add_sampling_flags,
+    open_session,
     sampling_config,
-    sampling_of,
 )
 from groupwise.cli.output import say
 from groupwise.cli.parsing import Command, Parser, whole_number
-from groupwise.errors import ConfigError, EngineError
+from groupwise.errors import ConfigError
 from groupwise.texts import encodable
-
-if TYPE_CHECKING:
-    from groupwise.types import Completion, Engine, Prompt, SamplingParams
 
 
 def _arguments(parser: Parser) -> None:
@@ -44,34 +39,20 @@ def _generate(args: argparse.Namespace) -> None:
     text = encodable(sys.stdin.read() if args.prompt == "-" else args.prompt)
     if not text:
         raise ConfigError("the prompt is empty; give --prompt some text")
+    from groupwise.rollout.sampling import training_sampling
+
     config = sampling_config(args)
-    talker = Talker(config)
+    session = open_session(config)
     system = [] if args.system is None else [{"role": "system", "content": encodable(args.system)}]
-    prompt = talker.raw_prompt(text) if args.raw else talker.chat_prompt([*system, {"role": "user", "content": text}])
-    sampling = talker.within(prompt, sampling_of(config.rollout, seed=config.train.seed))
-    replies = asyncio.run(sample(talker.engine, prompt, sampling=sampling, count=args.n))
+    prompt = session.raw_prompt(text) if args.raw else session.chat_prompt([*system, {"role": "user", "content": text}])
+    sampling = session.within(prompt, training_sampling(config))
+    replies = asyncio.run(session.complete(prompt, sampling=sampling, count=args.n))
     for reply in replies:
         if len(replies) > 1:
             print(f"--- {reply.sample_index + 1} of {len(replies)} ({len(reply.token_ids)} tokens)")
         say(reply.text)
         if reply.finish_reason == "length":
             print(f"(cut off after {len(reply.token_ids)} tokens; --max-tokens allows more)", file=sys.stderr)
-
-
-async def sample(engine: Engine, prompt: Prompt, *, sampling: SamplingParams, count: int = 1) -> list[Completion]:
-    """`count` completions, by index.
-
-    Raises:
-        EngineError: the engine failed on one of them.
-    """
-    from groupwise.types import SampleRequest
-
-    requests = [SampleRequest.of(prompt, index, sampling) for index in range(count)]
-    replies = [completion async for completion in engine.generate(requests)]
-    for reply in replies:
-        if reply.finish_reason == "error":
-            raise EngineError(f"sample {reply.sample_index + 1} failed: {reply.error}")
-    return sorted(replies, key=lambda reply: reply.sample_index)
 
 
 GENERATE = Command(

@@ -17,18 +17,12 @@ from groupwise.compat.trl.surface import GRPO_MEMBERS
 from groupwise.compat.trl.trainer import Plan, Trainer, check_options, stream_rows
 from groupwise.compat.trl.translate import Values, build_config, grpo_batch, grpo_values, in_trl_words
 from groupwise.config.checks import check_trainable
-from groupwise.data import load_prompts
 from groupwise.data.files import SourceRow, read_for_training
-from groupwise.engines import build_engine
-from groupwise.environments import SINGLE_TURN
 from groupwise.errors import ConfigError
-from groupwise.evaluation import eval_sampling, evaluate
-from groupwise.inputs import SampleKey
-from groupwise.launch.local import Given, run_async, run_training, training_sampling
-from groupwise.model.limits import check_evaluation, check_run, find_limits
+from groupwise.launch.local import Given, run_async, run_training
 from groupwise.rewards import RewardScorer
 from groupwise.rewards.signature import function_name
-from groupwise.rollout.episode import run_group, sampled_by
+from groupwise.session import Session
 from groupwise.types import RolloutGroup
 
 logger = logging.getLogger(__name__)
@@ -131,12 +125,9 @@ class GRPOTrainer(Trainer):
         config, watcher = self.config, self._watch()
         scorer = self._scorer(watcher)
         with self._held.at_work() as loaded:
-            prompts = load_prompts(rows, config.data, loaded.tokenizer, limit=config.eval.limit).prompts
-            scorer.check_prompts(prompts)
-            check_evaluation(prompts, find_limits(loaded, config.model), config)
-            sampling = eval_sampling(config.eval, config.rollout, seed=config.train.seed)
-            sample = sampled_by(build_engine(config.rollout, loaded))
-            report = run_async(evaluate(sample, prompts, scorer, config=config.eval, sampling=sampling, version=0))
+            session = Session(config, loaded)
+            prompts = session.prompts(rows, scorer, evaluated=True).prompts
+            report = run_async(session.evaluate(prompts, scorer))
         metrics = {name: float(metric.value) for name, metric in report.metrics().items()}
         return watcher.evaluated(metrics, seconds=time.perf_counter() - started, prefix=metric_key_prefix)
 
@@ -152,27 +143,9 @@ class GRPOTrainer(Trainer):
         self._refresh()
         config, scorer = self.config, self._scorer(self._watch())
         with self._held.at_work() as loaded:
-            prompts = load_prompts(_as_rows(dataset), config.data, loaded.tokenizer).prompts
-            scorer.check_prompts(prompts)
-            check_run(config, find_limits(loaded, config.model), prompts=prompts, eval_prompts=())
-            sample, sampling = sampled_by(build_engine(config.rollout, loaded)), training_sampling(config)
-
-            async def groups() -> list[RolloutGroup]:
-                indices = range(config.rollout.group_size)
-                return [
-                    await run_group(
-                        sample,
-                        scorer,
-                        SINGLE_TURN,
-                        prompt,
-                        keys=[SampleKey(prompt.uid, 0, i) for i in indices],
-                        sampling=sampling,
-                        index=index,
-                    )
-                    for index, prompt in enumerate(prompts)
-                ]
-
-            return run_async(groups())
+            session = Session(config, loaded)
+            prompts = session.prompts(_as_rows(dataset), scorer, evaluated=False).prompts
+            return run_async(session.groups(prompts, scorer))
 
     @property
     def _num_eval_rows(self) -> int:

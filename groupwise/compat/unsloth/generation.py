@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from groupwise.compat.unsloth.sampling import CompletionOutput, RequestOutput, SamplingParams
-from groupwise.config import ModelConfig, RolloutConfig
+from groupwise.config import Config, ModelConfig
 from groupwise.config.limits import check_stop_tokens
 from groupwise.data import encode_text
-from groupwise.engines import build_engine
 from groupwise.errors import ConfigError
 from groupwise.inputs import ModelInput
 from groupwise.launch.local import run_async
 from groupwise.model.limits import find_limits
 from groupwise.model.loading import LoadedModel
-from groupwise.types import Completion, Engine, Prompt, SampleRequest
+from groupwise.session import Session
+from groupwise.types import Completion, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +70,15 @@ def answer(loaded: LoadedModel, prompts: Any, sampling_params: Any, *, limits: L
             )
         stops = tuple(each.params.stop_token_ids or ())
         check_stop_tokens(stops, find_limits(loaded, ModelConfig()), setting="SamplingParams.stop_token_ids")  # type: ignore[call-arg]
-    engine = build_engine(RolloutConfig.model_validate({"kv_cache_gib": _cache_gib(loaded, limits)}), loaded)
+    session = Session(Config.model_validate({"rollout": {"kv_cache_gib": _cache_gib(loaded, limits)}}), loaded)
 
     async def all_of_them() -> list[RequestOutput]:
-        return list(await asyncio.gather(*(_answer(engine, loaded, each, limits) for each in asked)))
+        return list(await asyncio.gather(*(_answer(session, loaded, each, limits) for each in asked)))
 
     return run_async(all_of_them()) if asked else []
 
 
-async def _answer(engine: Engine, loaded: LoadedModel, asked: _Asked, limits: Limits) -> RequestOutput:
+async def _answer(session: Session, loaded: LoadedModel, asked: _Asked, limits: Limits) -> RequestOutput:
     params = asked.params
     sampling = params.groupwise(
         room=limits.max_tokens - len(asked.token_ids), seed=limits.seed, own_stop=_own_stop(loaded)
@@ -87,9 +87,8 @@ async def _answer(engine: Engine, loaded: LoadedModel, asked: _Asked, limits: Li
     if params.seed is not None:  # then the prompt alone decides, wherever it stands
         uid = hashlib.sha256(repr(asked.token_ids).encode()).hexdigest()[:16]
     prompt = Prompt(uid=uid, messages=(), text=asked.text or "", input=ModelInput.of(asked.token_ids))
-    requests = [SampleRequest.of(prompt, index, sampling) for index in range(params.n)]
-    found = [completion async for completion in engine.generate(requests)]
-    outputs = [_output(each, params, loaded) for each in sorted(found, key=lambda each: each.sample_index)]
+    found = await session.complete(prompt, sampling=sampling, count=params.n)
+    outputs = [_output(each, params, loaded) for each in found]
     return RequestOutput(f"{limits.call}-{asked.index}", asked.text, asked.token_ids, tuple(outputs))
 
 

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from groupwise.config import EvalConfig, RewardConfig, RolloutConfig
+from groupwise.config import Config, EvalConfig, RewardConfig, RolloutConfig, TrainConfig
 from groupwise.errors import DataError, EngineError
-from groupwise.evaluation import EvalReport, Evaluator, eval_sampling, evaluate
+from groupwise.evaluation import EvalReport, Evaluator, evaluate
 from groupwise.evaluation.counted import counted_remarks, counted_rewards
 from groupwise.inputs import ModelInput
 from groupwise.metrics import resolve
 from groupwise.rewards import RewardScorer
 from groupwise.rollout.episode import sampled_by
+from groupwise.rollout.sampling import eval_sampling
 from groupwise.types import Completion, EngineCaps, FinishReason, Prompt, Rollout, SampleRequest, SamplingParams
 
 ANSWERS: dict[str, Sequence[str]] = {}
@@ -310,8 +311,9 @@ def test_eval_sampling_takes_eval_settings_and_the_training_stops() -> None:
             "min_completion_tokens": 50,
         }
     )
-    config = EvalConfig.model_validate({"temperature": 0.3, "top_p": 0.8, "max_completion_tokens": 20})
-    assert eval_sampling(config, rollout, seed=4) == SamplingParams(
+    own = EvalConfig.model_validate({"temperature": 0.3, "top_p": 0.8, "max_completion_tokens": 20})
+    train = TrainConfig.model_validate({"seed": 4})
+    assert eval_sampling(Config(rollout=rollout, eval=own, train=train)) == SamplingParams(
         temperature=0.3,
         top_p=0.8,
         repetition_penalty=1.1,
@@ -321,7 +323,7 @@ def test_eval_sampling_takes_eval_settings_and_the_training_stops() -> None:
         stop_token_ids=(9,),
         seed=4,
     )
-    assert eval_sampling(EvalConfig.model_validate({}), rollout, seed=4).max_tokens == 512
+    assert eval_sampling(Config(rollout=rollout)).max_tokens == 512
 
 
 def due_steps(
