@@ -112,7 +112,7 @@ def config_of(row: Row, recipe: QuickstartRecipe, *, output: Path, steps: int) -
 
 def warm_up(folder: Path, *, seed: int, steps: int) -> QuickstartRecipe:
     """The recipe whose supervised run is done; a run that was cut short begins again."""
-    from groupwise.sft import run_sft
+    from groupwise.launch import run_sft
 
     recipe = quickstart_recipe(folder, seed=seed)
     if not (recipe.folders.sft / "summary.json").is_file():
@@ -128,7 +128,7 @@ def warm_up(folder: Path, *, seed: int, steps: int) -> QuickstartRecipe:
 
 def run_row(row: Row, recipe: QuickstartRecipe, *, output: Path, steps: int) -> None:
     """Train, unless it is done; keep metrics, config and summary, and not the weights."""
-    from groupwise.launch.local import run_training
+    from groupwise.launch import run_training
 
     if not (output / "summary.json").is_file():
         run_training(config_of(row, recipe, output=output, steps=steps), overwrite=True)

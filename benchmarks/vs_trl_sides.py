@@ -160,7 +160,7 @@ def make_generate(setting: Setting) -> Callable[[], list[Figure]]:
 def make_groupwise(setting: Setting) -> Callable[[], list[Figure]]:
     """Seconds of each counted GRPO step of `groupwise train`, from the call behind its command line."""
     import groupwise.config as gw
-    from groupwise.launch.local import Given, run_training
+    from groupwise.launch import Given, run_training
 
     def run() -> list[Figure]:
         watch = Stopwatch()

@@ -1,40 +1,69 @@
-"""THE loop, read top to bottom. The only file that knows every component; `groupwise.launch` puts them together.
+"""THE loop, read top to bottom. The only file that knows every component; `groupwise.assembly` puts them together.
 
-producer --> buffer --> selection --P groups--> batch --> policy --version--> weight_sync --> engine --> producer
-                                                            `--> checkpoint, trackers, trajectories, ledger
+source --batch--> policy --version--> weight_sync --> engine --> source
+   |                 `--> checkpoint, trackers, trajectories, ledger
+   `-- sampled groups (`rollout/source.py`): producer --> episodes --> buffer --> selection
+   `-- worked answers (`sft.py`)
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from groupwise import metrics
-from groupwise.algorithms.base import Algorithm
 from groupwise.checkpoint.saver import Saver
 from groupwise.clock import Clock
 from groupwise.config import Config
-from groupwise.empty_steps import EmptySteps
+from groupwise.empty_steps import EmptySteps, Usable
 from groupwise.errors import Interrupted
-from groupwise.evaluation.evaluator import Evaluator
+from groupwise.evaluation.evaluator import Evaluation
 from groupwise.files import append_rows
 from groupwise.interrupt import StopRequest, interrupted
 from groupwise.metrics import Last, Metric, Metrics
 from groupwise.policy import Policy
 from groupwise.policy.upkeep import Upkeep
-from groupwise.rewards import RewardScorer
-from groupwise.rollout import Buffer, LogprobPass, Producer, Selection, build_batch
-from groupwise.rollout.batch import BatchShape, usable_samples
 from groupwise.rollout.records import ledger_rows, trajectory_rows
 from groupwise.rundir import RunDirectory
 from groupwise.tracking import Trackers
-from groupwise.types import TrainingBatch
+from groupwise.types import TrainingBatch, WeightSync
 from groupwise.watching import Watcher, Wish
-from groupwise.weight_sync import InProcessSync
+
+
+class BatchSource(Protocol):
+    """Where a step's batch comes from."""
+
+    def admit(self, version: int) -> None:
+        """`version` is the newest: what it may sample can begin."""
+        ...
+
+    async def take(self, step: int, clock: Clock) -> TrainingBatch:
+        """The batch of `step` (from 0); the seconds of its phases go to the clock."""
+        ...
+
+    def usable(self, batch: TrainingBatch) -> Usable:
+        """How much of it could be learned from."""
+        ...
+
+    def metrics(self) -> Metrics:
+        """Its own, since the last call."""
+        ...
+
+    def note(self, numbers: Mapping[str, float]) -> None:
+        """What was logged of the step."""
+        ...
+
+    def resumed(self) -> None:
+        """Called once its state is loaded from a checkpoint."""
+        ...
+
+    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class TrainParts:
-    """Every component of one run, made by a launcher.
+    """Every component of one run, made by `groupwise.assembly`.
 
     Attributes:
         num_steps: training steps of the whole run, those before a resume included.
@@ -44,16 +73,11 @@ class TrainParts:
     """
 
     config: Config
-    algorithm: Algorithm
     policy: Policy
     upkeep: Upkeep
-    producer: Producer
-    buffer: Buffer
-    selection: Selection
-    logprobs: LogprobPass
-    scorer: RewardScorer
-    weight_sync: InProcessSync
-    evaluator: Evaluator
+    source: BatchSource
+    weight_sync: WeightSync
+    evaluator: Evaluation
     trackers: Trackers
     saver: Saver
     run: RunDirectory
@@ -70,26 +94,14 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
         Interrupted: the user asked to stop; the step was finished and a checkpoint saved.
         TrainingError: too many steps in a row had not one usable sample; everything of them is written.
     """
-    weights = parts.scorer.weights
-    shape = BatchShape(
-        parts.config.optim.steps_per_batch,
-        parts.config.train.micro_batch_tokens,
-        parts.config.rollout.max_completion_tokens,
-        parts.config.optim.passes_per_batch,
-        parts.policy.lanes.count,
-    )
     await parts.weight_sync.publish(start)
     if scores := await parts.evaluator.maybe_run(start):
         _log(parts, start, scores)
-    parts.producer.admit(start)
+    parts.source.admit(start)
     for step in range(start, parts.num_steps):
         parts.watcher.begins(step + 1, parts.num_steps)
         clock = Clock()
-        with clock("rollout"):
-            chosen = await parts.selection.take(step)
-        with clock("train"):
-            groups = parts.logprobs.add(chosen.groups)
-        batch = build_batch(groups, parts.algorithm, shape=shape, reward_weights=weights, dropped=chosen.dropped)
+        batch = await parts.source.take(step, clock)
         learned: list[Metrics] = []
         for minibatch in batch.minibatches:
             with clock("train"):
@@ -97,16 +109,14 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
                 await parts.weight_sync.wait()
                 learned.append(parts.policy.optim_step())
         learned.append(parts.upkeep.after(step + 1, learned))
-        learned.append(parts.empty.after(step + 1, usable_samples((*groups, *chosen.dropped), parts.algorithm)))
+        learned.append(parts.empty.after(step + 1, parts.source.usable(batch)))
         _record(parts, batch, step + 1)
-        parts.trackers.samples(step + 1, batch)
         await parts.weight_sync.publish(step + 1)
         asked = parts.watcher.updated(step + 1)
         with clock("eval"):
             scores = await parts.evaluator.maybe_run(step + 1, final=step + 1 == parts.num_steps, asked=asked)
         stopping = bool(parts.stop)  # read once: a request that comes after the save must wait for the next one
-        sampled = (chosen.metrics, batch.metrics, parts.scorer.metrics(), parts.buffer.metrics())
-        found = metrics.merge(*sampled, *learned, scores)
+        found = metrics.merge(batch.metrics, parts.source.metrics(), *learned, scores)
         wish = _log(parts, step + 1, found | clock.metrics() | _throughput(batch, clock))
         last = wish.stop or step + 1 == parts.num_steps
         parts.saver.after(step + 1, now=last or stopping or wish.save)
@@ -115,23 +125,28 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
             return step + 1
         if stopping:
             raise Interrupted(interrupted(parts.run.path, step + 1))
-        parts.producer.admit(step + 1)
+        parts.source.admit(step + 1)
     return parts.num_steps
 
 
 def _log(parts: TrainParts, step: int, found: Metrics) -> Wish:
     numbers = metrics.resolve(found)
+    parts.source.note(numbers)
     parts.trackers.log(step, numbers)
     return parts.watcher.logged(step, numbers)
 
 
 def _record(parts: TrainParts, batch: TrainingBatch, step: int) -> None:
+    """What was sampled for the step; nothing where nothing was."""
+    if not (batch.groups or batch.dropped):
+        return
     if parts.config.train.trajectories:
         append_rows(parts.run.trajectory_file(step), trajectory_rows(batch, step=step))
     parts.run.append_ledger(ledger_rows(batch.groups, step=step, dropped=batch.dropped))
+    parts.trackers.samples(step, batch)
 
 
 def _throughput(batch: TrainingBatch, clock: Clock) -> dict[str, Metric]:
     groups = (*batch.groups, *batch.dropped)
-    sampled = sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts)
-    return {"throughput/tokens_per_second": Last(sampled / clock.elapsed)}
+    sampled = sum(rollout.num_written for group in groups for rollout in group.rollouts)
+    return {"throughput/tokens_per_second": Last(sampled / clock.elapsed)} if groups else {}

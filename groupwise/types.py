@@ -508,6 +508,24 @@ class Engine(Protocol):
     async def health(self) -> bool: ...
 
 
+class WeightSync(Protocol):
+    """A policy version into an engine: pause, transfer, verify, resume are its own."""
+
+    async def publish(self, version: int) -> None:
+        """The policy as it is now is `version`, and what the engine serves from now on.
+
+        Raises:
+            EngineError: samples of the old version are still running, or the engine did not take it.
+        """
+        ...
+
+    async def wait(self) -> None:
+        """Until the last `publish` has read all that it reads: then weights may change."""
+        ...
+
+    async def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """An environment's answer to a turn, after which the model goes on.

@@ -10,8 +10,8 @@ from groupwise.cli.parsing import Parser, set_key
 if TYPE_CHECKING:
     import argparse
 
+    from groupwise.assembly.session import Session
     from groupwise.config import Config
-    from groupwise.session import Session
 
 MODEL_SETTINGS = (
     "model.dtype",
@@ -89,7 +89,7 @@ def open_session(config: Config) -> Session:
     Raises:
         ConfigError: as of `Session`.
     """
-    from groupwise.session import Session
+    from groupwise.assembly.session import Session
 
     quiet_loading()
     return Session(config)

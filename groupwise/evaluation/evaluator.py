@@ -7,7 +7,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from groupwise.config import EvalConfig
 from groupwise.empty_steps import commonest
@@ -110,6 +110,27 @@ def _chosen(prompts: Sequence[Prompt], config: EvalConfig) -> Sequence[Prompt]:
     repeated = [uid for uid, count in Counter(prompt.uid for prompt in chosen).items() if count > 1]
     assert not repeated, f"prompts share a uid, so one would be sampled for the other: {repeated[:3]}"
     return chosen
+
+
+class Evaluation(Protocol):
+    """What the loop asks for scores."""
+
+    best: Best
+
+    async def maybe_run(self, step: int, *, final: bool = False, asked: bool = False) -> Metrics:
+        """The metrics of the policy after `step` training steps, or nothing when none are due or asked for."""
+        ...
+
+
+class NoEvaluation:
+    """Of a run that has nothing to be evaluated on; an `Evaluation`."""
+
+    def __init__(self) -> None:
+        self.best = Best(None)
+
+    async def maybe_run(self, step: int, *, final: bool = False, asked: bool = False) -> Metrics:
+        """Nothing."""
+        return {}
 
 
 class Evaluator:

@@ -22,8 +22,7 @@ def run_quickstart(output: str | Path, seed: int = 0, *, overwrite: bool = False
     Raises:
         ConfigError: `output` holds something, and `overwrite` is not given or it is not an earlier quickstart.
     """
-    from groupwise.launch.local import run_training
-    from groupwise.sft import run_sft
+    from groupwise.launch import run_sft, run_training
 
     started = time.perf_counter()
     root = Path(output)

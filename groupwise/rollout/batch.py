@@ -177,10 +177,8 @@ def _why_unusable(rollout: Rollout, algorithm: Algorithm) -> str:
     if not any(rollout.loss_mask):
         return "it has no token to learn"
     if algorithm.masks_truncated and rollout.is_cut:
-        return (
-            "it was cut off by its budget (rollout.max_completion_tokens, environment.max_turns), and "
-            'algorithm.overlong = "mask" leaves such out'
-        )
+        budget = "rollout.max_completion_tokens" if rollout.finish_reason == "length" else "environment.max_turns"
+        return f'it was cut off at {budget}, and algorithm.overlong = "mask" leaves such out'
     return ""
 
 

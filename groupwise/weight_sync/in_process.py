@@ -24,3 +24,19 @@ class InProcessSync:
         """
         await self._engine.update_weights(version)
         self._policy.published()
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+class Unsynced:
+    """No engine samples from the policy, as in supervised training."""
+
+    async def wait(self) -> None:
+        """Nothing is under way."""
+
+    async def publish(self, version: int) -> None:
+        """Nobody asks for it."""
+
+    async def close(self) -> None:
+        """Nothing is held."""

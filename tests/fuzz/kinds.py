@@ -202,7 +202,7 @@ def preload() -> None:
     import importlib
 
     for name in (
-        *("groupwise.cli.app", "groupwise.launch.local", "groupwise.sft", "groupwise.model.loading"),
+        *("groupwise.cli.app", "groupwise.launch.run", "groupwise.sft", "groupwise.model.loading"),
         *("groupwise.export.hf", "groupwise.export.verify", "groupwise.export.card", "groupwise.export.push"),
         *("groupwise.evaluation.evaluator", "transformers.models.qwen3.modeling_qwen3", "groupwise.data.stats"),
         *("peft", "pyarrow.parquet", "groupwise.compat.xtuner.program", "jinja2", "groupwise.quickstart.tiny_model"),

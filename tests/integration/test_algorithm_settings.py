@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from groupwise.errors import ConfigError
-from groupwise.launch.local import run_training
+from groupwise.launch import run_training
 from groupwise.policy import Policy
 
 ReadRows = Callable[[Path], list[dict[str, Any]]]

@@ -14,10 +14,9 @@ from groupwise.cli import main
 from groupwise.config import ModelConfig
 from groupwise.config.model_name import named_checkpoint
 from groupwise.errors import ConfigError
-from groupwise.launch.local import run_training
+from groupwise.launch import run_sft, run_training
 from groupwise.model.checkpoints import keep_base, write_checkpoint_model
 from groupwise.model.loading import load_model, load_tokenizer
-from groupwise.sft import run_sft
 
 SAVING = {"save_every": 1, "keep_checkpoints": 9}
 LORA = {"rank": 2, "target_modules": ["q_proj", "down_proj"]}

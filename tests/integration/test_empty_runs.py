@@ -19,8 +19,7 @@ from groupwise.cli import main
 from groupwise.data import load_supervised
 from groupwise.data.supervised import SupervisedSet
 from groupwise.errors import TrainingError
-from groupwise.launch.local import Given, run_training
-from groupwise.sft import run_sft
+from groupwise.launch import Given, run_sft, run_training
 
 ReadRows = Callable[[Path], list[dict[str, Any]]]
 Start = Callable[..., subprocess.Popen[str]]
@@ -165,7 +164,7 @@ def test_supervised_steps_without_a_learned_token_end_the_run(
         masked = (replace(row, loss_mask=(0,) * len(row.loss_mask)) for row in found.rows)
         return replace(found, rows=tuple(masked))
 
-    monkeypatch.setattr("groupwise.sft.load_supervised", nothing_learned)
+    monkeypatch.setattr("groupwise.assembly.supervised.load_supervised", nothing_learned)
     run = tmp_path / "run"
     with pytest.raises(TrainingError, match=r"3 steps in a row.*no token to learn \(4 of 4\)\. Raise sft\.max_tokens"):
         run_sft(task.config(run, data={"train": str(task.worked)}, sft={"rows_per_step": 4}, train={"steps": 5}))

@@ -14,10 +14,9 @@ import torch
 from groupwise.cli import main
 from groupwise.config import ModelConfig
 from groupwise.errors import ConfigError, TrainingError
-from groupwise.launch.local import Given, run_training
+from groupwise.launch import Given, run_sft, run_training
 from groupwise.launch.replay import replay_bundle
 from groupwise.model.loading import load_model
-from groupwise.sft import run_sft
 
 ReadRows = Callable[[Path], list[dict[str, Any]]]
 NEEDS_BITSANDBYTES = pytest.mark.skipif(

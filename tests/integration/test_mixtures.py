@@ -19,8 +19,7 @@ from transformers import (
 
 from groupwise.config import Config
 from groupwise.errors import ConfigError
-from groupwise.launch.local import run_training
-from groupwise.sft import run_sft
+from groupwise.launch import run_sft, run_training
 
 ReadRows = Callable[[Path], list[dict[str, Any]]]
 SHAPE: dict[str, Any] = {

@@ -13,8 +13,7 @@ import pytest
 
 from groupwise.cli import main
 from groupwise.errors import ConfigError
-from groupwise.launch.local import run_training
-from groupwise.sft import run_sft
+from groupwise.launch import run_sft, run_training
 
 ReadRows = Callable[[Path], list[dict[str, Any]]]
 Start = Callable[..., subprocess.Popen[str]]

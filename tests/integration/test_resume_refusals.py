@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from groupwise.errors import CheckpointError, ConfigError
-from groupwise.launch.local import run_training
+from groupwise.launch import run_sft, run_training
 from groupwise.lock import hold
-from groupwise.sft import run_sft
 
 Edit = Callable[[Any], None]
 

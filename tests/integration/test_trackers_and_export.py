@@ -14,7 +14,7 @@ import pytest
 from groupwise.cli import main
 from groupwise.config.loading import load_config
 from groupwise.export.verify import LEAST_AGREEMENT
-from groupwise.launch.local import run_training
+from groupwise.launch import run_training
 from groupwise.tracking.registry import BUILDERS
 
 DOCS = Path(__file__).parents[2] / "docs"

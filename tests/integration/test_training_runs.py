@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from groupwise.config import ModelConfig, RolloutConfig
 from groupwise.engines.native import NativeEngine
 from groupwise.inputs import ModelInput
-from groupwise.launch.local import Given, run_training
+from groupwise.launch import Given, run_sft, run_training
 from groupwise.model.loading import load_model
-from groupwise.sft import run_sft
 from groupwise.types import Prompt, SampleRequest, SamplingParams
 
 ReadRows = Callable[[Path], list[dict[str, Any]]]

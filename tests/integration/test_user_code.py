@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from groupwise.compat.trl import GRPOConfig, GRPOTrainer
-from groupwise.launch.local import Given, run_training
+from groupwise.launch import Given, run_training
 
 ReadRows = Callable[[Path], list[dict[str, Any]]]
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from groupwise.config import Config
+from groupwise.launch import run_sft
 from groupwise.quickstart.task import make_task
 from groupwise.quickstart.tiny_model import build_tiny_model
-from groupwise.sft import run_sft
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ from groupwise.errors import ConfigError
 from groupwise.texts import encodable
 
 if TYPE_CHECKING:
-    from groupwise.session import Session
+    from groupwise.assembly.session import Session
     from groupwise.types import Message, SamplingParams
 
 _HELP = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C ends a reply"

@@ -130,7 +130,7 @@ def _train(args: argparse.Namespace) -> None:
     _show(loaded, args)
     if not args.resume:  # what needs no libraries is refused before they are loaded
         check_trainable(loaded.config)
-    from groupwise.launch.local import prepare, run_training
+    from groupwise.launch import prepare, run_training
     from groupwise.resume import find_start
 
     if args.dry_run:
@@ -149,8 +149,8 @@ def _sft(args: argparse.Namespace) -> None:
     _show(loaded, args)
     if not args.resume:
         check_supervised(loaded.config)
+    from groupwise.launch import prepare_sft, run_sft
     from groupwise.resume import find_start
-    from groupwise.sft import prepare_sft, run_sft
 
     if args.dry_run:
         quiet_loading()

@@ -4,8 +4,8 @@
 
 Read it in this order: `settings` says what each argument becomes, `translate` makes the one config of them, `models`
 takes models and adapters as objects, `callbacks` tells transformers' callbacks what happens, and `grpo` and `sft` put
-them together (`trainer` is what these two share) and call `groupwise.launch.local.run_training` and
-`groupwise.sft.run_sft`.
+them together (`trainer` is what these two share) and call `groupwise.launch.run.run_training` and
+`groupwise.launch.run_sft`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GRPOTrainer: TRL's, on `groupwise.launch.local.run_training`."""
+"""GRPOTrainer: TRL's, on `groupwise.launch.run.run_training`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.trainer_utils import TrainOutput
 
+from groupwise.assembly.session import Session
 from groupwise.compat.trl.arguments import GRPOConfig
 from groupwise.compat.trl.callbacks import CallbackWatcher
 from groupwise.compat.trl.surface import GRPO_MEMBERS
@@ -19,10 +20,9 @@ from groupwise.compat.trl.translate import Values, build_config, grpo_batch, grp
 from groupwise.config.checks import check_trainable
 from groupwise.data.files import SourceRow, read_for_training
 from groupwise.errors import ConfigError
-from groupwise.launch.local import Given, run_async, run_training
+from groupwise.launch import Given, run_async, run_training
 from groupwise.rewards import RewardScorer
 from groupwise.rewards.signature import function_name
-from groupwise.session import Session
 from groupwise.types import RolloutGroup
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""SFTTrainer: TRL's, on `groupwise.sft.run_sft`."""
+"""SFTTrainer: TRL's, on `groupwise.launch.run_sft`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from groupwise.config.checks import check_supervised
 from groupwise.data.chat import render
 from groupwise.data.files import SourceRow
 from groupwise.errors import ConfigError
-from groupwise.sft import run_sft
+from groupwise.launch import run_sft
 from groupwise.types import Tokenizer
 
 _OPTIONS = ("processing_class", "tokenizer", "peft_config", "quantization_config", "callbacks", "formatting_func")

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
+from groupwise.assembly.session import Session
 from groupwise.compat.unsloth.sampling import CompletionOutput, RequestOutput, SamplingParams
 from groupwise.config import Config, ModelConfig
 from groupwise.config.limits import check_stop_tokens
 from groupwise.data import encode_text
 from groupwise.errors import ConfigError
 from groupwise.inputs import ModelInput
-from groupwise.launch.local import run_async
+from groupwise.launch import run_async
 from groupwise.model.limits import find_limits
 from groupwise.model.loading import LoadedModel
-from groupwise.session import Session
 from groupwise.types import Completion, Prompt
 
 

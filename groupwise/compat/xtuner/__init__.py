@@ -1,6 +1,6 @@
 """XTuner's names, all in one module: a program for XTuner runs here with its imports changed.
 
-The objects build the one config and call the one loop, `groupwise.launch.local.run_training`. What every name and
+The objects build the one config and call the one loop, `groupwise.launch.run.run_training`. What every name and
 argument becomes is in docs/migrate.md.
 
 Example:

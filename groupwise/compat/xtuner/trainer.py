@@ -122,7 +122,7 @@ class _Trainer(Names):
             ConfigError, DataError: before a model is loaded, wherever that is possible.
             Interrupted: the user stopped the run, and a checkpoint was saved.
         """
-        from groupwise.launch.local import Given, run_training
+        from groupwise.launch import Given, run_training
 
         program = self._translate()
         config = program.loaded.config

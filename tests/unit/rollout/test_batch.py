@@ -247,7 +247,7 @@ def test_usable_samples_are_those_that_could_be_learned_from(make_group: Any) ->
     ]
     masked = usable_samples(groups, build_algorithm(AlgorithmConfig.model_validate({"overlong": "mask"})))
     assert masked.count == 3
-    assert [cause for cause in masked.causes if "cut off by its budget (rollout.max_completion_tokens" in cause]
+    assert [cause for cause in masked.causes if "cut off at rollout.max_completion_tokens" in cause]
 
 
 def test_a_mean_of_nothing_is_left_out(make_group: Any) -> None:

@@ -36,19 +36,22 @@ def restore(parts: TrainParts, start: Start) -> int:
     """Load the checkpoint to start from, and forget what was written after it."""
     if start.checkpoint is None:
         return 0
-    step = start.checkpoint.load(parts.saver.parts, optional=("reports", "empty"))
+    step = start.checkpoint.load(
+        parts.saver.parts, optional=sorted({"reports", "progress", "empty"} & set(parts.saver.parts))
+    )
     mark_best(parts.run.checkpoints, parts.evaluator.best.step)
-    parts.producer.rewind(parts.buffer.next_index)
+    parts.source.resumed()
     parts.run.truncate_after(step)
     if start.changes:
         parts.saver.save(step)  # the next resume compares with what was accepted
     return step
 
 
-def summarize(config: Config, reports: Reports, identity: Identity, *, steps: int, seconds: float) -> dict[str, Any]:
-    summary: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 1), "seed": config.train.seed}
-    if reports.summaries:
-        summary["eval"] = reports.summaries
+def summarize(
+    config: Config, identity: Identity, *, steps: int, seconds: float, found: dict[str, Any]
+) -> dict[str, Any]:
+    """What `summary.json` holds; `found` is the run's own."""
+    summary: dict[str, Any] = {"steps": steps, "seconds": round(seconds, 1), "seed": config.train.seed, **found}
     if identity.accepted:
         summary["accepted_changes"] = identity.accepted
     return summary

@@ -1,0 +1,260 @@
+"""A training run's parts from its config: samples or worked answers in, a better model out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from groupwise.algorithms import Algorithm
+from groupwise.assembly.preparation import Prepared
+from groupwise.assembly.record import Reports
+from groupwise.assembly.supervised import PreparedSft
+from groupwise.checkpoint.saver import Saver
+from groupwise.config import Config
+from groupwise.data import PromptSampler, PromptSet
+from groupwise.empty_steps import EmptySteps
+from groupwise.evaluation.counted import counted_remarks, counted_rewards
+from groupwise.evaluation.evaluator import Evaluator, NoEvaluation
+from groupwise.interrupt import StopRequest
+from groupwise.lock import FolderLock
+from groupwise.placement import InProcess
+from groupwise.policy import Policy
+from groupwise.policy.upkeep import AdaptiveEntropy, ReferenceSync, Upkeep
+from groupwise.resume import Identity, Start
+from groupwise.rewards import RewardScorer
+from groupwise.rollout import Buffer, LogprobPass, Producer, Selection
+from groupwise.rollout.batch import BatchShape, teaches
+from groupwise.rollout.episode import Sample, sampled_by
+from groupwise.rollout.sampling import eval_sampling, training_sampling
+from groupwise.rollout.source import GroupSource
+from groupwise.rundir import RunDirectory
+from groupwise.sft import SupervisedLoss, SupervisedSource
+from groupwise.tracking import Trackers, build_trackers
+from groupwise.train import TrainParts
+from groupwise.types import RolloutGroup, Stateful
+from groupwise.watching import Watcher
+from groupwise.weight_sync import Unsynced
+
+logger = logging.getLogger(__name__)
+
+_REMEDY = "Mend what it names: the reward, the columns that it reads, or the limits on completions"
+_WHERE = ". Every sample is in trajectories/ with its text and cause"
+_SFT_REMEDY = "Raise sft.max_tokens, or look at the rows: each needs an answer within it"
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The run directory, held by this process, what is in it, and what ends with the run."""
+
+    run: RunDirectory
+    start: Start
+    identity: Identity
+    lock: FolderLock
+    stop: StopRequest
+    watcher: Watcher
+
+    def saver(
+        self, parts: Mapping[str, Stateful], config: Config, *, best: Callable[[], int | None] = lambda: None
+    ) -> Saver:
+        """Saves these parts.
+
+        Args:
+            best: the step of the best evaluation.
+        """
+        return Saver(
+            self.run.checkpoints,
+            parts,
+            config.train,
+            record=self.identity,
+            confirm=self.lock.confirm,
+            saved=self.watcher.saved,
+            best=best,
+        )
+
+
+def assemble_rl(
+    ready: Prepared, opened: Opened, placement: InProcess, *, judge: RewardScorer, reports: Reports
+) -> TrainParts:
+    """Every component of a run that samples and rewards.
+
+    Args:
+        judge: scores evaluations.
+    """
+    config, algorithm, scorer, steps = ready.config, ready.algorithm, ready.scorer, ready.steps
+    adaptive = None if algorithm.entropy_control is None else AdaptiveEntropy(algorithm, algorithm.entropy_control)
+    policy = placement.policy(
+        adaptive or algorithm,
+        updates=steps * config.optim.updates_per_batch,
+        temperature=config.rollout.temperature,
+    )
+    engine = placement.engine(policy)
+    sample, buffer = sampled_by(engine), _buffer(config)
+    producer = _producer(ready, _sampler(config, ready.train, opened.start), sample, buffer=buffer)
+    upkeep = _upkeep(config, policy, adaptive)
+    evaluator = _evaluator(ready, sample, scorer=judge, reports=reports)
+    empty = _empty_steps(config)
+    saved: dict[str, Stateful] = {
+        "policy": policy,
+        "upkeep": upkeep,
+        "producer": producer,
+        "buffer": buffer,
+        "evaluator": evaluator,
+        "reports": reports,
+        "empty": empty,
+    }
+    keep = partial(teaches, algorithm=algorithm, reward_weights=scorer.weights)
+    source = GroupSource(
+        algorithm,
+        producer,
+        buffer,
+        _selection(config, buffer, producer, keep=keep),
+        _logprobs(config, policy, algorithm),
+        scorer,
+        _shape(config, policy),
+        scorer.weights,
+    )
+    return TrainParts(
+        config=config,
+        policy=policy,
+        upkeep=upkeep,
+        source=source,
+        weight_sync=placement.sync(policy, engine),
+        evaluator=evaluator,
+        trackers=_trackers(config, opened, steps=steps, accuracy_of=_counted(ready.eval, scorer)),
+        saver=opened.saver(saved, config, best=lambda: evaluator.best.step),
+        run=opened.run,
+        num_steps=steps,
+        empty=empty,
+        stop=opened.stop,
+        watcher=opened.watcher,
+    )
+
+
+def assemble_sft(ready: PreparedSft, opened: Opened, placement: InProcess) -> tuple[TrainParts, SupervisedSource]:
+    """Every component of a supervised run: the same policy and loop, and no engine; and its source, which has the
+    last loss."""
+    config = ready.config
+    objective = SupervisedLoss(router_aux_loss_coef=config.algorithm.router_aux_loss_coef)
+    policy = placement.policy(objective, updates=ready.steps, supervised=True)
+    source = SupervisedSource(ready.data.rows, config, lanes=policy.lanes.count)
+    empty = EmptySteps(config.train.stop_after_empty_steps, remedy=_SFT_REMEDY)
+    saved: dict[str, Stateful] = {"policy": policy, "progress": source, "empty": empty}
+    parts = TrainParts(
+        config=config,
+        policy=policy,
+        upkeep=Upkeep(entropy=None, sync=None),
+        source=source,
+        weight_sync=Unsynced(),
+        evaluator=NoEvaluation(),
+        trackers=_trackers(config, opened, steps=ready.steps),
+        saver=opened.saver(saved, config),
+        run=opened.run,
+        num_steps=ready.steps,
+        empty=empty,
+        stop=opened.stop,
+        watcher=opened.watcher,
+    )
+    return parts, source
+
+
+def _sampler(config: Config, data: PromptSet, start: Start) -> PromptSampler:
+    return PromptSampler(
+        data.prompts,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+        same_data=not start.changes,  # or the difference was accepted
+    )
+
+
+def _producer(ready: Prepared, sampler: PromptSampler, sample: Sample, *, buffer: Buffer) -> Producer:
+    return Producer(
+        sample,
+        ready.scorer,
+        ready.environments,
+        sampler,
+        buffer,
+        sampling=training_sampling(ready.config),
+        group_size=ready.config.rollout.group_size,
+        total_steps=ready.steps,
+    )
+
+
+def _buffer(config: Config) -> Buffer:
+    return Buffer(prompts_per_step=config.rollout.prompts_per_step, max_off_policy_steps=0)
+
+
+def _shape(config: Config, policy: Policy) -> BatchShape:
+    return BatchShape(
+        config.optim.steps_per_batch,
+        config.train.micro_batch_tokens,
+        config.rollout.max_completion_tokens,
+        config.optim.passes_per_batch,
+        policy.lanes.count,
+    )
+
+
+def _trackers(config: Config, opened: Opened, *, steps: int, accuracy_of: str = "") -> Trackers:
+    return build_trackers(
+        config.tracking,
+        run_name=opened.run.path.name,
+        total_steps=steps,
+        resumed_step=opened.start.step,
+        accuracy_of=accuracy_of,
+    )
+
+
+def _counted(held_out: PromptSet | None, scorer: RewardScorer) -> str:
+    """The reward that accuracy counts, with a warning where another weighs more."""
+    if held_out is None:
+        return ""
+    sources = dict.fromkeys(prompt.data_source for prompt in held_out.prompts)
+    for remark in counted_remarks(scorer, sources):
+        logger.warning(remark)
+    return counted_rewards(scorer, sources)
+
+
+def _selection(
+    config: Config, buffer: Buffer, producer: Producer, *, keep: Callable[[RolloutGroup], bool]
+) -> Selection:
+    rollout = config.rollout
+    return Selection(
+        buffer, producer, prompts_per_step=rollout.prompts_per_step, cap=rollout.dynamic_sampling_cap, teaches=keep
+    )
+
+
+def _logprobs(config: Config, policy: Policy, algorithm: Algorithm) -> LogprobPass:
+    return LogprobPass(
+        policy,
+        old=config.recomputes_logprobs,
+        reference=algorithm.kl_in_reward,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+    )
+
+
+def _upkeep(config: Config, policy: Policy, adaptive: AdaptiveEntropy | None) -> Upkeep:
+    reference, alpha = policy.reference, config.algorithm.reference_mixup
+    if reference is None or alpha is None:
+        return Upkeep(entropy=adaptive, sync=None)
+    return Upkeep(entropy=adaptive, sync=ReferenceSync(reference, config.algorithm.reference_sync_every, alpha))
+
+
+def _evaluator(ready: Prepared, sample: Sample, *, scorer: RewardScorer, reports: Reports) -> Evaluator:
+    """With a scorer of its own, so that training's reward metrics hold training's rewards alone."""
+    config = ready.config
+    return Evaluator(
+        sample,
+        () if ready.eval is None else ready.eval.prompts,
+        scorer=scorer,
+        environments=ready.environments,
+        config=config.eval,
+        sampling=eval_sampling(config),
+        on_report=reports.add,
+        keep_best=config.train.keep_best,
+    )
+
+
+def _empty_steps(config: Config) -> EmptySteps:
+    where = _WHERE if config.train.trajectories else ""
+    return EmptySteps(config.train.stop_after_empty_steps, remedy=_REMEDY + where)
