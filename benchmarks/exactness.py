@@ -38,7 +38,7 @@ from groupwise.engines.native.steps import Beginnings
 from groupwise.inputs import ModelInput
 from groupwise.model.fast_cpu.evenly import EvenActivation
 from groupwise.model.forward.attention import AttentionCall
-from groupwise.model.forward.packed_scores import hidden_states, packed_scores
+from groupwise.model.forward.hidden_states import hidden_states
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, load_model
 from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams, TrainingRow
@@ -184,7 +184,7 @@ def check(side: Side, exact: Side, trainer: LoadedModel) -> dict[str, float]:
         for (number, prompt), completion in zip(owners, side.sample(seed=0), strict=True)
     ]
     with torch.inference_mode():
-        scored = packed_scores(trainer, pack(rows)).logprobs
+        scored = trainer.scoring(pack(rows)).logprobs
     drift = (scored - torch.tensor([x for row in rows for x in row.logprobs])).abs()
     pairs = zip(side.sample(seed=0, temperature=0.0), exact.sample(seed=0, temperature=0.0), strict=True)
     equal = statistics.mean(mine.token_ids == theirs.token_ids for mine, theirs in pairs)

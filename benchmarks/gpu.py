@@ -30,13 +30,13 @@ from groupwise.config import AlgorithmConfig, OptimConfig, RolloutConfig, TrainC
 from groupwise.engines.native import NativeEngine
 from groupwise.inputs import ModelInput
 from groupwise.model.forward.head import LanguageHead, entropy_of
-from groupwise.model.forward.packed_scores import packed_hidden_states
+from groupwise.model.forward.hidden_states import packed_hidden_states
 from groupwise.model.forward.packing import Packed, pack, pack_sequences
 from groupwise.model.invariant.use import require_gpu
 from groupwise.model.loading import LoadedModel, resolve_device, resolve_dtype
-from groupwise.policy import Policy
-from groupwise.rollout.microbatches import split_rows
-from groupwise.types import Completion, Denominators, MicroBatch, Prompt, SampleRequest, SamplingParams, TrainingRow
+from groupwise.policy import Learner
+from groupwise.policy.microbatches import MicroBatch, split_rows
+from groupwise.types import Completion, Denominators, Prompt, SampleRequest, SamplingParams, TrainingRow
 
 GROUP_SIZE = 8
 ENTROPY = 1.0
@@ -260,7 +260,7 @@ def training_flops(shape: ModelShape, packed: Packed) -> float:
     return 6 * (shape.layer_weights * tokens + shape.head_weights * len(packed.targets)) + attention
 
 
-def measure_mismatch(bench: Bench, found: Sampled, micro: Sequence[MicroBatch], policy: Policy) -> None:
+def measure_mismatch(bench: Bench, found: Sampled, micro: Sequence[MicroBatch], policy: Learner) -> None:
     """Sampler's log-probs against those of the trainer's forward, on the same weights, temperature 1."""
     drifts: list[Tensor] = []
     started = time.perf_counter()
@@ -284,7 +284,7 @@ def measure_training(bench: Bench, ceiling: Ceiling, found: Sampled) -> float:
     """
     rows = found.rows()
     micro = split_rows(rows, bench.micro_batch_tokens)
-    policy = Policy(
+    policy = Learner(
         bench.loaded,
         build_algorithm(AlgorithmConfig()),  # type: ignore[call-arg]
         optim=OptimConfig(),  # type: ignore[call-arg]

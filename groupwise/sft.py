@@ -12,8 +12,7 @@ from groupwise.config import Config
 from groupwise.data.sampler import epoch_order
 from groupwise.empty_steps import Usable
 from groupwise.metrics import Last, Metrics
-from groupwise.rollout.microbatches import split_rows
-from groupwise.types import Denominators, MiniBatch, TrainingBatch, TrainingRow
+from groupwise.types import Denominators, Knobs, MiniBatch, TrainingBatch, TrainingRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +22,10 @@ class SupervisedLoss:
     needs_reference: bool = False
     needs_entropy: bool = False
     router_aux_loss_coef: float = 0.0
+
+    def turned(self, knobs: Knobs) -> SupervisedLoss:
+        """No number of it changes."""
+        return self
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         output = LossOutput(-(inputs.logprobs * inputs.mask).sum() / max(inputs.denominators.tokens, 1.0), {})
@@ -35,13 +38,11 @@ class SupervisedSource:
 
     Args:
         rows: of the data; every epoch has each once, in an order of its own.
-        lanes: passes at one time.
     """
 
-    def __init__(self, rows: Sequence[TrainingRow], config: Config, *, lanes: int) -> None:
+    def __init__(self, rows: Sequence[TrainingRow], config: Config) -> None:
         self._rows = rows
         self._config = config
-        self._lanes = lanes
         self.loss: float | None = None
 
     def admit(self, version: int) -> None:
@@ -51,14 +52,12 @@ class SupervisedSource:
         """The rows of `step` (from 0), as one optimiser step."""
         rows = self._rows_of(step)
         tokens = float(sum(sum(row.loss_mask) for row in rows))
-        microbatches = split_rows(rows, self._config.train.micro_batch_tokens, lanes=self._lanes)
         denominators = Denominators(tokens, float(len(rows)), float(self._config.sft.max_tokens))
-        batch = MiniBatch(microbatches, denominators)
-        return TrainingBatch((), (), (batch,), {"num_tokens": Last(tokens)})
+        return TrainingBatch((), (), (MiniBatch(tuple(rows), denominators),), {"num_tokens": Last(tokens)})
 
     def usable(self, batch: TrainingBatch) -> Usable:
         """Its learned tokens."""
-        rows = [row for mini in batch.minibatches for micro in mini.microbatches for row in micro.rows]
+        rows = [row for minibatch in batch.minibatches for row in minibatch.rows]
         tokens = sum(sum(row.loss_mask) for row in rows)
         return Usable(tokens, ("the row has no token to learn",) * len(rows))
 

@@ -22,12 +22,11 @@ from groupwise.evaluation.evaluator import Evaluation
 from groupwise.files import append_rows
 from groupwise.interrupt import StopRequest, interrupted
 from groupwise.metrics import Last, Metric, Metrics
-from groupwise.policy import Policy
 from groupwise.policy.upkeep import Upkeep
 from groupwise.rollout.records import ledger_rows, trajectory_rows
 from groupwise.rundir import RunDirectory
 from groupwise.tracking import Trackers
-from groupwise.types import TrainingBatch, WeightSync
+from groupwise.types import Policy, TrainingBatch, WeightSync
 from groupwise.watching import Watcher, Wish
 
 
@@ -105,10 +104,10 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
         learned: list[Metrics] = []
         for minibatch in batch.minibatches:
             with clock("train"):
-                learned += parts.policy.learn(minibatch.microbatches, minibatch.denominators)
+                learned += await parts.policy.learn(minibatch, parts.upkeep.knobs)
                 await parts.weight_sync.wait()
-                learned.append(parts.policy.optim_step())
-        learned.append(parts.upkeep.after(step + 1, learned))
+                learned.append(await parts.policy.optim_step())
+        learned.append(await parts.upkeep.after(step + 1, learned))
         learned.append(parts.empty.after(step + 1, parts.source.usable(batch)))
         _record(parts, batch, step + 1)
         await parts.weight_sync.publish(step + 1)

@@ -7,7 +7,7 @@ Nothing here imports torch, so data and rewards stay light.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -15,6 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_che
 from groupwise.inputs import ModelInput, SampleKey
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
     from groupwise.metrics import Metrics
 
 Message: TypeAlias = Mapping[str, Any]
@@ -411,23 +415,18 @@ class Denominators:
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """Rows that go through the model in one pass.
+class MiniBatch:
+    """One optimiser step, however it is cut.
 
     Attributes:
-        backward: False for rows whose gradient is known to be zero: they are only measured.
+        rows: those that are learned.
+        denominators: counted over all rows, those that are only measured included.
+        measured: rows whose gradient is known to be zero.
     """
 
     rows: tuple[TrainingRow, ...]
-    backward: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class MiniBatch:
-    """Rows of one optimiser step: its micro-batches and the denominators counted over all of them."""
-
-    microbatches: tuple[MicroBatch, ...]
     denominators: Denominators
+    measured: tuple[TrainingRow, ...] = ()
 
 
 Credit: TypeAlias = float | tuple[float, ...]
@@ -506,6 +505,76 @@ class Engine(Protocol):
     async def wake(self) -> None: ...
 
     async def health(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """Numbers that change from step to step, given with each call.
+
+    Attributes:
+        entropy_coef: weight of the entropy bonus; None is the objective's own.
+    """
+
+    entropy_coef: float | None = None
+
+
+NO_KNOBS = Knobs()
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Log-probs asked for: of `follows` `[T]`, after `prompt` `[P]`."""
+
+    prompt: ModelInput
+    follows: ModelInput
+
+
+class Policy(Protocol):
+    """The model being trained. It cuts its own batches, and is awaited: the event loop answers engines meanwhile."""
+
+    async def learn(self, batch: MiniBatch, knobs: Knobs) -> list[Metrics]:
+        """Add the gradient of the batch, in as many passes as it takes; the metrics of each."""
+        ...
+
+    async def optim_step(self) -> Metrics:
+        """Clip, update, forget the gradients.
+
+        Raises:
+            TrainingError: the third gradient in a row that is not finite.
+        """
+        ...
+
+    async def log_probs(self, requests: Sequence[ScoreRequest], *, of: str = "policy") -> list[tuple[float, ...]]:
+        """`[T]` each, at the sampling temperature, by the policy or by the scorer of that name.
+
+        Raises:
+            ConfigError: there is no such scorer.
+        """
+        ...
+
+    async def move_reference(self, name: str, alpha: float) -> None:
+        """The scorer becomes `alpha` x policy + (1 - `alpha`) x scorer."""
+        ...
+
+    def published(self) -> None:
+        """The engines sample from these weights from now on."""
+        ...
+
+    def source(self) -> Iterable[tuple[str, Tensor]]:
+        """What an engine's module needs to become this policy, by name: all that training changes."""
+        ...
+
+    async def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder, whole or not at all."""
+        ...
+
+    async def close(self) -> None:
+        """Leave the model as a model, which may be trained by another policy."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class WeightSync(Protocol):

@@ -25,7 +25,7 @@ from groupwise.algorithms.entropy import EntropyControl, top_entropy_mask
 from groupwise.algorithms.kl import KlEstimator, KlPlace, kl_penalty
 from groupwise.algorithms.reduce import Normaliser, token_weights
 from groupwise.metrics import Mean, Metric, Metrics
-from groupwise.types import Denominators
+from groupwise.types import Denominators, Knobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +195,10 @@ class Algorithm:
     def needs_sampler_logprobs(self) -> bool:
         """Whether `old_logprobs` must be the trainer's own, beside the sampler's, for the settings to act."""
         return self.correction.kind != "none" or self.correction.veto is not None
+
+    def turned(self, knobs: Knobs) -> Algorithm:
+        """With the numbers of this step."""
+        return self if knobs.entropy_coef is None else replace(self, entropy_coef=knobs.entropy_coef)
 
     def advantages(self, inputs: AdvantageInputs) -> tuple[Tensor, ...]:
         """`[G]` per group, float64; exactly 0 for a rollout without a reward, which enters no statistic."""

@@ -20,7 +20,7 @@ from groupwise.evaluation.evaluator import Evaluator, NoEvaluation
 from groupwise.interrupt import StopRequest
 from groupwise.lock import FolderLock
 from groupwise.placement import InProcess
-from groupwise.policy import Policy
+from groupwise.policy import LocalPolicy
 from groupwise.policy.upkeep import AdaptiveEntropy, ReferenceSync, Upkeep
 from groupwise.resume import Identity, Start
 from groupwise.rewards import RewardScorer
@@ -33,7 +33,7 @@ from groupwise.rundir import RunDirectory
 from groupwise.sft import SupervisedLoss, SupervisedSource
 from groupwise.tracking import Trackers, build_trackers
 from groupwise.train import TrainParts
-from groupwise.types import RolloutGroup, Stateful
+from groupwise.types import REFERENCE, Policy, RolloutGroup, Stateful
 from groupwise.watching import Watcher
 from groupwise.weight_sync import Unsynced
 
@@ -83,9 +83,10 @@ def assemble_rl(
         judge: scores evaluations.
     """
     config, algorithm, scorer, steps = ready.config, ready.algorithm, ready.scorer, ready.steps
-    adaptive = None if algorithm.entropy_control is None else AdaptiveEntropy(algorithm, algorithm.entropy_control)
+    control = algorithm.entropy_control
+    adaptive = None if control is None else AdaptiveEntropy(algorithm.entropy_coef, control)
     policy = placement.policy(
-        adaptive or algorithm,
+        algorithm,
         updates=steps * config.optim.updates_per_batch,
         temperature=config.rollout.temperature,
     )
@@ -112,7 +113,7 @@ def assemble_rl(
         _selection(config, buffer, producer, keep=keep),
         _logprobs(config, policy, algorithm),
         scorer,
-        _shape(config, policy),
+        _shape(config),
         scorer.weights,
     )
     return TrainParts(
@@ -138,7 +139,7 @@ def assemble_sft(ready: PreparedSft, opened: Opened, placement: InProcess) -> tu
     config = ready.config
     objective = SupervisedLoss(router_aux_loss_coef=config.algorithm.router_aux_loss_coef)
     policy = placement.policy(objective, updates=ready.steps, supervised=True)
-    source = SupervisedSource(ready.data.rows, config, lanes=policy.lanes.count)
+    source = SupervisedSource(ready.data.rows, config)
     empty = EmptySteps(config.train.stop_after_empty_steps, remedy=_SFT_REMEDY)
     saved: dict[str, Stateful] = {"policy": policy, "progress": source, "empty": empty}
     parts = TrainParts(
@@ -185,13 +186,11 @@ def _buffer(config: Config) -> Buffer:
     return Buffer(prompts_per_step=config.rollout.prompts_per_step, max_off_policy_steps=0)
 
 
-def _shape(config: Config, policy: Policy) -> BatchShape:
+def _shape(config: Config) -> BatchShape:
     return BatchShape(
         config.optim.steps_per_batch,
-        config.train.micro_batch_tokens,
         config.rollout.max_completion_tokens,
         config.optim.passes_per_batch,
-        policy.lanes.count,
     )
 
 
@@ -225,19 +224,15 @@ def _selection(
 
 
 def _logprobs(config: Config, policy: Policy, algorithm: Algorithm) -> LogprobPass:
-    return LogprobPass(
-        policy,
-        old=config.recomputes_logprobs,
-        reference=algorithm.kl_in_reward,
-        micro_batch_tokens=config.train.micro_batch_tokens,
-    )
+    return LogprobPass(policy, old=config.recomputes_logprobs, scorers=(REFERENCE,) if algorithm.kl_in_reward else ())
 
 
-def _upkeep(config: Config, policy: Policy, adaptive: AdaptiveEntropy | None) -> Upkeep:
+def _upkeep(config: Config, policy: LocalPolicy, adaptive: AdaptiveEntropy | None) -> Upkeep:
     reference, alpha = policy.reference, config.algorithm.reference_mixup
     if reference is None or alpha is None:
         return Upkeep(entropy=adaptive, sync=None)
-    return Upkeep(entropy=adaptive, sync=ReferenceSync(reference, config.algorithm.reference_sync_every, alpha))
+    every = config.algorithm.reference_sync_every
+    return Upkeep(entropy=adaptive, sync=ReferenceSync(policy, reference, every, alpha))
 
 
 def _evaluator(ready: Prepared, sample: Sample, *, scorer: RewardScorer, reports: Reports) -> Evaluator:

@@ -7,7 +7,7 @@ from pathlib import Path
 from groupwise.algorithms import build_algorithm
 from groupwise.errors import DataError
 from groupwise.model.loading import load_model, with_adapter
-from groupwise.policy import Policy
+from groupwise.policy import Learner
 from groupwise.policy.bundle import MOST_WEIGHT_BYTES, load_bundle
 from groupwise.policy.optimizer import Gradient
 from groupwise.rundir import read_run_config
@@ -31,7 +31,7 @@ def replay_bundle(folder: str | Path) -> dict[str, Gradient]:
             "last_checkpoint, which its bundle.json names"
         )
     config = read_run_config(folder)
-    policy = Policy(
+    learner = Learner(
         with_adapter(load_model(config.model), config.lora, seed=config.train.seed),
         SupervisedLoss(router_aux_loss_coef=config.algorithm.router_aux_loss_coef)
         if bundle.supervised
@@ -42,4 +42,4 @@ def replay_bundle(folder: str | Path) -> dict[str, Gradient]:
         temperature=1.0 if bundle.supervised else config.rollout.temperature,
         gradient_checkpointing=config.model.gradient_checkpointing,
     )
-    return policy.gradients_of(bundle.batches, update=bundle.update, weights=bundle.weights)
+    return learner.gradients_of(bundle.batches, update=bundle.update, weights=bundle.weights)

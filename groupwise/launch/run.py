@@ -130,23 +130,23 @@ def _place(
 
 def _carry_out(parts: TrainParts, opened: Opened) -> int:
     """Train, write `final/`; returns the last step."""
-    try:
-        done = run_async(_train(parts, opened))
-        parts.policy.save_pretrained(parts.run.final)
-    finally:
-        parts.policy.release()
-    return done
+    return run_async(_train(parts, opened))
 
 
 async def _train(parts: TrainParts, opened: Opened) -> int:
-    first = restore(parts, opened.start)
-    parts.trackers.start(public_values(parts.config), parts.run.path)
     try:
-        return await train(parts, start=first)
+        first = restore(parts, opened.start)
+        parts.trackers.start(public_values(parts.config), parts.run.path)
+        try:
+            done = await train(parts, start=first)
+        finally:
+            parts.trackers.close()
+            await parts.source.close()
+            await parts.weight_sync.close()
+        await parts.policy.export(parts.run.final)
+        return done
     finally:
-        parts.trackers.close()
-        await parts.source.close()
-        await parts.weight_sync.close()
+        await parts.policy.close()
 
 
 def _finish(opened: Opened, config: Config, done: int, *, started: float, found: dict[str, Any]) -> dict[str, Any]:

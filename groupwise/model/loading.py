@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,6 +29,7 @@ from groupwise.model.fast_cpu.processor import check_rows_are_exact, limit_units
 from groupwise.model.folder import check_sizes, told_of_folder
 from groupwise.model.forward.attention import ATTENTION_NAME
 from groupwise.model.forward.head import LanguageHead
+from groupwise.model.forward.scoring import ScoringModel
 from groupwise.model.invariant.use import is_batch_invariant, make_batch_invariant, require_gpu
 from groupwise.model.quantized import nf4_settings, unpack_before_products
 from groupwise.types import Tokenizer
@@ -44,13 +45,21 @@ class LoadedModel:
     """A causal language model with its tokenizer.
 
     Attributes:
+        scoring: the model as one module from packed rows to scores.
         stop_token_ids: the model's own end-of-sequence tokens (generation config and tokenizer).
     """
 
-    model: PreTrainedModel
+    scoring: ScoringModel
     tokenizer: Tokenizer
-    head: LanguageHead
     stop_token_ids: tuple[int, ...]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.scoring.model
+
+    @property
+    def head(self) -> LanguageHead:
+        return self.scoring.head
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a completion, special tokens left out."""
@@ -196,7 +205,7 @@ def with_adapter(loaded: LoadedModel, lora: LoraConfig, *, seed: int = 0) -> Loa
     if loaded.adapter is not None:
         continue_adapter(loaded.model, lora)
     elif lora.rank:
-        add_adapter(loaded.model, lora, seed=seed)
+        return wrap_model(loaded.model, loaded.tokenizer, lora=lora, seed=seed)
     else:
         return loaded
     return wrap_model(loaded.model, loaded.tokenizer)
@@ -231,11 +240,29 @@ def _load_weights(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
-def wrap_model(model: PreTrainedModel, tokenizer: Tokenizer, *, batch_invariant: bool = False) -> LoadedModel:
-    """A module that is in memory already, made ready: packed attention, no dropout.
+def wrap_model(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    *,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+    batch_invariant: bool = False,
+    shard: Callable[[ScoringModel], None] | None = None,
+) -> LoadedModel:
+    """A module that is in memory already, made ready, in the one order that works; without dropout.
+
+    1. attention: the packed function, which every other step relies on;
+    2. even: activations and experts whose rows have the same bits in any company: they replace functions of
+       transformers' own modules, and find these by class;
+    3. lean: norms and decoder layers as fused functions, which call what is even;
+    4. adapter: LoRA wraps linear layers that are transformers' still, and leaves the tree's names to peft;
+    5. products: kernels of linear layers, those of the adapter included;
+    6. shard: last, because it changes the class of every module that it wraps, and the steps above ask for classes.
 
     Args:
+        lora: the new adapter, with weights drawn by `seed`.
         batch_invariant: compute every row with the same bits in any company on a GPU, too; it stays with the module.
+        shard: gets the root, as torch's `fully_shard` does.
     """
     check_attention(model)
     if model.config._attn_implementation != ATTENTION_NAME:
@@ -244,6 +271,8 @@ def wrap_model(model: PreTrainedModel, tokenizer: Tokenizer, *, batch_invariant:
     make_experts_even(model)
     make_norms_lean(model)
     make_layers_lean(model)
+    if lora is not None:
+        add_adapter(model, lora, seed=seed)
     if batch_invariant or is_batch_invariant(model):
         make_batch_invariant(model)
     elif model.device.type == "cpu":
@@ -251,8 +280,10 @@ def wrap_model(model: PreTrainedModel, tokenizer: Tokenizer, *, batch_invariant:
             check_rows_are_exact()
         use_dnn_linear(model)
         keep_freed_memory()
-    model.eval()
-    return LoadedModel(model, tokenizer, LanguageHead(model), _stop_token_ids(model, tokenizer))
+    scoring = ScoringModel(model, LanguageHead(model)).eval()
+    if shard is not None:
+        shard(scoring)
+    return LoadedModel(scoring, tokenizer, _stop_token_ids(model, tokenizer))
 
 
 def check_attention(model: PreTrainedModel) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from groupwise.config import Config
 from groupwise.engines import build_engine
 from groupwise.model.loading import LoadedModel
-from groupwise.policy import Objective, Policy
+from groupwise.policy import Learner, LocalPolicy, Objective
 from groupwise.policy.bundle import BundleWriter
 from groupwise.rundir import RunDirectory
-from groupwise.types import Engine, WeightSync
+from groupwise.types import Engine, Policy, WeightSync
 from groupwise.weight_sync import InProcessSync
 
 
@@ -34,26 +34,27 @@ class InProcess:
 
     def policy(
         self, objective: Objective, *, updates: int, temperature: float = 1.0, supervised: bool = False
-    ) -> Policy:
+    ) -> LocalPolicy:
         """The model being trained.
 
         Args:
             updates: optimiser steps of the whole run.
             temperature: of sampling.
         """
-        policy = Policy(
+        config = self.config
+        learner = Learner(
             self.loaded,
             objective,
-            optim=self.config.optim,
-            train=self.config.train,
+            optim=config.optim,
+            train=config.train,
             total_updates=updates,
             temperature=temperature,
-            gradient_checkpointing=self.config.model.gradient_checkpointing,
+            gradient_checkpointing=config.model.gradient_checkpointing,
+            bundles=BundleWriter(self.run, config, supervised=supervised),
         )
-        policy.bundles = BundleWriter(self.run, self.config, supervised=supervised)
-        return policy
+        return LocalPolicy(learner, micro_batch_tokens=config.train.micro_batch_tokens)
 
-    def engine(self, policy: Policy) -> Engine:
+    def engine(self, policy: LocalPolicy) -> Engine:
         """What samples from the policy."""
         return build_engine(self.config.rollout, self.loaded, reserved_bytes=policy.bytes_to_come)
 

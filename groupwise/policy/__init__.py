@@ -1,5 +1,6 @@
 """What training adds to a model: backward passes, the optimiser, schedules, the reference."""
 
-from groupwise.policy.policy import Objective, Policy
+from groupwise.policy.learner import Learner, Objective
+from groupwise.policy.local import LocalPolicy
 
-__all__ = ["Objective", "Policy"]
+__all__ = ["Learner", "LocalPolicy", "Objective"]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from groupwise.model.adapters import adds_nothing
 from groupwise.model.loading import LoadedModel
-from groupwise.policy.lanes import Lanes
 from groupwise.policy.reference import Reference
+from groupwise.policy.streams import Streams
 
 
 class AdapterReference(Reference):
@@ -25,7 +25,7 @@ class AdapterReference(Reference):
 
     def __init__(self, policy: LoadedModel, *, temperature: float, chunk_tokens: int) -> None:
         self.loaded = policy
-        self._lanes = Lanes(policy.model)
+        self._streams = Streams(policy.model)
         self._temperature = temperature
         self._chunk_tokens = chunk_tokens
         self._trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}

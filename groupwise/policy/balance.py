@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from groupwise.model.forward.packed_scores import packed_hidden_states
+from groupwise.model.forward.hidden_states import packed_hidden_states
 from groupwise.model.forward.packing import Packed
 from groupwise.model.forward.routing import ExpertCounts, Routing, sum_counts
-from groupwise.policy.lanes import Lanes
-from groupwise.types import Denominators, MicroBatch
+from groupwise.policy.microbatches import MicroBatch
+from groupwise.policy.streams import Streams
+from groupwise.types import Denominators
 
 
 def routing_of(batch: MicroBatch, packed: Packed, *, keeps_logits: bool = False) -> Routing:
@@ -28,7 +29,7 @@ def routing_of(batch: MicroBatch, packed: Packed, *, keeps_logits: bool = False)
 def with_expert_counts(
     denominators: Denominators,
     model: PreTrainedModel,
-    lanes: Lanes,
+    streams: Streams,
     *,
     batches: Sequence[MicroBatch],
     packs: Sequence[Packed],
@@ -47,5 +48,5 @@ def with_expert_counts(
             packed_hidden_states(model, one[1])
         return routing.expert_counts
 
-    counts = list(lanes.map(count, list(zip(batches, packs, strict=True))))
+    counts = list(streams.map(count, list(zip(batches, packs, strict=True))))
     return replace(denominators, expert_counts=sum_counts(counts))

@@ -27,9 +27,10 @@ from groupwise.config.loading import config_json
 from groupwise.errors import DataError
 from groupwise.files import make_anew, use_umask, write_json_atomic, write_text_atomic, writing
 from groupwise.inputs import ModelInput, as_json, from_json
+from groupwise.policy.microbatches import MicroBatch
 from groupwise.policy.optimizer import Gradient
 from groupwise.rundir import RunDirectory, versions
-from groupwise.types import Denominators, MicroBatch, TrainingRow
+from groupwise.types import NO_KNOBS, Denominators, Knobs, TrainingRow
 
 KEPT = 3
 MOST_WEIGHT_BYTES = 2**30
@@ -42,6 +43,7 @@ class LearnedBatch:
     batch: MicroBatch
     denominators: Denominators
     loss: float
+    knobs: Knobs = NO_KNOBS
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,7 @@ def _as_json(learned: LearnedBatch) -> dict[str, Any]:
         "backward": learned.batch.backward,
         "denominators": asdict(learned.denominators),
         "loss": learned.loss,
+        "knobs": asdict(learned.knobs),
         "rows": rows,
     }
 
@@ -165,7 +168,8 @@ def _from_json(content: Any) -> LearnedBatch:
     denominators = Denominators(**content["denominators"])
     if denominators.expert_counts is not None:
         denominators = replace(denominators, expert_counts=tuple(map(tuple, denominators.expert_counts)))
-    return LearnedBatch(MicroBatch(rows, content["backward"]), denominators, float(content["loss"]))
+    knobs = Knobs(**content.get("knobs", {}))
+    return LearnedBatch(MicroBatch(rows, content["backward"]), denominators, float(content["loss"]), knobs)
 
 
 def _row(content: Any) -> TrainingRow:

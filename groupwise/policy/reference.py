@@ -1,4 +1,5 @@
-"""The model that the KL holds the policy to: its initial weights, frozen, or moved after it from time to time."""
+"""Models that score and are not trained: a teacher, and the reference that the KL holds the policy to, which is its
+initial weights, frozen, or moved after it from time to time."""
 
 from __future__ import annotations
 
@@ -11,19 +12,50 @@ import torch
 from torch import Tensor
 
 from groupwise.model.forward.head import LanguageHead
-from groupwise.model.forward.packed_scores import packed_scores
 from groupwise.model.forward.packing import Packed
+from groupwise.model.forward.scoring import ScoringModel
 from groupwise.model.loading import LoadedModel
-from groupwise.policy.lanes import Lanes
+from groupwise.policy.streams import Streams
 
 
-class Reference:
+class FrozenScorer:
+    """Log-probs by a model that is not trained: a teacher, or, below, the policy as it was.
+
+    Args:
+        loaded: whose vocabulary is the policy's.
+        temperature: of sampling.
+        chunk_tokens: tokens whose logits exist at one time.
+
+    Example:
+        teacher = FrozenScorer(load_model(config.teacher), temperature=1.0, chunk_tokens=1024)
+    """
+
+    def __init__(self, loaded: LoadedModel, *, temperature: float, chunk_tokens: int) -> None:
+        self.loaded = loaded
+        self._streams = Streams(loaded.model)
+        self._temperature = temperature
+        self._chunk_tokens = chunk_tokens
+
+    def logprobs(self, packs: Sequence[Packed]) -> list[Tensor]:
+        """`[M]` float32 each, of the packed completion tokens, at the sampling temperature."""
+        with self._in_place():
+            return list(self._streams.map(self._logprobs, packs))
+
+    @torch.no_grad()
+    def _logprobs(self, packed: Packed) -> Tensor:
+        return self.loaded.scoring(packed, temperature=self._temperature, chunk_tokens=self._chunk_tokens).logprobs
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Inside, `self.loaded` computes what the scorer does."""
+        yield
+
+
+class Reference(FrozenScorer):
     """A copy of the policy's weights as they are now.
 
     Args:
         policy: the model to copy, and to follow.
-        temperature: of sampling.
-        chunk_tokens: tokens whose logits exist at one time.
 
     Example:
         reference = Reference(loaded, temperature=1.0, chunk_tokens=1024)
@@ -32,27 +64,10 @@ class Reference:
 
     def __init__(self, policy: LoadedModel, *, temperature: float, chunk_tokens: int) -> None:
         model = copy.deepcopy(policy.model).requires_grad_(False).eval()
-        self.loaded = LoadedModel(model, policy.tokenizer, LanguageHead(model), policy.stop_token_ids)
-        self._lanes = Lanes(model)
+        copied = LoadedModel(ScoringModel(model, LanguageHead(model)), policy.tokenizer, policy.stop_token_ids)
+        super().__init__(copied, temperature=temperature, chunk_tokens=chunk_tokens)
         self._policy = policy
-        self._temperature = temperature
-        self._chunk_tokens = chunk_tokens
         self._masters: dict[str, Tensor] = {}
-
-    def logprobs(self, packs: Sequence[Packed]) -> list[Tensor]:
-        """`[M]` float32 each, of the packed completion tokens, at the sampling temperature."""
-        with self._in_place():
-            return list(self._lanes.map(self._logprobs, packs))
-
-    @torch.no_grad()
-    def _logprobs(self, packed: Packed) -> Tensor:
-        scores = packed_scores(self.loaded, packed, temperature=self._temperature, chunk_tokens=self._chunk_tokens)
-        return scores.logprobs
-
-    @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        """Inside, `self.loaded` computes what the reference does."""
-        yield
 
     @torch.no_grad()
     def sync(self, alpha: float) -> None:

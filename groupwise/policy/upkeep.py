@@ -4,46 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from groupwise.algorithms.base import Algorithm, LossInputs, LossOutput
 from groupwise.algorithms.entropy import EntropyControl
 from groupwise.metrics import Last, Mean, Metrics, merge
-from groupwise.policy.reference import Reference
+from groupwise.types import Knobs, Policy
 
 
 class AdaptiveEntropy:
-    """An algorithm whose entropy bonus follows the entropy that was measured; an `Objective`.
+    """The weight of an entropy bonus that follows the entropy that was measured.
 
-    Before anything was measured, the bonus acts with the algorithm's own `entropy_coef`.
+    Before anything was measured, it is `coef`.
     """
 
-    def __init__(self, algorithm: Algorithm, control: EntropyControl) -> None:
-        self._algorithm = algorithm
+    def __init__(self, coef: float, control: EntropyControl) -> None:
         self._control = control
-        self._coef = algorithm.entropy_coef
+        self._coef = coef
         self._entropy = -math.inf
-
-    @property
-    def needs_reference(self) -> bool:
-        return self._algorithm.needs_reference
-
-    @property
-    def needs_entropy(self) -> bool:
-        return True
-
-    @property
-    def router_aux_loss_coef(self) -> float:
-        return self._algorithm.router_aux_loss_coef
 
     @property
     def coef(self) -> float:
         """The weight that acts now."""
         return self._control.acting(self._coef, self._entropy)
-
-    def loss(self, inputs: LossInputs) -> LossOutput:
-        return replace(self._algorithm, entropy_coef=self.coef).loss(inputs)
 
     def adapt(self, entropy: float) -> None:
         """Take note of the step's mean entropy, in nats."""
@@ -57,35 +40,51 @@ class AdaptiveEntropy:
         self._coef, self._entropy = float(state["coef"]), float(state["entropy"])
 
 
+class Following(Protocol):
+    """The scorer that a `ReferenceSync` moves, as far as a checkpoint needs it."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class ReferenceSync:
-    """Every `every` training steps the reference takes over the part `alpha` of the policy.
+    """Every `every` training steps the policy's scorer `name` takes over the part `alpha` of the policy.
 
     Example:
-        ReferenceSync(policy.reference, every=64, alpha=0.6)
+        ReferenceSync(policy, policy.reference, every=64, alpha=0.6)
     """
 
-    reference: Reference
+    policy: Policy
+    reference: Following
     every: int
     alpha: float
+    name: str = "reference"
 
 
 class Upkeep:
     """Both, after each training step. None stands for what stays as it is.
 
     Example:
-        upkeep = Upkeep(entropy=None, sync=ReferenceSync(policy.reference, every=64, alpha=0.6))
-        metrics = upkeep.after(step, learned)
+        upkeep = Upkeep(entropy=None, sync=ReferenceSync(policy, policy.reference, every=64, alpha=0.6))
+        learned = await policy.learn(minibatch, upkeep.knobs)
+        metrics = await upkeep.after(step, learned)
     """
 
     def __init__(self, *, entropy: AdaptiveEntropy | None, sync: ReferenceSync | None) -> None:
         self._entropy = entropy
         self._sync = sync
 
-    def after(self, step: int, learned: Sequence[Metrics]) -> Metrics:
+    @property
+    def knobs(self) -> Knobs:
+        """The numbers that this step learns with."""
+        return Knobs() if self._entropy is None else Knobs(entropy_coef=self._entropy.coef)
+
+    async def after(self, step: int, learned: Sequence[Metrics]) -> Metrics:
         """Do what is due after `step` (from 1), whose micro-batches reported `learned`; the weight that acted."""
         if self._sync is not None and step % self._sync.every == 0:
-            self._sync.reference.sync(self._sync.alpha)
+            await self._sync.policy.move_reference(self._sync.name, self._sync.alpha)
         if self._entropy is None:
             return {}
         acted = self._entropy.coef

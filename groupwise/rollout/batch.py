@@ -15,7 +15,6 @@ from groupwise.algorithms.kl import kl_in_reward, kl_penalty
 from groupwise.empty_steps import Usable
 from groupwise.environments import ENVIRONMENT
 from groupwise.metrics import Max, Mean, Metric, Min, Sum
-from groupwise.rollout.microbatches import split_rows
 from groupwise.types import (
     REFERENCE,
     Credit,
@@ -35,16 +34,12 @@ class BatchShape:
     Attributes:
         steps_per_batch: optimiser steps made of one batch, each on its share of the prompts.
         passes_per_batch: times that the batch is learned.
-        micro_batch_tokens: most tokens of one forward and backward pass.
         max_completion_tokens: the constant of Dr. GRPO's normaliser.
-        lanes: passes at one time.
     """
 
     steps_per_batch: int
-    micro_batch_tokens: int
     max_completion_tokens: int
     passes_per_batch: int = 1
-    lanes: int = 1
 
 
 def build_batch(
@@ -188,10 +183,8 @@ def _minibatch(rows: Sequence[TrainingRow], shape: BatchShape, algorithm: Algori
     measured = [row for row in rows if not (always or any(row.advantages))]
     counts = [sum(row.loss_mask) for row in rows]
     return MiniBatch(
-        microbatches=(
-            *split_rows(learning, shape.micro_batch_tokens, lanes=shape.lanes),
-            *split_rows(measured, shape.micro_batch_tokens, lanes=shape.lanes, backward=False),
-        ),
+        rows=tuple(learning),
+        measured=tuple(measured),
         denominators=Denominators(
             tokens=float(sum(counts)),
             sequences=float(sum(1 for count in counts if count)),

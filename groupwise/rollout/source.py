@@ -40,7 +40,7 @@ class GroupSource:
         with clock("rollout"):
             chosen = await self.selection.take(step)
         with clock("train"):
-            groups = self.logprobs.add(chosen.groups)
+            groups = await self.logprobs.add(chosen.groups)
         batch = build_batch(
             groups,
             self.algorithm,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from groupwise.policy import Policy
-from groupwise.types import Engine
+from groupwise.types import Engine, Policy
 
 
 class InProcessSync:

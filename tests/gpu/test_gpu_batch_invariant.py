@@ -11,7 +11,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from groupwise.config import LoraConfig, RolloutConfig
 from groupwise.engines.native import NativeEngine
 from groupwise.inputs import ModelInput
-from groupwise.model.forward.packed_scores import packed_scores
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, with_adapter, wrap_model
 from groupwise.quickstart.tiny_model import build_tokenizer
@@ -63,7 +62,7 @@ def test_no_mismatch(dtype: torch.dtype, window: int | None, rank: int) -> None:
         TrainingRow(i // 4, r.prompt, ModelInput.of(c.token_ids), *[(0.0,) * len(c.token_ids)] * 3)
         for i, (r, c) in enumerate(zip(requests, found, strict=True))
     ]
-    scores = packed_scores(loaded, pack(rows).to(loaded.device), temperature=0.8)
+    scores = loaded.scoring(pack(rows).to(loaded.device), temperature=0.8)
     sampled = torch.tensor([x for completion in found for x in completion.logprobs], device=loaded.device)
     assert torch.equal(scores.logprobs.detach(), sampled)
     assert sample(loaded, requests[6:7]) == found[6:7]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from groupwise.errors import ConfigError
 from groupwise.launch import run_training
-from groupwise.policy import Policy
+from groupwise.policy import Learner
 
 ReadRows = Callable[[Path], list[dict[str, Any]]]
 MISMATCH = "sampling/sampling_logp_difference/"
@@ -73,13 +73,13 @@ def test_the_policy_computes_old_logprobs_only_when_asked(
     task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_logprobs: str, forwards: int
 ) -> None:
     calls = []
-    real = Policy.log_probs
+    real = Learner.log_probs
 
-    def counted(self: Policy, rows: Any) -> torch.Tensor:
+    def counted(self: Learner, rows: Any) -> torch.Tensor:
         calls.append(len(rows))
         return real(self, rows)
 
-    monkeypatch.setattr(Policy, "log_probs", counted)
+    monkeypatch.setattr(Learner, "log_probs", counted)
     train(task, tmp_path / "a", algorithm={"old_logprobs": old_logprobs}, train={"micro_batch_tokens": 10_000})
     assert len(calls) == forwards
 

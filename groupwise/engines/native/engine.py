@@ -22,7 +22,7 @@ from groupwise.engines.native.threads import SMALL_BYTES, StepThreads
 from groupwise.errors import EngineError
 from groupwise.inputs import ModelInput
 from groupwise.model.fast_cpu.linear import ordered_weights
-from groupwise.model.forward.packed_scores import depends_on_length, packed_scores
+from groupwise.model.forward.hidden_states import depends_on_length
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel
 from groupwise.types import Completion, EngineCaps, FinishReason, SampleRequest, TrainingRow
@@ -187,7 +187,7 @@ class NativeEngine:
             neutral,
         )
         with torch.inference_mode():
-            return packed_scores(self._loaded, pack([row]).to(self._loaded.device)).logprobs.tolist()
+            return self._loaded.scoring(pack([row]).to(self._loaded.device)).logprobs.tolist()
 
     async def sleep(self) -> None:
         if self._scheduler.busy:

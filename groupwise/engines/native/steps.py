@@ -18,7 +18,7 @@ from groupwise.engines.native.cache import ArenaCache, CacheShape
 from groupwise.engines.native.decode_attention import DecodeLayout, StepInputs, StepShape
 from groupwise.engines.native.decode_attention_invariant import InvariantDecodeLayout
 from groupwise.engines.native.scheduler import PromptLane, Sample, Scheduler
-from groupwise.model.forward.packed_scores import hidden_states, packed_hidden_states
+from groupwise.model.forward.hidden_states import hidden_states, packed_hidden_states
 from groupwise.model.forward.packing import ROW_MULTIPLE, Segment, pack_sequences, round_up
 from groupwise.model.loading import LoadedModel
 

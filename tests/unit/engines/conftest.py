@@ -25,7 +25,7 @@ from groupwise.config import RolloutConfig
 from groupwise.engines.native import NativeEngine
 from groupwise.inputs import ModelInput
 from groupwise.model.forward.head import token_scores
-from groupwise.model.forward.packed_scores import packed_hidden_states
+from groupwise.model.forward.hidden_states import packed_hidden_states
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, wrap_model
 from groupwise.quickstart.tiny_model import build_tokenizer

@@ -13,7 +13,7 @@ from groupwise.engines.native import NativeEngine
 from groupwise.errors import EngineError
 from groupwise.inputs import ImagePiece, ImageSource, ModelInput, TokenPiece
 from groupwise.model.forward.head import token_scores
-from groupwise.model.forward.packed_scores import packed_hidden_states
+from groupwise.model.forward.hidden_states import packed_hidden_states
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel
 from groupwise.types import Completion, SampleRequest, SamplingParams, TrainingRow

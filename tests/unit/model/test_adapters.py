@@ -15,7 +15,7 @@ from groupwise.config import LoraConfig, ModelConfig
 from groupwise.errors import ConfigError
 from groupwise.inputs import ModelInput
 from groupwise.model.adapters import FullTileLinear, adds_nothing, dropout_layers
-from groupwise.model.forward.packed_scores import packed_hidden_states
+from groupwise.model.forward.hidden_states import packed_hidden_states
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, load_model, with_adapter, wrap_model
 from groupwise.types import TrainingRow

@@ -18,10 +18,11 @@ from groupwise.inputs import ModelInput
 from groupwise.metrics import resolve
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, with_adapter
-from groupwise.policy import Policy
+from groupwise.policy import Learner
 from groupwise.policy.adapter_reference import AdapterReference
+from groupwise.policy.microbatches import MicroBatch
 from groupwise.policy.reference import Reference
-from groupwise.types import Denominators, MicroBatch, Prompt, SampleRequest, SamplingParams, TrainingRow
+from groupwise.types import Denominators, Prompt, SampleRequest, SamplingParams, TrainingRow
 
 DENOMINATORS = Denominators(12.0, 2.0, 16.0)
 
@@ -34,8 +35,8 @@ def adapted(loaded: LoadedModel, **settings: Any) -> LoadedModel:
     return with_adapter(loaded, LoraConfig.model_validate({"rank": 4, **settings}), seed=1)
 
 
-def make_policy(loaded: LoadedModel, *, kl_coef: float = 0.0, checkpointing: bool = False, **settings: Any) -> Policy:
-    policy = Policy(
+def make_policy(loaded: LoadedModel, *, kl_coef: float = 0.0, checkpointing: bool = False, **settings: Any) -> Learner:
+    policy = Learner(
         loaded,
         algorithm(kl_coef=kl_coef),
         optim=OptimConfig.model_validate({"lr": 0.05, **settings}),
@@ -62,12 +63,12 @@ def row(group: int, length: int, advantage: float = 1.0) -> TrainingRow:
 BATCH = MicroBatch((row(0, 7), row(1, 5, -1.0)))
 
 
-def update(policy: Policy) -> dict[str, float]:
+def update(policy: Learner) -> dict[str, float]:
     learned = resolve(policy.forward_backward(BATCH, DENOMINATORS))
     return learned | resolve(policy.optim_step())
 
 
-def gradient(policy: Policy) -> dict[str, Tensor]:
+def gradient(policy: Learner) -> dict[str, Tensor]:
     policy.forward_backward(BATCH, DENOMINATORS)
     found = {n: p.grad.clone() for n, p in policy.loaded.model.named_parameters() if p.grad is not None}
     policy.loaded.model.zero_grad()
@@ -245,7 +246,7 @@ def test_the_reference_can_follow_the_policy(make_model: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_restored_policy_goes_on_bitwise(make_model: Any, tmp_path: Path, dtype: torch.dtype, name: str) -> None:
-    def fresh() -> Policy:
+    def fresh() -> Learner:
         return make_policy(adapted(make_model(dtype), dropout=0.2), kl_coef=0.1, name=name, lr=0.01)
 
     policy = fresh()

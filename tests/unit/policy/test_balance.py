@@ -18,9 +18,9 @@ from groupwise.errors import ConfigError
 from groupwise.inputs import ModelInput
 from groupwise.metrics import Load, Mean, merge, resolve
 from groupwise.model.loading import LoadedModel, with_adapter, wrap_model
-from groupwise.policy import Policy
-from groupwise.rollout.microbatches import split_rows
-from groupwise.types import Denominators, MicroBatch, TrainingRow
+from groupwise.policy import Learner
+from groupwise.policy.microbatches import MicroBatch, split_rows
+from groupwise.types import Denominators, TrainingRow
 
 MakeMixture = Callable[..., PreTrainedModel]
 COEF = 0.3
@@ -53,13 +53,13 @@ def denominators_of(rows: Sequence[TrainingRow]) -> Denominators:
     return Denominators(float(sum(sum(row.loss_mask) for row in rows)), float(len(rows)), 16.0)
 
 
-def policy_of(loaded: LoadedModel, coef: float = COEF, **settings: Any) -> Policy:
+def policy_of(loaded: LoadedModel, coef: float = COEF, **settings: Any) -> Learner:
     objective = build_algorithm(AlgorithmConfig(router_aux_loss_coef=coef))  # pyright: ignore[reportCallIssue]
     optim, train = OptimConfig(), TrainConfig()  # pyright: ignore[reportCallIssue]
-    return Policy(loaded, objective, optim=optim, train=train, total_updates=1, **settings)
+    return Learner(loaded, objective, optim=optim, train=train, total_updates=1, **settings)
 
 
-def gradient(policy: Policy) -> Tensor:
+def gradient(policy: Learner) -> Tensor:
     weights = list(policy.loaded.model.parameters())
     found = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in weights])
     policy.loaded.model.zero_grad()
@@ -104,7 +104,7 @@ def test_the_loss_and_its_gradient_are_the_equations(mixture: LoadedModel, make_
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_gradient_is_the_same_for_any_split(mixture: LoadedModel, threads: int) -> None:
-    """One, two, four and sixteen parts, groups divided among them, also on two lanes."""
+    """One, two, four and sixteen parts, groups divided among them, also on two streams."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -188,7 +188,7 @@ def test_a_row_without_advantage_is_learned_for_its_balance() -> None:
 def test_lora_adapts_attention_and_says_that_experts_are_left(
     family: str, make_mixture: MakeMixture, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Beside each other on two lanes, where an adapter that changes its module in a forward would fail."""
+    """Beside each other on two streams, where an adapter that changes its module in a forward would fail."""
     model = wrap_model(make_mixture(family), tiny_tokenizer)
     adapted = with_adapter(model, LoraConfig(rank=4))  # pyright: ignore[reportCallIssue]
     before = torch.get_num_threads()

@@ -17,10 +17,11 @@ from groupwise.errors import DataError, TrainingError
 from groupwise.inputs import ModelInput
 from groupwise.metrics import resolve
 from groupwise.model.loading import with_adapter
-from groupwise.policy import Policy
+from groupwise.policy import Learner
 from groupwise.policy.bundle import BundleWriter, load_bundle
+from groupwise.policy.microbatches import MicroBatch
 from groupwise.rundir import RunDirectory
-from groupwise.types import Denominators, MicroBatch, TrainingRow
+from groupwise.types import Denominators, TrainingRow
 
 DENOMINATORS = Denominators(6.0, 2.0, 16.0, ((3, 1), (0, 4)))
 ROW = TrainingRow(
@@ -28,27 +29,26 @@ ROW = TrainingRow(
 )
 
 
-def make_policy(make_model: Any, folder: Path, *, lora: bool = False, steps_per_batch: int = 1) -> Policy:
+def make_policy(make_model: Any, folder: Path, *, lora: bool = False, steps_per_batch: int = 1) -> Learner:
     loaded = make_model()
     if lora:
         loaded = with_adapter(loaded, LoraConfig.model_validate({"rank": 2}))
-    policy = Policy(
+    config = Config.model_validate({"model": {"path": "a/b"}, "optim": {"steps_per_batch": steps_per_batch}})
+    return Learner(
         loaded,
         build_algorithm(AlgorithmConfig.model_validate({})),
         optim=OptimConfig.model_validate({"lr": 0.01}),
         train=TrainConfig.model_validate({}),
         total_updates=10,
+        bundles=BundleWriter(RunDirectory.create(folder / "run", overwrite=True), config),
     )
-    config = Config.model_validate({"model": {"path": "a/b"}, "optim": {"steps_per_batch": steps_per_batch}})
-    policy.bundles = BundleWriter(RunDirectory.create(folder / "run", overwrite=True), config)
-    return policy
 
 
-def norm_weight(policy: Policy) -> torch.Tensor:
+def norm_weight(policy: Learner) -> torch.Tensor:
     return policy.loaded.model.get_parameter("model.layers.1.post_attention_layernorm.weight")
 
 
-def learn(policy: Policy) -> dict[str, float]:
+def learn(policy: Learner) -> dict[str, float]:
     for batch in (MicroBatch((ROW,)), MicroBatch((ROW, ROW), backward=False)):
         policy.forward_backward(batch, DENOMINATORS)
     return resolve(policy.optim_step())

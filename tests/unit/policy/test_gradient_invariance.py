@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from groupwise.algorithms import Algorithm, build_algorithm
 from groupwise.config import AlgorithmConfig, OptimConfig, TrainConfig
 from groupwise.inputs import ModelInput, SampleKey
-from groupwise.policy import Policy
+from groupwise.policy import Learner
+from groupwise.policy.microbatches import MicroBatch, cut_batch
 from groupwise.rollout.batch import BatchShape, build_batch
-from groupwise.types import Completion, MicroBatch, MiniBatch, Prompt, Rollout, RolloutGroup, TrainingRow
+from groupwise.types import Completion, MiniBatch, Prompt, Rollout, RolloutGroup, TrainingRow
 
 ROUND_OFF = 1e-11
 
@@ -48,12 +49,12 @@ def batches(draw: st.DrawFn) -> list[RolloutGroup]:
     return made
 
 
-def minibatch(groups: list[RolloutGroup], objective: Algorithm, budget: int) -> MiniBatch:
-    batch = build_batch(groups, objective, shape=BatchShape(1, budget, 16), reward_weights={"r": 1.0})
+def minibatch(groups: list[RolloutGroup], objective: Algorithm) -> MiniBatch:
+    batch = build_batch(groups, objective, shape=BatchShape(1, 16), reward_weights={"r": 1.0})
     return batch.minibatches[0]
 
 
-def gradient(policy: Policy, batch: MiniBatch, microbatches: tuple[MicroBatch, ...]) -> torch.Tensor:
+def gradient(policy: Learner, batch: MiniBatch, microbatches: tuple[MicroBatch, ...]) -> torch.Tensor:
     """All of it, as one vector; zeros where nothing was learned."""
     for microbatch in microbatches:
         policy.forward_backward(microbatch, batch.denominators)
@@ -98,28 +99,29 @@ def test_the_gradient_of_a_batch_is_a_function_of_the_batch(
     make_model: Any, config: dict[str, Any], groups: list[RolloutGroup], data: st.DataObject
 ) -> None:
     objective = build_algorithm(AlgorithmConfig.model_validate(config))
-    policy = Policy(
+    policy = Learner(
         make_model(torch.float64),
         objective,
         optim=OptimConfig(),
         train=TrainConfig(logprob_chunk_tokens=8),
         total_updates=1,
     )
-    whole = minibatch(groups, objective, 10_000)
-    rows = sorted((row for mb in whole.microbatches for row in mb.rows), key=lambda row: row.group)
+    whole = minibatch(groups, objective)
+    rows = sorted((*whole.rows, *whole.measured), key=lambda row: row.group)
     expected = gradient(policy, whole, (MicroBatch(tuple(rows)),))
 
     order = data.draw(st.permutations(groups))
     shuffled = [replace(g, rollouts=tuple(data.draw(st.permutations(g.rollouts)))) for g in order]
-    cut = minibatch(shuffled, objective, data.draw(st.integers(1, 60)))
-    halves = [gradient(policy, cut, cut.microbatches[rank::2]) for rank in (0, 1)]
-    learned = tuple(replace(mb, backward=True) for mb in cut.microbatches)
-    padded = (*cut.microbatches, MicroBatch((masked_row(77),)))
+    cut = minibatch(shuffled, objective)
+    parts = cut_batch(cut, data.draw(st.integers(1, 60)))
+    halves = [gradient(policy, cut, parts[rank::2]) for rank in (0, 1)]
+    learned = tuple(replace(mb, backward=True) for mb in parts)
+    padded = (*parts, MicroBatch((masked_row(77),)))
     scale = float(expected.norm()) + 1  # parts of size 1 may cancel
     for name, found in {
-        "split, packed and reordered": gradient(policy, cut, cut.microbatches),
+        "split, packed and reordered": gradient(policy, cut, parts),
         "zero advantages learned as well": gradient(policy, cut, learned),
-        "prompts not shared": gradient(policy, cut, tuple(unshared(mb) for mb in cut.microbatches)),
+        "prompts not shared": gradient(policy, cut, tuple(unshared(mb) for mb in parts)),
         "padded": gradient(policy, cut, padded),
         "two halves": halves[0] + halves[1],
     }.items():

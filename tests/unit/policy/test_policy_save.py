@@ -8,11 +8,12 @@ from typing import Any
 
 from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig, OptimConfig, TrainConfig
-from groupwise.policy import Policy
+from groupwise.policy import Learner
+from groupwise.policy.saving import write_model
 
 
 def test_a_model_folder_is_replaced_whole(make_model: Any, tmp_path: Path) -> None:
-    policy = Policy(
+    policy = Learner(
         make_model(),
         build_algorithm(AlgorithmConfig.model_validate({})),
         optim=OptimConfig.model_validate({}),
@@ -24,7 +25,7 @@ def test_a_model_folder_is_replaced_whole(make_model: Any, tmp_path: Path) -> No
     (target / "stale.bin").write_text("old")
     (tmp_path / ".final.tmp").mkdir()
     (tmp_path / ".final.tmp" / "half.safetensors").write_text("left by a killed run")
-    policy.save_pretrained(target)
+    write_model(policy.loaded, target)
     assert [p.name for p in tmp_path.iterdir()] == ["final"]
     assert not (target / "stale.bin").exists()
     assert not (target / "half.safetensors").exists()

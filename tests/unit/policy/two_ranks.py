@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig, OptimConfig, TrainConfig
 from groupwise.inputs import ModelInput, SampleKey
-from groupwise.policy import Policy
+from groupwise.policy import Learner
+from groupwise.policy.microbatches import cut_batch
 from groupwise.quickstart.tiny_model import build_tokenizer
 from groupwise.rollout.batch import BatchShape, build_batch
 from groupwise.types import Completion, Prompt, Rollout, RolloutGroup
@@ -45,11 +46,12 @@ def groups() -> list[RolloutGroup]:
 def gradients(settings: dict[str, Any], rank: int, ranks: int) -> dict[str, torch.Tensor]:
     objective = build_algorithm(AlgorithmConfig.model_validate(settings))
     loaded = tiny_model(build_tokenizer(["one"], 259), torch.float64, tied=True, seed=0)
-    policy = Policy(loaded, objective, optim=OptimConfig(), train=TrainConfig(), total_updates=1)
-    batch = build_batch(groups(), objective, shape=BatchShape(1, 20, 16), reward_weights={"r": 1.0})
+    policy = Learner(loaded, objective, optim=OptimConfig(), train=TrainConfig(), total_updates=1)
+    batch = build_batch(groups(), objective, shape=BatchShape(1, 16), reward_weights={"r": 1.0})
     (minibatch,) = batch.minibatches
-    assert len(minibatch.microbatches) > 2
-    for microbatch in minibatch.microbatches[rank::ranks]:
+    parts = cut_batch(minibatch, 20)
+    assert len(parts) > 2
+    for microbatch in parts[rank::ranks]:
         policy.forward_backward(microbatch, minibatch.denominators)
     return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in loaded.model.named_parameters()}
 

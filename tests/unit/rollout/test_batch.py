@@ -16,27 +16,26 @@ from groupwise.rollout.records import ledger_rows, trajectory_rows
 from groupwise.types import REFERENCE, RolloutGroup, TrainingBatch, TrainingRow
 
 
-def build(groups: list[RolloutGroup], *, steps: int = 1, tokens: int = 1000, **settings: Any) -> TrainingBatch:
+def build(groups: list[RolloutGroup], *, steps: int = 1, **settings: Any) -> TrainingBatch:
     return build_batch(
         groups,
         build_algorithm(AlgorithmConfig.model_validate(settings)),
-        shape=BatchShape(steps, tokens, 9),
+        shape=BatchShape(steps, 9),
         reward_weights={"r": 1.0},
     )
 
 
 def rows(batch: TrainingBatch, *, backward: bool) -> list[TrainingRow]:
-    found = [mb for mini in batch.minibatches for mb in mini.microbatches if mb.backward is backward]
-    return [row for mb in found for row in mb.rows]
+    return [row for mini in batch.minibatches for row in (mini.rows if backward else mini.measured)]
 
 
 def test_denominators_count_the_whole_batch(make_group: Any) -> None:
-    batch = build([make_group(0, [1.0, 0.0], [3, 5]), make_group(1, [1.0, 1.0], [2, 4])], tokens=1)
+    batch = build([make_group(0, [1.0, 0.0], [3, 5]), make_group(1, [1.0, 1.0], [2, 4])])
     (mini,) = batch.minibatches
     assert mini.denominators.tokens == 14
     assert mini.denominators.sequences == 4
     assert mini.denominators.max_tokens == 9
-    assert len(mini.microbatches) == 4
+    assert (len(mini.rows), len(mini.measured)) == (2, 2)
 
 
 def test_a_row_carries_its_rollout(make_group: Any) -> None:
@@ -104,7 +103,7 @@ def test_truncated_completions_are_masked_out_of_loss_and_denominators_but_shape
 
 def test_a_batch_of_truncated_completions_is_empty(make_group: Any) -> None:
     batch = build([make_group(0, [1.0, 0.0], [6, 7])], overlong="mask")
-    assert batch.minibatches[0].microbatches == ()
+    assert batch.minibatches[0].rows == batch.minibatches[0].measured == ()
     assert batch.minibatches[0].denominators.tokens == 0
 
 
@@ -166,7 +165,7 @@ def test_a_group_teaches_where_it_has_an_advantage(
 
 
 def test_dropped_groups_are_measured_and_not_learned(make_group: Any) -> None:
-    shape, algorithm = BatchShape(1, 100, 9), build_algorithm(AlgorithmConfig.model_validate({}))
+    shape, algorithm = BatchShape(1, 9), build_algorithm(AlgorithmConfig.model_validate({}))
     dropped = [make_group(1, [0.0, 0.0], [4, 4])]
     batch = build_batch([make_group(0, [1.0, 0.0])], algorithm, shape=shape, reward_weights={"r": 1.0}, dropped=dropped)
     assert {r.group for r in rows(batch, backward=True)} == {0}
@@ -182,7 +181,7 @@ def test_dropped_groups_are_measured_and_not_learned(make_group: Any) -> None:
 
 def test_nothing_usable_gives_an_empty_mini_batch(make_group: Any) -> None:
     batch = build([make_group(0, [None, "failed"]), make_group(1, ["failed", "failed"])])
-    assert batch.minibatches[0].microbatches == ()
+    assert batch.minibatches[0].rows == batch.minibatches[0].measured == ()
     assert batch.minibatches[0].denominators.tokens == 0
     found = resolve(batch.metrics)
     assert found["rollout/failed"] == 3
@@ -202,7 +201,7 @@ def test_one_reward_in_a_group_is_compared_with_nothing(make_group: Any) -> None
 @pytest.mark.parametrize(("count", "steps", "sizes"), [(4, 2, [2, 2]), (5, 2, [2, 3]), (3, 3, [1, 1, 1]), (5, 1, [5])])
 def test_shares_are_contiguous_whole_groups(make_group: Any, count: int, steps: int, sizes: list[int]) -> None:
     batch = build([make_group(k, [1.0, 0.0]) for k in range(count)], steps=steps)
-    found = [sorted({r.group for mb in mini.microbatches for r in mb.rows}) for mini in batch.minibatches]
+    found = [sorted({r.group for r in mini.rows}) for mini in batch.minibatches]
     assert [len(share) for share in found] == sizes
     assert [group for share in found for group in share] == list(range(count))
     assert [mini.denominators.sequences for mini in batch.minibatches] == [2.0 * size for size in sizes]
@@ -210,14 +209,14 @@ def test_shares_are_contiguous_whole_groups(make_group: Any, count: int, steps: 
 
 def test_more_steps_than_groups_leave_some_steps_empty(make_group: Any) -> None:
     batch = build([make_group(0, [1.0, 0.0])], steps=2)
-    assert [len(mini.microbatches) for mini in batch.minibatches] == [0, 1]
+    assert [len(mini.rows) for mini in batch.minibatches] == [0, 2]
     assert [mini.denominators.tokens for mini in batch.minibatches] == [0, 5]
 
 
 def test_each_pass_has_the_same_mini_batches(make_group: Any) -> None:
     groups = [make_group(index, [1.0, 0.0]) for index in range(4)]
     algorithm = build_algorithm(AlgorithmConfig.model_validate({}))
-    shape = BatchShape(2, 100, 9, passes_per_batch=3)
+    shape = BatchShape(2, 9, passes_per_batch=3)
     minibatches = build_batch(groups, algorithm, shape=shape, reward_weights={"r": 1.0}).minibatches
     assert len(minibatches) == 6
     assert minibatches[:2] == minibatches[2:4] == minibatches[4:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig, ModelConfig, OptimConfig, TrainConfig
 from groupwise.metrics import merge, resolve
 from groupwise.model.loading import load_model
-from groupwise.policy import Policy
+from groupwise.policy import Learner, LocalPolicy
+from groupwise.policy.microbatches import cut_batch
 from groupwise.quickstart.tiny_model import build_tiny_model
 from groupwise.rollout import LogprobPass, build_batch
 from groupwise.rollout.batch import BatchShape
@@ -29,17 +31,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_policy(model: Path, **settings: Any) -> Policy:
+def make_policy(model: Path, **settings: Any) -> Learner:
     torch.set_num_threads(1)
     config = ModelConfig.model_validate({"path": str(model), "device": "cpu", "dtype": "float32"})
     objective = build_algorithm(AlgorithmConfig.model_validate(settings))
-    policy = Policy(load_model(config), objective, optim=OptimConfig(lr=0.01), train=TrainConfig(), total_updates=4)
+    policy = Learner(load_model(config), objective, optim=OptimConfig(lr=0.01), train=TrainConfig(), total_updates=4)
     policy.published()
     return policy
 
 
-def fill(policy: Policy, groups: list[RolloutGroup], *, old: bool, reference: bool = False, budget: int = 12) -> Any:
-    return LogprobPass(policy, old=old, reference=reference, micro_batch_tokens=budget).add(groups)
+def fill(policy: Learner, groups: list[RolloutGroup], *, old: bool, reference: bool = False, budget: int = 12) -> Any:
+    awaited = LocalPolicy(policy, micro_batch_tokens=budget)
+    return asyncio.run(LogprobPass(awaited, old=old, scorers=(REFERENCE,) if reference else ()).add(groups))
 
 
 def test_nothing_is_computed_where_nothing_is_asked(make_group: Any, model: Path) -> None:
@@ -62,14 +65,14 @@ def test_each_rollout_gets_its_own(make_group: Any, model: Path, budget: int) ->
     assert filled[0].rollouts[0].logprobs == groups[0].rollouts[0].logprobs
 
 
-def learned(policy: Policy, groups: Any, **settings: Any) -> dict[str, float]:
+def learned(policy: Learner, groups: Any, **settings: Any) -> dict[str, float]:
     objective = build_algorithm(AlgorithmConfig.model_validate(settings))
-    batch = build_batch(groups, objective, shape=BatchShape(1, 100, 9), reward_weights={"r": 1.0})
+    batch = build_batch(groups, objective, shape=BatchShape(1, 9), reward_weights={"r": 1.0})
     (mini,) = batch.minibatches
-    return resolve(merge(*(policy.forward_backward(mb, mini.denominators) for mb in mini.microbatches)))
+    return resolve(merge(*(policy.forward_backward(mb, mini.denominators) for mb in cut_batch(mini, 100))))
 
 
-def sampled_by(policy: Policy, groups: list[RolloutGroup], *, off: float) -> list[RolloutGroup]:
+def sampled_by(policy: Learner, groups: list[RolloutGroup], *, off: float) -> list[RolloutGroup]:
     """As if an engine had reported the policy's log-probs with the error `off`."""
     filled = fill(policy, groups, old=True)
     return [

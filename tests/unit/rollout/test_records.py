@@ -21,7 +21,7 @@ def digest(group: RolloutGroup) -> str:
 
 def test_one_trajectory_row_per_rollout(make_group: Any) -> None:
     groups = (make_group(4, [1.0, 0.0]), make_group(5, ["failed", 0.5]))
-    shape = BatchShape(1, 100, 9)
+    shape = BatchShape(1, 9)
     batch = build_batch(
         groups, build_algorithm(AlgorithmConfig.model_validate({})), shape=shape, reward_weights={"r": 1.0}
     )

@@ -19,7 +19,7 @@ from groupwise.model.fast_cpu.lean_layers import LLAMA_LAYERS, LeanDecoder, Lean
 from groupwise.model.fast_cpu.linear import DnnLinear, ordered_weights, use_dnn_linear
 from groupwise.model.fast_cpu.norms import LeanNorm, make_norms_lean
 from groupwise.model.forward.attention import ATTENTION_NAME
-from groupwise.model.forward.packed_scores import packed_hidden_states
+from groupwise.model.forward.hidden_states import packed_hidden_states
 from groupwise.model.forward.packing import Packed, pack
 from groupwise.model.invariant.norms import InvariantNorm
 from groupwise.types import TrainingRow

@@ -16,7 +16,6 @@ from groupwise.config import LoraConfig, RolloutConfig
 from groupwise.engines.native import NativeEngine
 from groupwise.errors import ConfigError
 from groupwise.inputs import ModelInput
-from groupwise.model.forward.packed_scores import packed_scores
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, with_adapter, wrap_model
 from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams, TrainingRow
@@ -66,7 +65,7 @@ def mismatch(
     sampled = torch.tensor([x for completion in found for x in completion.logprobs])
     assert len(sampled) > 20
     assert sampled.std() > 0.1, "equal log-probs would prove little"
-    scores = packed_scores(loaded, pack(rows), temperature=temperature)
+    scores = loaded.scoring(pack(rows), temperature=temperature)
     assert scores.logprobs.requires_grad
     return float((scores.logprobs.detach() - sampled).abs().max())
 
@@ -120,7 +119,7 @@ def test_scores_and_gradients_are_those_of_the_plain_model(
     for invariant in (False, True):
         model = make_model(architecture, initializer_range=0.1)
         loaded = wrap_model(model, tiny_tokenizer, batch_invariant=invariant)  # type: ignore[arg-type]
-        scores = packed_scores(loaded, packed, temperature=0.8, with_entropy=True)
+        scores = loaded.scoring(packed, temperature=0.8, with_entropy=True)
         assert scores.entropy is not None
         weight = torch.linspace(-1, 1, scores.logprobs.shape[0])
         ((scores.logprobs * weight).sum() + (scores.entropy * weight.flip(0)).sum()).backward()

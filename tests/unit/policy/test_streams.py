@@ -16,9 +16,10 @@ from groupwise.config import AlgorithmConfig, LoraConfig, OptimConfig, TrainConf
 from groupwise.inputs import ModelInput
 from groupwise.metrics import resolve
 from groupwise.model.loading import LoadedModel, with_adapter
-from groupwise.policy import Policy, lanes
-from groupwise.policy.lanes import Lanes
-from groupwise.types import Denominators, MicroBatch, TrainingRow
+from groupwise.policy import Learner, streams
+from groupwise.policy.microbatches import MicroBatch
+from groupwise.policy.streams import Streams
+from groupwise.types import Denominators, TrainingRow
 
 Threads = Callable[[int], None]
 
@@ -43,18 +44,18 @@ def test_results_come_in_order_whatever_ends_first(threads: Threads) -> None:
         return seconds
 
     waits = [0.2, 0.0, 0.1, 0.0, 0.0, 0.05, 0.0]
-    assert list(Lanes(nn.Linear(2, 2)).map(slow, waits)) == waits
+    assert list(Streams(nn.Linear(2, 2)).map(slow, waits)) == waits
 
 
-def test_lanes_share_the_threads_and_leave_their_number_as_it_was(threads: Threads) -> None:
+def test_streams_share_the_threads_and_leave_their_number_as_it_was(threads: Threads) -> None:
     threads(5)
     together = threading.Barrier(2, timeout=20)
 
     def count(_: int) -> int:
-        together.wait()  # both lanes are at work at one time
+        together.wait()  # both streams are at work at one time
         return torch.get_num_threads()
 
-    assert list(Lanes(nn.Linear(2, 2)).map(count, range(4))) == [2] * 4
+    assert list(Streams(nn.Linear(2, 2)).map(count, range(4))) == [2] * 4
     assert torch.get_num_threads() == 5
     later: list[int] = []
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
@@ -75,7 +76,7 @@ def test_an_error_ends_the_passes_that_have_not_begun(threads: Threads) -> None:
         return number
 
     with pytest.raises(ValueError, match="pass 1"):
-        list(Lanes(nn.Linear(2, 2)).map(fail, range(100)))
+        list(Streams(nn.Linear(2, 2)).map(fail, range(100)))
     assert max(begun) < 10
     assert torch.get_num_threads() == 2
 
@@ -85,14 +86,14 @@ def test_some_models_take_one_pass_at_a_time(threads: Threads, monkeypatch: pyte
     angles = nn.Linear(2, 2)
     for kind, count in (("default", 2), ("dynamic", 1), ("longrope", 1), ({"full_attention": "dynamic"}, 1)):
         angles.rope_type = kind  # type: ignore[assignment]
-        assert Lanes(nn.Sequential(angles)).count == count
-    assert Lanes(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))).count == 1
-    assert Lanes(nn.Linear(2, 2, device="meta")).count == 1
-    monkeypatch.setattr(lanes, "_SMALL_BYTES", 20)
-    assert Lanes(nn.Linear(2, 2)).count == 1
-    assert Lanes(nn.Linear(2, 1)).count == 2
+        assert Streams(nn.Sequential(angles)).count == count
+    assert Streams(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))).count == 1
+    assert Streams(nn.Linear(2, 2, device="meta")).count == 1
+    monkeypatch.setattr(streams, "_SMALL_BYTES", 20)
+    assert Streams(nn.Linear(2, 2)).count == 1
+    assert Streams(nn.Linear(2, 1)).count == 2
     threads(1)
-    assert Lanes(nn.Linear(2, 1)).count == 1
+    assert Streams(nn.Linear(2, 1)).count == 1
 
 
 BATCHES = (
@@ -109,9 +110,9 @@ def learned(loaded: LoadedModel, **settings: Any) -> tuple[list[dict[str, float]
     """Metrics and gradients of `BATCHES`."""
     algorithm = build_algorithm(AlgorithmConfig.model_validate({"kl_coef": 0.1, "entropy_coef": 0.01}))
     train = TrainConfig.model_validate({"logprob_chunk_tokens": 16, "seed": 7})
-    policy = Policy(loaded, algorithm, optim=OptimConfig(), train=train, total_updates=10, **settings)  # type: ignore[call-arg]
+    policy = Learner(loaded, algorithm, optim=OptimConfig(), train=train, total_updates=10, **settings)  # type: ignore[call-arg]
     policy.published()
-    assert policy.lanes.count == (1 if policy._dropout else torch.get_num_threads())
+    assert policy.streams.count == (1 if policy._dropout else torch.get_num_threads())
     with torch.no_grad():  # away from the reference
         for weight in loaded.model.parameters():
             if weight.requires_grad:
@@ -124,7 +125,7 @@ def learned(loaded: LoadedModel, **settings: Any) -> tuple[list[dict[str, float]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapter", [0, 4])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_batch_on_lanes_gives_what_it_gives_in_turn(
+def test_a_batch_on_streams_gives_what_it_gives_in_turn(
     make_model: Callable[..., LoadedModel], threads: Threads, dtype: torch.dtype, adapter: int, checkpointing: bool
 ) -> None:
     found = []

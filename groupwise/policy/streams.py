@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from groupwise.model.forward.packed_scores import depends_on_length
+from groupwise.model.forward.hidden_states import depends_on_length
 
 _SMALL_BYTES = 1 << 28  # weights of a model whose operations are small, and whose gradients may exist several times
 _MOST = 2  # each holds a pass's memory
@@ -24,15 +24,15 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Lanes:
+class Streams:
     """Maps over passes, several at a time.
 
     Args:
         module: passes are side by side if it is a small model on a CPU, whose forward changes nothing in it.
 
     Example:
-        lanes = Lanes(model)
-        totals = list(lanes.map(lambda rows: float(model(rows).sum()), batches))
+        streams = Streams(model)
+        totals = list(streams.map(lambda rows: float(model(rows).sum()), batches))
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -52,16 +52,16 @@ class Lanes:
         Raises:
             Whatever `function` raises, when the passes that had begun have ended.
         """
-        lanes, threads = min(self.count, len(items)), torch.get_num_threads()
-        if lanes < 2:
+        streams, threads = min(self.count, len(items)), torch.get_num_threads()
+        if streams < 2:
             yield from map(function, items)
             return
-        pool = ThreadPoolExecutor(lanes, "lane", initializer=torch.set_num_threads, initargs=(threads // lanes,))
+        pool = ThreadPoolExecutor(streams, "stream", initializer=torch.set_num_threads, initargs=(threads // streams,))
         running: deque[Future[Result]] = deque()
         try:
             for item in items:
                 running.append(pool.submit(function, item))
-                if len(running) == 2 * lanes:  # no more results wait than that
+                if len(running) == 2 * streams:  # no more results wait than that
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from groupwise.model.forward.attention import Layout
-from groupwise.model.forward.head import TokenScores, token_scores
 from groupwise.model.forward.packed_attention import PackedLayout
 from groupwise.model.forward.packing import Packed
-from groupwise.model.forward.routing import Routing
 from groupwise.model.invariant.packed import InvariantPackedLayout
 from groupwise.model.invariant.use import is_batch_invariant
-from groupwise.model.loading import LoadedModel
 
 
 def hidden_states(model: PreTrainedModel, token_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
@@ -40,29 +36,3 @@ def packed_hidden_states(
     heads = model.config.get_text_config().num_attention_heads
     layout = InvariantPackedLayout if is_batch_invariant(model) else PackedLayout
     return hidden_states(model, packed.token_ids, packed.position_ids, layout(packed, heads, on_keys=on_keys))
-
-
-def packed_scores(
-    loaded: LoadedModel,
-    packed: Packed,
-    *,
-    temperature: float = 1.0,
-    chunk_tokens: int = 1024,
-    with_entropy: bool = False,
-    routing: Routing | None = None,
-) -> TokenScores:
-    """Log-probs (and entropies) of a packed sequence's completion tokens; arguments as for `token_scores`.
-
-    Args:
-        routing: takes note of what the routers of a mixture of experts choose.
-    """
-    with nullcontext() if routing is None else routing.recording():
-        hidden = packed_hidden_states(loaded.model, packed)
-    return token_scores(
-        loaded.head,
-        hidden[packed.predictors],
-        packed.targets,
-        temperature=temperature,
-        chunk_tokens=chunk_tokens,
-        with_entropy=with_entropy,
-    )

@@ -21,12 +21,12 @@ from groupwise.errors import TrainingError
 from groupwise.inputs import ModelInput
 from groupwise.metrics import Metrics, resolve
 from groupwise.model.loading import LoadedModel
-from groupwise.policy import Policy
+from groupwise.policy import Learner
+from groupwise.policy.microbatches import MicroBatch, cut_batch
 from groupwise.rollout.batch import BatchShape, build_batch
 from groupwise.types import (
     Completion,
     Denominators,
-    MicroBatch,
     Prompt,
     Rollout,
     RolloutGroup,
@@ -48,8 +48,8 @@ def algorithm(**settings: Any) -> Algorithm:
     return build_algorithm(AlgorithmConfig.model_validate(settings))
 
 
-def make_policy(loaded: LoadedModel, objective: Algorithm | None = None, **settings: Any) -> Policy:
-    policy = Policy(
+def make_policy(loaded: LoadedModel, objective: Algorithm | None = None, **settings: Any) -> Learner:
+    policy = Learner(
         loaded,
         objective or algorithm(),
         optim=OptimConfig.model_validate({"lr": 0.01, "max_grad_norm": 0, **settings}),
@@ -76,7 +76,7 @@ def counts(rows: list[TrainingRow]) -> Denominators:
     return Denominators(float(sum(sum(r.loss_mask) for r in rows)), float(len(rows)), 16.0)
 
 
-def gradients(policy: Policy, microbatches: list[MicroBatch], denominators: Denominators) -> dict[str, torch.Tensor]:
+def gradients(policy: Learner, microbatches: list[MicroBatch], denominators: Denominators) -> dict[str, torch.Tensor]:
     for microbatch in microbatches:
         policy.forward_backward(microbatch, denominators)
     found = {n: p.grad.clone() for n, p in policy.loaded.model.named_parameters() if p.grad is not None}
@@ -107,15 +107,19 @@ def scored(c: Completion) -> Rollout:
     return Rollout.one_turn(c, rewards={"r": reward}, reward=reward)
 
 
-def one_step(policy: Policy, groups: tuple[RolloutGroup, ...], objective: Algorithm, **shape: int) -> list[Metrics]:
+def one_step(policy: Learner, groups: tuple[RolloutGroup, ...], objective: Algorithm, **shape: int) -> list[Metrics]:
     """Metrics of every micro-batch of one batch, without the optimiser step."""
     batch = build_batch(
         groups,
         objective,
-        shape=BatchShape(shape.get("steps", 1), shape.get("tokens", 64), 16),
+        shape=BatchShape(shape.get("steps", 1), 16),
         reward_weights={"r": 1.0},
     )
-    return [policy.forward_backward(mb, mini.denominators) for mini in batch.minibatches for mb in mini.microbatches]
+    return [
+        policy.forward_backward(part, mini.denominators)
+        for mini in batch.minibatches
+        for part in cut_batch(mini, shape.get("tokens", 64))
+    ]
 
 
 # --- gradients ---
@@ -194,7 +198,7 @@ def test_rows_without_backward_are_measured_and_leave_no_gradient(make_model: An
 
 def test_log_probs_are_those_of_the_tempered_distribution(make_model: Any) -> None:
     loaded = make_model()
-    policy = Policy(
+    policy = Learner(
         loaded,
         algorithm(),
         optim=OptimConfig.model_validate({}),
@@ -214,7 +218,7 @@ def test_log_probs_are_those_of_the_tempered_distribution(make_model: Any) -> No
 # --- gradients that are not finite ---
 
 
-def poison(policy: Policy) -> None:
+def poison(policy: Learner) -> None:
     policy.forward_backward(MicroBatch((row(0, 3, advantage=math.inf),)), Denominators(3.0, 1.0, 16.0))
 
 
@@ -269,7 +273,7 @@ def test_skips_in_a_row_survive_a_checkpoint(make_model: Any, tmp_path: Path) ->
 def test_sampler_and_trainer_agree_exactly(make_model: Any, dtype: torch.dtype, tied: bool, temperature: float) -> None:
     loaded = make_model(dtype, tied=tied)
     objective = algorithm()
-    policy = Policy(
+    policy = Learner(
         loaded,
         objective,
         optim=OptimConfig.model_validate({"lr": 0.01}),
@@ -355,7 +359,7 @@ def test_a_restored_policy_goes_on_bitwise(make_model: Any, tmp_path: Path) -> N
     batches = [MicroBatch((row(k, 4), row(k, 2, advantage=-1.0))) for k in range(6)]
     denominators = Denominators(6.0, 2.0, 16.0)
 
-    def learn(each: Policy, batch: MicroBatch) -> float:
+    def learn(each: Learner, batch: MicroBatch) -> float:
         each.forward_backward(batch, denominators)
         return resolve(each.optim_step())["learning_rate"]
 
@@ -374,7 +378,7 @@ def test_gradient_checkpointing_changes_no_gradient(make_model: Any) -> None:
     rows = [row(0, 5), row(0, 3, advantage=-1.0)]
     found = []
     for checkpointing in (False, True):
-        policy = Policy(
+        policy = Learner(
             make_model(),
             algorithm(),
             optim=OptimConfig.model_validate({}),

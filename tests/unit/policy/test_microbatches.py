@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from groupwise.inputs import ModelInput
 from groupwise.model.forward.packing import pack
-from groupwise.rollout.microbatches import split_rows
-from groupwise.types import MicroBatch, TrainingRow
+from groupwise.policy.microbatches import MicroBatch, split_rows
+from groupwise.types import TrainingRow
 
 
 def row(group: int, prompt: int, length: int, name: int = 0) -> TrainingRow:
@@ -113,9 +113,9 @@ def test_no_rows_give_no_micro_batch() -> None:
     assert split_rows([], 10) == ()
 
 
-@given(rows=row_lists(), budget=st.integers(1, 80), lanes=st.integers(1, 3))
-def test_lanes_change_neither_rows_nor_budget(rows: list[TrainingRow], budget: int, lanes: int) -> None:
-    microbatches = split_rows(rows, budget, lanes=lanes)
+@given(rows=row_lists(), budget=st.integers(1, 80), streams=st.integers(1, 3))
+def test_streams_change_neither_rows_nor_budget(rows: list[TrainingRow], budget: int, streams: int) -> None:
+    microbatches = split_rows(rows, budget, streams=streams)
     placed = Counter(r.advantages[0] for microbatch in microbatches for r in microbatch.rows)
     assert placed == Counter(float(i) for i in range(len(rows)))
     assert all(cost(m) <= budget or len(m.rows) == 1 for m in microbatches)
@@ -133,7 +133,7 @@ def test_lanes_change_neither_rows_nor_budget(rows: list[TrainingRow], budget: i
     ],
 )
 def test_every_lane_has_its_share(rows: list[TrainingRow], budget: int, sizes: list[int]) -> None:
-    assert [cost(m) for m in split_rows(rows, budget, lanes=2)] == sizes
+    assert [cost(m) for m in split_rows(rows, budget, streams=2)] == sizes
 
 
 @pytest.mark.parametrize("backward", [True, False])

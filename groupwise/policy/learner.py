@@ -1,4 +1,4 @@
-"""The model being trained: gradients of an objective over micro-batches, updates, log-probs, state."""
+"""What a policy does with one module: gradients of an objective over micro-batches, updates, log-probs, state."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import hashlib
 import itertools
 import logging
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +22,6 @@ from groupwise.metrics import Last, Max, Mean, Metrics, Sum
 from groupwise.model.adapters import dropout_layers
 from groupwise.model.exact.experts import experts_of
 from groupwise.model.forward.head import TokenScores
-from groupwise.model.forward.packed_scores import packed_scores
 from groupwise.model.forward.packing import Packed, pack
 from groupwise.model.forward.recompute import recompute_layers
 from groupwise.model.forward.routing import Routing
@@ -30,12 +29,12 @@ from groupwise.model.loading import LoadedModel
 from groupwise.policy.adapter_reference import make_reference
 from groupwise.policy.balance import routing_of, with_expert_counts
 from groupwise.policy.bundle import BundleWriter, LearnedBatch
-from groupwise.policy.lanes import Lanes
+from groupwise.policy.microbatches import MicroBatch
 from groupwise.policy.optimizer import Gradient, MasterOptimizer
 from groupwise.policy.reference import Reference
-from groupwise.policy.saving import write_model
 from groupwise.policy.schedule import learning_rate
-from groupwise.types import Denominators, MicroBatch, TrainingRow
+from groupwise.policy.streams import Streams
+from groupwise.types import NO_KNOBS, Denominators, Knobs, TrainingRow
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +52,14 @@ class Objective(Protocol):
     def router_aux_loss_coef(self) -> float: ...
 
     def loss(self, inputs: LossInputs) -> LossOutput: ...
+
+    def turned(self, knobs: Knobs) -> Objective:
+        """The objective with the numbers of this step."""
+        ...
+
+
+class LearningStopped(Exception):
+    """`Learner.stop` was called; the gradients of the step are not whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +81,7 @@ class _Passed:
     gradients: tuple[Tensor | None, ...]
 
 
-class Policy:
+class Learner:
     """A model with its optimiser. Micro-batch losses add up until `optim_step`.
 
     Args:
@@ -82,15 +89,15 @@ class Policy:
         temperature: of sampling; log-probs are those of the sampled distribution.
         total_updates: optimiser steps of the whole run, for the schedule.
         gradient_checkpointing: recompute each layer in the backward pass.
+        bundles: writes what led to a gradient that is not finite; None writes nothing.
 
     Attributes:
-        bundles: writes what led to a gradient that is not finite; None writes nothing.
-        lanes: micro-batches are computed side by side on these.
+        streams: micro-batches are computed side by side on these.
 
     Example:
-        policy = Policy(load_model(config.model), objective, optim=config.optim, train=config.train, total_updates=500)
-        metrics = policy.learn(batch.microbatches, batch.denominators)
-        update = policy.optim_step()
+        learner = Learner(load_model(config.model), objective, optim=config.optim, train=train, total_updates=500)
+        metrics = learner.learn(microbatches, denominators)
+        update = learner.optim_step()
     """
 
     def __init__(
@@ -103,9 +110,10 @@ class Policy:
         total_updates: int,
         temperature: float = 1.0,
         gradient_checkpointing: bool = False,
+        bundles: BundleWriter | None = None,
     ) -> None:
         self.loaded = loaded
-        self.bundles: BundleWriter | None = None
+        self.bundles = bundles
         self._objective = objective
         self._optim_config = optim
         self._seed = train.seed
@@ -115,7 +123,7 @@ class Policy:
         self._checkpointing = gradient_checkpointing
         self._dropout = dropout_layers(loaded.model)
         self._is_mixture = bool(experts_of(loaded.model))
-        self.lanes = Lanes(loaded.model)
+        self.streams = Streams(loaded.model)
         self.reference: Reference | None = None
         if objective.needs_reference:
             self.reference = make_reference(loaded, temperature=temperature, chunk_tokens=train.logprob_chunk_tokens)
@@ -128,11 +136,16 @@ class Policy:
         self._updates = 0
         self._skipped = 0
         self._is_sampler = False
+        self._stopped = threading.Event()
 
     @property
     def bytes_to_come(self) -> int:
         """Memory that training will take beside activations, and has not taken yet."""
         return self._optimizer.bytes_to_come
+
+    def stop(self) -> None:
+        """Called from another thread: `learn` ends at its next pass, and raises `LearningStopped`."""
+        self._stopped.set()
 
     def forward_backward(self, batch: MicroBatch, denominators: Denominators) -> Metrics:
         """Add the gradient of one micro-batch; metrics of its tokens.
@@ -142,8 +155,10 @@ class Policy:
         """
         return self.learn((batch,), denominators)[0]
 
-    def learn(self, batches: Sequence[MicroBatch], denominators: Denominators) -> list[Metrics]:
-        """`forward_backward` of each micro-batch; on several lanes if there are some. Gradients are added in order.
+    def learn(
+        self, batches: Sequence[MicroBatch], denominators: Denominators, knobs: Knobs = NO_KNOBS
+    ) -> list[Metrics]:
+        """`forward_backward` of each micro-batch; side by side where that pays. Gradients are added in order.
 
         Without one there is nothing to learn, and the loss is 0.
         """
@@ -151,25 +166,28 @@ class Policy:
             return [{"loss": Sum(0.0)}]
         packs = [pack(batch.rows).to(self.loaded.device) for batch in batches]
         if self._objective.router_aux_loss_coef > 0:
-            model, lanes = self.loaded.model, self.lanes
-            denominators = with_expert_counts(denominators, model, lanes, batches=batches, packs=packs)
+            model, streams = self.loaded.model, self.streams
+            denominators = with_expert_counts(denominators, model, streams, batches=batches, packs=packs)
         passes = [
             _Pass(len(self._learned) + place, *each)
             for place, each in enumerate(zip(batches, packs, self._references(batches, packs), strict=True))
         ]
-        apart = min(self.lanes.count, len(passes)) > 1
+        apart = min(self.streams.count, len(passes)) > 1
+        objective = self._objective.turned(knobs)
 
         def run(one: _Pass) -> _Passed:
-            return self._run(one, denominators, apart=apart)
+            if self._stopped.is_set():
+                raise LearningStopped
+            return self._run(one, objective, denominators, apart=apart)
 
         metrics: list[Metrics] = []
         for learning, some in itertools.groupby(passes, lambda one: one.batch.backward):
             turn = list(some)
             with self._learning_mode(learning):
-                for one, passed in zip(turn, self.lanes.map(run, turn), strict=True):
+                for one, passed in zip(turn, self.streams.map(run, turn), strict=True):
                     if passed.gradients:
                         self._optimizer.add(passed.gradients)
-                    self._learned.append(LearnedBatch(one.batch, denominators, passed.loss))
+                    self._learned.append(LearnedBatch(one.batch, denominators, passed.loss, knobs))
                     metrics.append(passed.metrics)
         return metrics
 
@@ -180,7 +198,7 @@ class Policy:
             return [None] * len(packs)
         return self.reference.logprobs(packs)
 
-    def _run(self, one: _Pass, denominators: Denominators, *, apart: bool) -> _Passed:
+    def _run(self, one: _Pass, objective: Objective, denominators: Denominators, *, apart: bool) -> _Passed:
         """Forward and backward of one micro-batch.
 
         Args:
@@ -188,13 +206,13 @@ class Policy:
         """
         gradients: tuple[Tensor | None, ...] = ()
         with torch.set_grad_enabled(one.batch.backward), self._dropping(one):
-            weighs = self._objective.router_aux_loss_coef > 0
+            weighs = objective.router_aux_loss_coef > 0
             routing = routing_of(one.batch, one.packed, keeps_logits=weighs) if self._is_mixture else None
-            scores = self._scores(one.packed, self._objective.needs_entropy, routing)
+            scores = self._scores(one.packed, objective.needs_entropy, routing)
             inputs = self._inputs(one.batch.rows, one.packed, scores, one.reference, denominators)
             if routing is not None and denominators.expert_counts is not None:
                 inputs = replace(inputs, balance=routing.balance(denominators.expert_counts, denominators.tokens))
-            output = self._objective.loss(inputs)
+            output = objective.loss(inputs)
             if one.batch.backward and apart:
                 gradients = self._optimizer.gradients_of(output.loss)
             elif one.batch.backward:
@@ -231,8 +249,7 @@ class Policy:
             yield
 
     def _scores(self, packed: Packed, with_entropy: bool, routing: Routing | None = None) -> TokenScores:
-        return packed_scores(
-            self.loaded,
+        return self.loaded.scoring(
             packed,
             temperature=self._temperature,
             chunk_tokens=self._chunk_tokens,
@@ -297,11 +314,6 @@ class Policy:
         """`[M]` log-probs of the rows' completion tokens, row after row, at the sampling temperature."""
         return self._scores(pack(rows).to(self.loaded.device), False).logprobs
 
-    def reference_log_probs(self, batches: Sequence[Sequence[TrainingRow]]) -> list[Tensor]:
-        """`[M]`, as `log_probs`, of the reference, for each batch of rows."""
-        assert self.reference is not None, "the objective asked for no reference"
-        return self.reference.logprobs([pack(rows).to(self.loaded.device) for rows in batches])
-
     def optim_step(self) -> Metrics:
         """Clip, update, forget the gradients. A gradient that is not finite skips the update; three in a row raise.
 
@@ -348,8 +360,8 @@ class Policy:
         self._optimizer.set_masters(weights)
         self._updates = update
         self._learned.clear()
-        for denominators, some in itertools.groupby(learned, lambda each: each.denominators):
-            self.learn([each.batch for each in some], denominators)
+        for (denominators, knobs), some in itertools.groupby(learned, lambda each: (each.denominators, each.knobs)):
+            self.learn([each.batch for each in some], denominators, knobs)
         found = self._optimizer.gradients()
         self._optimizer.forget_gradients()
         return found
@@ -378,9 +390,13 @@ class Policy:
             recompute_layers(self.loaded.model, False)
         self._optimizer.release()
 
-    def save_pretrained(self, path: Path) -> None:
-        """Write a Hugging Face model folder; see `groupwise.policy.saving.write_model`."""
-        write_model(self.loaded, path)
+    def source(self) -> Iterator[tuple[str, Tensor]]:
+        """What training changes, by the module's names: parameters that are trained, and buffers that are saved."""
+        model = self.loaded.model
+        yield from ((name, weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad)
+        if self.loaded.adapter is None:
+            saved = model.state_dict().keys()
+            yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
 
 
 def _ends(loaded: LoadedModel) -> list[Tensor]:

@@ -1,0 +1,155 @@
+"""The policy of one process: cuts batches to its memory, and learns in a thread of its own.
+
+The event loop stays free meanwhile, so that engines in other processes are answered. All that touches the weights runs
+in that thread, one thing after another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import wait
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor
+
+from groupwise.errors import ConfigError
+from groupwise.metrics import Metrics
+from groupwise.model.forward.packing import pack
+from groupwise.policy.learner import Learner
+from groupwise.policy.microbatches import cut_batch, split_rows
+from groupwise.policy.reference import FrozenScorer, Reference
+from groupwise.policy.saving import write_model
+from groupwise.policy.worker import Worker
+from groupwise.types import REFERENCE, Knobs, MiniBatch, ScoreRequest, TrainingRow
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+POLICY = "policy"
+"""The policy's own name, among scorers."""
+
+
+class LocalPolicy:
+    """Implements `groupwise.types.Policy` over one module.
+
+    Args:
+        micro_batch_tokens: most tokens of one forward and backward pass.
+        scorers: by name, beside the learner's own `reference`.
+
+    Example:
+        policy = LocalPolicy(learner, micro_batch_tokens=16_384)
+        metrics = await policy.learn(minibatch, Knobs())
+        metrics.append(await policy.optim_step())
+    """
+
+    def __init__(
+        self, learner: Learner, *, micro_batch_tokens: int, scorers: Mapping[str, FrozenScorer] | None = None
+    ) -> None:
+        self._learner = learner
+        self._budget = micro_batch_tokens
+        self._scorers: dict[str, FrozenScorer] = dict(scorers or {})
+        if learner.reference is not None:
+            self._scorers[REFERENCE] = learner.reference
+        self._worker = Worker("policy")
+
+    @property
+    def bytes_to_come(self) -> int:
+        """Memory that training will take beside activations, and has not taken yet."""
+        return self._learner.bytes_to_come
+
+    @property
+    def reference(self) -> Reference | None:
+        """The scorer of that name, if it can follow."""
+        return self._learner.reference
+
+    async def learn(self, batch: MiniBatch, knobs: Knobs) -> list[Metrics]:
+        """Add the gradient of the batch; metrics of each micro-batch. Cancelled, it ends at the next micro-batch."""
+        return await self._off_loop(self._learn, batch, knobs)
+
+    def _learn(self, batch: MiniBatch, knobs: Knobs) -> list[Metrics]:
+        parts = cut_batch(batch, self._budget, streams=self._learner.streams.count)
+        return self._learner.learn(parts, batch.denominators, knobs)
+
+    async def optim_step(self) -> Metrics:
+        """Clip, update, forget the gradients.
+
+        Raises:
+            TrainingError: the third non-finite gradient in a row.
+        """
+        return await self._off_loop(self._learner.optim_step)
+
+    async def log_probs(self, requests: Sequence[ScoreRequest], *, of: str = POLICY) -> list[tuple[float, ...]]:
+        """`[T]` each, at the sampling temperature; requests with equal prompts share its computation.
+
+        Raises:
+            ConfigError: there is no scorer of that name.
+        """
+        if of != POLICY and of not in self._scorers:
+            known = ", ".join((POLICY, *sorted(self._scorers)))
+            raise ConfigError(f"log-probs of {of!r} were asked for; the run has {known}")
+        return await self._off_loop(self._log_probs, requests, of)
+
+    def _log_probs(self, requests: Sequence[ScoreRequest], of: str) -> list[tuple[float, ...]]:
+        rows = _rows_of(requests)
+        batches = [part.rows for part in split_rows(rows, self._budget, streams=self._learner.streams.count)]
+        if of == POLICY:
+            found = list(self._learner.streams.map(self._learner.log_probs, batches))
+        else:
+            scorer = self._scorers[of]
+            found = scorer.logprobs([pack(batch).to(scorer.loaded.device) for batch in batches])
+        by_row: dict[int, tuple[float, ...]] = {}
+        for batch, logprobs in zip(batches, found, strict=True):
+            values = iter(logprobs.tolist())
+            by_row.update({id(row): tuple(next(values) for _ in row.token_ids) for row in batch})
+        return [by_row[id(row)] for row in rows]
+
+    async def move_reference(self, name: str, alpha: float) -> None:
+        """The scorer becomes `alpha` x policy + (1 - `alpha`) x scorer: TR-DPO's soft update (arXiv:2404.09656)."""
+        scorer = self._scorers.get(name)
+        assert isinstance(scorer, Reference), f"{name!r} is no reference that can follow"
+        await self._off_loop(scorer.sync, alpha)
+
+    def published(self) -> None:
+        """The engines sample from these weights from now on."""
+        self._learner.published()
+
+    def source(self) -> Iterable[tuple[str, Tensor]]:
+        """What training changes, by the module's own names; of a model with an adapter, the adapter alone."""
+        return self._learner.source()
+
+    async def export(self, folder: Path) -> None:
+        """Write a Hugging Face model folder; see `groupwise.policy.saving.write_model`."""
+        await self._off_loop(write_model, self._learner.loaded, folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._learner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._learner.load_state_dict(state)
+
+    async def close(self) -> None:
+        """Leave the model as a model, which may be trained by another policy."""
+        self._worker.close()
+        self._learner.release()
+
+    async def _off_loop(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        future = self._worker.submit(function, *args, **kwargs)
+        try:
+            return await asyncio.wrap_future(future)
+        except BaseException:
+            # Nothing may touch the weights while the thread still does.
+            self._learner.stop()
+            wait([future])
+            raise
+
+
+def _rows_of(requests: Sequence[ScoreRequest]) -> list[TrainingRow]:
+    groups: dict[Any, int] = {}
+    rows: list[TrainingRow] = []
+    for request in requests:
+        neutral = (0.0,) * len(request.follows)
+        group = groups.setdefault(request.prompt, len(groups))
+        rows.append(TrainingRow(group, request.prompt, request.follows, (1,) * len(neutral), neutral, neutral))
+    return rows

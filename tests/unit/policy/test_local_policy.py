@@ -1,0 +1,137 @@
+"""The policy of one process: what it asks of its learner, off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from groupwise.algorithms import build_algorithm
+from groupwise.config import AlgorithmConfig, OptimConfig, TrainConfig
+from groupwise.errors import ConfigError
+from groupwise.inputs import ModelInput
+from groupwise.policy import Learner, LocalPolicy
+from groupwise.policy.learner import LearningStopped
+from groupwise.policy.microbatches import MicroBatch, cut_batch
+from groupwise.policy.reference import FrozenScorer
+from groupwise.types import REFERENCE, Denominators, Knobs, MiniBatch, ScoreRequest, TrainingRow
+
+SIZE = 40
+
+
+def row(group: int, length: int = SIZE, advantage: float = 1.0) -> TrainingRow:
+    tokens = ModelInput.of([(7 * group + 3 * i) % 60 + 3 for i in range(length)])
+    prompt = ModelInput.of((10, 11, 12 + group % 40))
+    return TrainingRow(group, prompt, tokens, (1,) * length, (advantage,) * length, (-4.0,) * length)
+
+
+def learner(make_model: Any, **settings: Any) -> Learner:
+    objective = build_algorithm(AlgorithmConfig.model_validate(settings))
+    train = TrainConfig.model_validate({"seed": 1})
+    return Learner(make_model(), objective, optim=OptimConfig(), train=train, total_updates=10)  # type: ignore[call-arg]
+
+
+def batch(count: int) -> MiniBatch:
+    rows = tuple(row(k) for k in range(count))
+    return MiniBatch(rows, Denominators(float(count * SIZE), float(count), SIZE), measured=(row(count, advantage=0.0),))
+
+
+def gradient(policy: Learner) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in policy.loaded.model.parameters() if p.grad is not None]
+
+
+def test_it_learns_as_its_learner_does(make_model: Any) -> None:
+    one, other = learner(make_model), learner(make_model)
+    policy = LocalPolicy(one, micro_batch_tokens=100)
+    asyncio.run(policy.learn(batch(4), Knobs()))
+    other.learn(cut_batch(batch(4), 100, streams=other.streams.count), batch(4).denominators)
+    assert all(map(torch.equal, gradient(one), gradient(other)))
+
+
+def test_the_event_loop_answers_while_the_policy_learns(make_model: Any) -> None:
+    """A timer of 10 ms is late by at most 50 ms, over at least a second of learning."""
+    policy = LocalPolicy(learner(make_model), micro_batch_tokens=2_000)
+    late: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            asked = time.perf_counter() + 0.01
+            await asyncio.sleep(0.01)
+            late.append(time.perf_counter() - asked)
+
+    async def go() -> float:
+        await policy.learn(batch(8), Knobs())  # the thread and torch's own are there
+        timer, started = asyncio.create_task(tick()), time.perf_counter()
+        while time.perf_counter() - started < 1:
+            await policy.learn(batch(400), Knobs())
+            await policy.optim_step()
+        timer.cancel()
+        return time.perf_counter() - started
+
+    assert asyncio.run(go()) >= 1
+    assert len(late) > 20
+    assert max(late) < 0.05
+
+
+def test_cancelled_it_ends_at_the_next_micro_batch_before_anybody_touches_the_weights(make_model: Any) -> None:
+    held = learner(make_model)
+    policy = LocalPolicy(held, micro_batch_tokens=SIZE)
+
+    async def go() -> None:
+        learning = asyncio.create_task(policy.learn(batch(300), Knobs()))
+        await asyncio.sleep(0.05)
+        learning.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await learning
+        await policy.close()
+
+    started = time.perf_counter()
+    asyncio.run(go())
+    assert time.perf_counter() - started < 10
+    assert 0 < len(held._learned) < 300
+    with pytest.raises(LearningStopped):
+        held.forward_backward(MicroBatch((row(0),)), Denominators(1.0, 1.0, 1.0))
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_where_it_is_awaited(make_model: Any) -> None:
+    held = learner(make_model)
+    policy = LocalPolicy(held, micro_batch_tokens=100)
+    held.optim_step = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(policy.optim_step())
+
+
+def test_scorers_have_names(make_model: Any) -> None:
+    held = learner(make_model, kl_coef=0.1)
+    teacher = FrozenScorer(make_model(), temperature=1.0, chunk_tokens=64)
+    policy = LocalPolicy(held, micro_batch_tokens=60, scorers={"teacher": teacher})
+    asked = [ScoreRequest(row(k % 2).prompt, row(k).follows) for k in (0, 1, 2, 1)]
+    names = ("policy", REFERENCE, "teacher")
+    mine, reference, taught = (asyncio.run(policy.log_probs(asked, of=name)) for name in names)
+    assert [len(values) for values in mine] == [SIZE] * 4
+    assert mine == reference == taught  # the same weights
+    assert mine[1] == mine[3] != mine[0]
+    with pytest.raises(ConfigError, match=r"'judge'.*policy, reference, teacher"):
+        asyncio.run(policy.log_probs(asked, of="judge"))
+
+
+def test_only_a_reference_follows(make_model: Any) -> None:
+    held = learner(make_model, kl_coef=0.1)
+    policy = LocalPolicy(held, micro_batch_tokens=60)
+    asked = [ScoreRequest(row(0).prompt, row(0).follows)]
+    before = asyncio.run(policy.log_probs(asked, of=REFERENCE))
+    with torch.no_grad():
+        held.loaded.model.get_input_embeddings().weight.mul_(1.5)
+    assert asyncio.run(policy.log_probs(asked, of=REFERENCE)) == before
+    asyncio.run(policy.move_reference(REFERENCE, 1.0))
+    assert asyncio.run(policy.log_probs(asked, of=REFERENCE)) == asyncio.run(policy.log_probs(asked)) != before
+
+
+def test_its_source_is_all_that_training_changes(make_model: Any, tmp_path: Path) -> None:
+    held = learner(make_model)
+    found = dict(LocalPolicy(held, micro_batch_tokens=60).source())
+    assert found.keys() >= {name for name, p in held.loaded.model.named_parameters()}
