@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from groupwise.config.algorithm import (
     SWITCHED_SETTINGS,
     AlgorithmConfig,
 )
-from groupwise.errors import ConfigError
+from groupwise.errors import ConfigError, nearest
 
 
 def check_algorithm(config: AlgorithmConfig) -> None:
@@ -125,6 +124,5 @@ def _known(name: str, names: Iterable[str], *, key: str) -> None:
     known = sorted(names)
     if name in known:
         return
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}? It is" if nearest else "it is"
+    hint = nearest(name, known, "did you mean {!r}? It is") or "it is"
     raise ConfigError(f"algorithm.{key} = {name!r} does not exist; {hint} one of {', '.join(known)}")

@@ -5,7 +5,6 @@ Nothing here reads data or imports torch.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection
 from importlib.util import find_spec
@@ -15,7 +14,7 @@ from groupwise.config import Config, LoraConfig, ModelConfig, OptimConfig
 from groupwise.config.limits import rate_problem
 from groupwise.config.lora import ADAPTER_FILE, AdapterShape, read_adapter_file
 from groupwise.config.model_name import RunCheckpoint, base_of, is_model, named_checkpoint, settled_model
-from groupwise.errors import ConfigError
+from groupwise.errors import ConfigError, nearest
 from groupwise.installed import adapter_problems, version_problems
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -271,9 +270,8 @@ def _data_problem(name: str, value: str) -> str | None:
     if path.exists():
         return None
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    if near:
-        return f"{name} = {value!r}: no such file or folder; did you mean {str(path.with_name(near[0]))!r}?"
+    if near := nearest(path.name, siblings):
+        return f"{name} = {value!r}: no such file or folder; did you mean {str(path.with_name(near))!r}?"
     place = "" if path.parent.is_dir() else f" (there is no folder {str(path.parent)!r} either)"
     return f"{name} = {value!r}: no such file or folder{place}; paths are relative to {str(Path.cwd())!r}{_home(value)}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from groupwise.config import Config
 from groupwise.config.base import Section
+from groupwise.errors import nearest
 
 OTHER_NAMES = {
     "adam_epsilon": "optim.eps",
@@ -216,20 +216,16 @@ def nearest_key(dotted: str) -> str:
     """What to do about a name that is not valid: the name that was meant, or else the names there are."""
     wanted, names = generic(dotted), list(_by_name())
     section, _, last = wanted.rpartition(".")
-    inside = [name[len(section) + 1 :] for name in names if section and name.startswith(f"{section}.")]
+    inside = _inside(section, names)
+    near_section = nearest(section, {name.rpartition(".")[0] for name in names})
     meant = (
         _other_name(last, section=section)
-        or [f"{section}.{name}" for name in _close(last, inside, cutoff=0.6)]
-        or _close(wanted, names, cutoff=0.85)
-        or [name for name in names if name.rpartition(".")[2] == last]
+        or _nearest_inside(section, last, names)
+        or _nearest_inside(near_section, last, names)
+        or [name for name in names if _last(name) == last]
         or _other_name(last)
-        or _close(wanted, names, cutoff=0.78)
-        or [
-            name
-            for near in _close(last, _last_parts(names), cutoff=0.75)
-            for name in names
-            if name.endswith(f".{near}")
-        ]
+        or [name for near in [nearest(last, map(_last, names))] for name in names if _last(name) == near]
+        or [name for name in [nearest(wanted, names)] if name and not inside]
     )
     if meant:
         return "did you mean " + " or ".join(f"`{_numbered(name, dotted)}`" for name in meant) + "?"
@@ -245,12 +241,18 @@ def _other_name(last: str, *, section: str | None = None) -> list[str]:
     return [name]
 
 
-def _close(wanted: str, names: list[str], *, cutoff: float) -> list[str]:
-    return difflib.get_close_matches(wanted, names, n=1, cutoff=cutoff)
+def _inside(section: str, names: list[str]) -> list[str]:
+    """The keys of a section, without its name."""
+    return [name.removeprefix(f"{section}.") for name in names if section and name.startswith(f"{section}.")]
 
 
-def _last_parts(names: list[str]) -> list[str]:
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+def _nearest_inside(section: str, key: str, names: list[str]) -> list[str]:
+    near = nearest(key, _inside(section, names))
+    return [f"{section}.{near}"] if near else []
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _numbered(name: str, dotted: str) -> str:

@@ -12,7 +12,6 @@ Example:
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from groupwise.config.keys import annotation_of, describe_keys, is_section, near
 from groupwise.config.problems import Problem, problems_of, shortened
 from groupwise.config.secrets import is_redacted, public_values
 from groupwise.config.values import literal, parse_value
-from groupwise.errors import ConfigError
+from groupwise.errors import ConfigError, nearest
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -221,10 +220,8 @@ def _why_no_file(path: Path) -> str:
     if path.is_dir():
         return "got a folder; expected a recipe file (TOML) or a run's config.json"
     siblings = [file.name for file in path.parent.iterdir() if file.is_file()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    return "no such file" + (
-        f"; did you mean {path.with_name(near[0])}?" if near else "; expected a recipe file (TOML)"
-    )
+    near = nearest(path.name, siblings)
+    return "no such file" + (f"; did you mean {path.with_name(near)}?" if near else "; expected a recipe file (TOML)")
 
 
 def _leaves(value: Any, dotted: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from groupwise.config.keys import annotation_of, describe_type, item_section, nearest_key, without_none
 from groupwise.config.values import literal
+from groupwise.errors import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +93,7 @@ def _expected(detail: ErrorDetails, dotted: str) -> str:
         return bounds[kind].format(**limits)
     if kind == "literal_error":
         choices = [str(part) for part in get_args(without_none(annotation))]
-        near = difflib.get_close_matches(str(detail["input"]), choices, n=1)
-        return limits["expected"] + (f" (did you mean '{near[0]}'?)" if near else "")
+        return limits["expected"] + nearest(str(detail["input"]), choices, " (did you mean '{}'?)")
     if item_section(annotation):
         return f"a list of tables, each under [[{dotted}]]"
     return in_words(annotation) if annotation is not None else detail["msg"].removeprefix("Input should be ")
