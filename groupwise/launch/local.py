@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from groupwise.algorithms import Algorithm
 from groupwise.checkpoint.saver import Saver
 from groupwise.config import Config
+from groupwise.config.algorithm import MovingReference
 from groupwise.config.checks import sampling_remark
 from groupwise.config.secrets import public_values
 from groupwise.config.train import TrainConfig
@@ -311,10 +312,10 @@ def _logprobs(config: Config, policy: Policy, algorithm: Algorithm) -> LogprobPa
 
 
 def _upkeep(config: Config, policy: Policy, adaptive: AdaptiveEntropy | None) -> Upkeep:
-    reference, alpha = policy.reference, config.algorithm.reference_mixup
-    if reference is None or alpha is None:
+    reference, moves = policy.reference, config.algorithm.reference
+    if reference is None or not isinstance(moves, MovingReference):
         return Upkeep(entropy=adaptive, sync=None)
-    return Upkeep(entropy=adaptive, sync=ReferenceSync(reference, config.algorithm.reference_sync_every, alpha))
+    return Upkeep(entropy=adaptive, sync=ReferenceSync(reference, moves.sync_every, moves.mixup))
 
 
 def _evaluator(

@@ -109,7 +109,7 @@ def test_a_frozen_reference_and_a_fixed_bonus_have_no_state() -> None:
 
 
 def adaptive(coef: float = 0.0, target: float = 1.0) -> AdaptiveEntropy:
-    algorithm = build_algorithm(AlgorithmConfig.model_validate({"entropy_coef": coef}))
+    algorithm = build_algorithm(AlgorithmConfig.model_validate({"entropy": {"coef": coef}}))
     return AdaptiveEntropy(algorithm, EntropyControl(target, step=0.1))
 
 
@@ -140,7 +140,7 @@ def test_the_bonus_that_acts_is_the_one_in_the_gradient(make_model: Any) -> None
 
     raised = adaptive(0.2)
     raised.adapt(0.5)
-    fixed = build_algorithm(AlgorithmConfig.model_validate({"entropy_coef": 0.3}))
+    fixed = build_algorithm(AlgorithmConfig.model_validate({"entropy": {"coef": 0.3}}))
     assert raised.coef == pytest.approx(0.3)
     torch.testing.assert_close(gradient(raised), gradient(fixed))
     raised.adapt(1.5)
