@@ -14,6 +14,7 @@ from groupwise.config.keys import annotation_of, describe_keys
 from groupwise.config.loading import load_config, settings, settings_of_today
 from groupwise.config.renamed import RENAMED, of_today
 from groupwise.errors import ConfigError
+from groupwise.resume import Identity
 from groupwise.rundir import read_run_config
 
 BESIDE: dict[str, dict[str, Any]] = {
@@ -188,6 +189,12 @@ def test_a_run_of_an_earlier_version_is_read_without_a_word_and_is_the_same_run(
     assert settings_of_today(saved) == today
     assert settings_of_today({**saved, "algorithm.kl_coef": 0.1}) == {**today, "algorithm.kl.coef": 0.1}
     assert settings_of_today(today) == today
+    checkpoint = {"settings": saved, "facts": {}, "files": {}}
+    assert Identity.of(config, {}).changes_since(checkpoint, tmp_path) == []
+    checkpoint = {**checkpoint, "settings": {**saved, "algorithm.clip_high": 0.5}}
+    assert [str(change) for change in Identity.of(config, {}).changes_since(checkpoint, tmp_path)] == [
+        "algorithm.loss.clip_high: was 0.5, now 0.0004"
+    ]
     broken = {**saved, "algorithm.loss": "gone"}
     assert settings_of_today(broken) == broken
 
