@@ -65,23 +65,23 @@ def _toml(value: Any) -> str:
 
 ADVANTAGE_ROWS = (
     Row("grpo", {"name": "grpo"}),
-    Row("grpo-batch-std", {"name": "grpo", "scale": "batch"}),
+    Row("grpo-batch-std", {"name": "grpo", "advantage": {"scale": "batch"}}),
     Row("dr_grpo", {"name": "dr_grpo"}),
     Row("rloo", {"name": "rloo"}),
-    Row("rloo-clip", {"name": "grpo", "advantage": "rloo"}),
+    Row("rloo-clip", {"name": "grpo", "advantage": {"name": "rloo"}}),
     Row("reinforce_pp", {"name": "reinforce_pp"}),
     Row("reinforce_pp_baseline", {"name": "reinforce_pp_baseline"}),
     Row("opo", {"name": "opo"}),
-    Row("opo-clip", {"name": "grpo", "advantage": "opo"}),
+    Row("opo-clip", {"name": "grpo", "advantage": {"name": "opo"}}),
     Row("maxrl", {"name": "maxrl"}),
-    Row("maxrl-clip", {"name": "grpo", "advantage": "maxrl"}),
-    Row("pass_k", {"name": "pass_k", "pass_k": 4}),
+    Row("maxrl-clip", {"name": "grpo", "advantage": {"name": "maxrl"}}),
+    Row("pass_k", {"name": "pass_k", "advantage": {"k": 4}}),
     Row("gdpo", {"name": "gdpo"}, {"reward": [{"name": "gsm8k"}, {"name": "format"}]}),
 )
 
 LOSS_ROWS = (
     Row("grpo-2-steps", {"name": "grpo"}, TWO_STEPS),
-    Row("grpo-dual-clip", {"name": "grpo", "dual_clip": 3.0}, TWO_STEPS),
+    Row("grpo-dual-clip", {"name": "grpo", "loss": {"dual_clip": 3.0}}, TWO_STEPS),
     Row("dapo", {"name": "dapo"}, TWO_STEPS),
     Row("bnpo", {"name": "bnpo"}, TWO_STEPS),
     Row("gspo", {"name": "gspo"}, TWO_STEPS),
@@ -89,7 +89,7 @@ LOSS_ROWS = (
     Row("cispo", {"name": "cispo"}, TWO_STEPS),
     Row("sapo", {"name": "sapo"}, TWO_STEPS),
     Row("gmpo", {"name": "gmpo"}, TWO_STEPS),
-    Row("reinforce", {"name": "grpo", "loss": "reinforce"}, TWO_STEPS),
+    Row("reinforce", {"name": "grpo", "loss": {"name": "reinforce"}}, TWO_STEPS),
 )
 
 # Adapters start at zero and need about ten times the rate of all weights.

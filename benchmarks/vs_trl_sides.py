@@ -186,7 +186,7 @@ def _groupwise_settings(setting: Setting, *, output: str) -> dict[str, Any]:
             "max_completion_tokens": setting.tokens,
             "min_completion_tokens": setting.tokens,
         },
-        "algorithm": {"kl_coef": setting.kl_coef},
+        "algorithm": {"kl": {"coef": setting.kl_coef}},
         # One pass may hold what one of TRL's does: its prompts have up to 64 tokens.
         "train": {
             "output": output,

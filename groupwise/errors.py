@@ -6,9 +6,32 @@ that failed (exit code 1). A bad *rollout* is none of these: it is data with a s
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 EXIT_FAILURE = 1
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
+NEAR = 0.6
+"""How alike two names are, from 0 to 1, for one to be taken for a slip in the other: `difflib`'s ratio."""
+
+
+def nearest(name: str, candidates: Iterable[str], form: str = "{}", *, cutoff: float = NEAR) -> str:
+    """The candidate that was meant by a name that does not exist, in a message; nothing when none is near.
+
+    Capitals count for nothing.
+
+    Args:
+        form: the words around it.
+        cutoff: another one where more depends on it than a hint.
+
+    Example:
+        >>> nearest("trian", ["train", "eval"], "; did you mean `{}`?")
+        '; did you mean `train`?'
+    """
+    by_folded = {candidate.casefold(): candidate for candidate in candidates}
+    found = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=cutoff)
+    return form.format(by_folded[found[0]]) if found else ""
 
 
 class GroupwiseError(Exception):

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from groupwise.checkpoint import Verified, find_verified
 from groupwise.config import Config
-from groupwise.config.loading import settings
+from groupwise.config.loading import settings, settings_of_today
 from groupwise.config.secrets import without_secrets
 from groupwise.errors import ConfigError
 from groupwise.fingerprint import value_digest
@@ -123,7 +123,7 @@ class Identity:
 
     def changes_since(self, saved: Mapping[str, Any], run: Path) -> list[Change]:
         """Everything that a checkpoint's state of this part says otherwise."""
-        changed = setting_changes(saved["settings"], self.settings)
+        changed = setting_changes(settings_of_today(saved["settings"]), self.settings)
         changes = [Change(name, was, now) for name, (was, now) in changed.items()]
         was, now = saved["facts"], self.facts
         for name in sorted({*was, *now}):

@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from groupwise import __version__
 from groupwise.config import Config
 from groupwise.config.loading import config_json
+from groupwise.config.renamed import of_today
 from groupwise.config.values import literal
 from groupwise.errors import ConfigError
 from groupwise.files import append_rows, truncate_rows, write_json_atomic, write_text_atomic
@@ -222,7 +223,8 @@ def read_run_config(path: Path) -> Config:
     """
     file = path / "config.json"
     try:
-        return Config.model_validate(json.loads(file.read_bytes()))
+        values = json.loads(file.read_bytes())
+        return Config.model_validate(of_today(values).values if isinstance(values, dict) else values)
     except FileNotFoundError:
         raise ConfigError(f"{path}: got a folder without config.json; expected a run directory") from None
     except ValidationError as error:

@@ -5,7 +5,6 @@ A boundary module: loading runs the user's file, which may raise anything.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from groupwise.errors import ConfigError, GroupwiseError
+from groupwise.errors import ConfigError, GroupwiseError, nearest
 from groupwise.process_state import guarded
 
 
@@ -109,8 +108,7 @@ def _find(shown: str, module: ModuleType, attribute: str, attribute_kind: str) -
     for part in attribute.split("."):
         names = [key for key in dir(found) if not key.startswith("_")]
         if not hasattr(found, part):
-            near = difflib.get_close_matches(part, names, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = nearest(part, names, "did you mean {!r}? ")
             functions = [key for key in names if inspect.isroutine(getattr(found, key))]
             place = module.__file__ or module.__name__
             raise ConfigError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -27,14 +26,8 @@ from groupwise.algorithms.losses.gspo_token import gspo_token
 from groupwise.algorithms.losses.ppo_clip import ppo_clip
 from groupwise.algorithms.losses.reinforce import reinforce
 from groupwise.algorithms.losses.sapo import sapo
-from groupwise.config.algorithm import (
-    ADVANTAGE_SETTINGS,
-    LOSS_SETTINGS,
-    RECIPES,
-    AlgorithmConfig,
-    AlgorithmRecipe,
-)
-from groupwise.config.algorithm_checks import check_algorithm
+from groupwise.config.algorithm import RECIPES, AdaptiveEntropy, AlgorithmConfig, AlgorithmRecipe
+from groupwise.config.base import Variant
 
 ADVANTAGES: Mapping[str, Callable[..., tuple[Tensor, ...]]] = {
     "grpo": grpo,
@@ -46,7 +39,7 @@ ADVANTAGES: Mapping[str, Callable[..., tuple[Tensor, ...]]] = {
     "pass_k": pass_k,
     "gdpo": gdpo,
 }
-"""Each takes `AdvantageInputs`, and by keyword the config keys that `ADVANTAGE_SETTINGS` lists for it."""
+"""Each takes `AdvantageInputs`, and by keyword the settings of its class in `groupwise.config.algorithm.advantages`."""
 
 LOSSES: Mapping[str, Callable[..., TokenLoss]] = {
     "ppo_clip": ppo_clip,
@@ -57,48 +50,38 @@ LOSSES: Mapping[str, Callable[..., TokenLoss]] = {
     "gmpo": gmpo,
     "reinforce": reinforce,
 }
-"""Each takes `LossInputs`, and by keyword the config keys that `LOSS_SETTINGS` lists for it."""
+"""Each takes `LossInputs`, and by keyword the settings of its class in `groupwise.config.algorithm.losses`."""
 
 
 def build_algorithm(config: AlgorithmConfig) -> Algorithm:
-    """The algorithm that `config` describes.
-
-    Raises:
-        ConfigError: an unknown name (with the nearest known one), or a setting that could not act (with the reason).
-    """
-    check_algorithm(config)
-    values: Mapping[str, Any] = config.model_dump()
-    advantage_settings = {key: values[key] for key in ADVANTAGE_SETTINGS[config.advantage]}
-    loss_settings = {key: values[key] for key in LOSS_SETTINGS[config.loss]}
+    """The algorithm that `config` describes."""
     return Algorithm(
         name=config.name,
-        advantage=partial(ADVANTAGES[config.advantage], **advantage_settings),
-        policy_loss=partial(LOSSES[config.loss], **loss_settings),
+        advantage=partial(ADVANTAGES[config.advantage.name], **_settings(config.advantage)),
+        policy_loss=partial(LOSSES[config.loss.name], **_settings(config.loss)),
         normaliser=config.normaliser,
-        kl_coef=config.kl_coef,
-        kl_in=config.kl_in,
-        kl_estimator=config.kl_estimator,
-        entropy_coef=config.entropy_coef,
+        kl_coef=config.kl.coef,
+        kl_in=config.kl.place,
+        kl_estimator=config.kl.estimator,
+        entropy_coef=config.entropy.coef,
         entropy_control=_entropy_control(config),
-        top_entropy_fraction=config.top_entropy_fraction,
+        top_entropy_fraction=config.entropy.top_fraction,
         masks_truncated=config.overlong == "mask",
-        correction=Correction(
-            kind=config.correction,
-            level=config.correction_level or "token",
-            low=config.correction_low or 0.0,
-            high=math.inf if config.correction_high is None else config.correction_high,
-            veto=config.correction_veto,
-            off_policy_mask=config.off_policy_mask,
-        ),
+        correction=Correction(kind=config.correction.name, **_settings(config.correction)),
         router_aux_loss_coef=config.router_aux_loss_coef,
     )
 
 
+def _settings(part: Variant) -> dict[str, Any]:
+    """All but the key that chose it."""
+    return {key: value for key, value in part if key != part.chosen_by}
+
+
 def _entropy_control(config: AlgorithmConfig) -> EntropyControl | None:
-    step, low, high = config.entropy_coef_step, config.entropy_coef_min, config.entropy_coef_max
-    if config.entropy_target is None or step is None or low is None or high is None:
+    entropy = config.entropy
+    if not isinstance(entropy, AdaptiveEntropy):
         return None
-    return EntropyControl(config.entropy_target, step, low, high)
+    return EntropyControl(entropy.target, entropy.coef_step, entropy.coef_min, entropy.coef_max)
 
 
 def describe_algorithms() -> list[AlgorithmRecipe]:

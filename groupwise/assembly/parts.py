@@ -13,6 +13,7 @@ from groupwise.assembly.record import Reports
 from groupwise.assembly.supervised import PreparedSft
 from groupwise.checkpoint.saver import Saver
 from groupwise.config import Config
+from groupwise.config.algorithm import MovingReference
 from groupwise.data import PromptSampler, PromptSet
 from groupwise.empty_steps import EmptySteps
 from groupwise.evaluation.counted import counted_remarks, counted_rewards
@@ -228,11 +229,10 @@ def _logprobs(config: Config, policy: Policy, algorithm: Algorithm) -> LogprobPa
 
 
 def _upkeep(config: Config, policy: LocalPolicy, adaptive: AdaptiveEntropy | None) -> Upkeep:
-    reference, alpha = policy.reference, config.algorithm.reference_mixup
-    if reference is None or alpha is None:
+    reference, moves = policy.reference, config.algorithm.reference
+    if reference is None or not isinstance(moves, MovingReference):
         return Upkeep(entropy=adaptive, sync=None)
-    every = config.algorithm.reference_sync_every
-    return Upkeep(entropy=adaptive, sync=ReferenceSync(policy, reference, every, alpha))
+    return Upkeep(entropy=adaptive, sync=ReferenceSync(policy, reference, moves.sync_every, moves.mixup))
 
 
 def _evaluator(ready: Prepared, sample: Sample, *, scorer: RewardScorer, reports: Reports) -> Evaluator:

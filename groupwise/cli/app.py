@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from groupwise import __version__
 from groupwise.cli.commands import chat, data, evaluate, export, generate, info, model, quickstart, train, xtuner
 from groupwise.cli.output import take_any_text, tell
-from groupwise.cli.parsing import Command, nearest
-from groupwise.errors import EXIT_FAILURE, EXIT_INTERRUPTED, ConfigError, GroupwiseError, Interrupted
+from groupwise.cli.parsing import DID_YOU_MEAN, Command
+from groupwise.errors import EXIT_FAILURE, EXIT_INTERRUPTED, ConfigError, GroupwiseError, Interrupted, nearest
 from groupwise.files import file_error
 from groupwise.notices import once_each
 
@@ -113,13 +113,14 @@ def _find(arguments: Sequence[str]) -> Command:
                 print(f"usage: groupwise {first} COMMAND …\n\n{listing}")
                 raise SystemExit(0)
             raise ConfigError(f"`groupwise {first}` needs one of these commands\n\n{listing}")
-        hint = nearest(second, inside) or f"; expected {' or '.join(inside)}"
+        hint = nearest(second, inside, DID_YOU_MEAN) or f"; expected {' or '.join(inside)}"
         raise ConfigError(f"`groupwise {first}` has no command {second!r}{hint}")
     if first.startswith("-"):
         raise ConfigError(
-            f"`groupwise` has no flag {first}{nearest(first, ['--help', '--version'])}; a command comes first"
+            f"`groupwise` has no flag {first}{nearest(first, ['--help', '--version'], DID_YOU_MEAN)}; a command comes "
+            "first"
         )
-    hint = nearest(first, dict.fromkeys(name.split()[0] for name in names)) or "; see `groupwise --help`"
+    hint = nearest(first, {name.split()[0] for name in names}, DID_YOU_MEAN) or "; see `groupwise --help`"
     raise ConfigError(f"unknown command {first!r}{hint}")
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from groupwise.errors import ConfigError
+from groupwise.errors import ConfigError, nearest
 
 DOTTED = re.compile(r"--(?P<key>[A-Za-z_]\w*(?:\.\w+)+)(?:=(?P<value>.*))?", re.DOTALL)
 NUMBER = re.compile(r"-\.?\d")
+DID_YOU_MEAN = "; did you mean `{}`?"
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,12 +110,6 @@ def set_rewards(names: Sequence[str] | None) -> list[str]:
     return [] if not names else [f"--reward={json.dumps([{'name': name} for name in names])}"]
 
 
-def nearest(wanted: str, names: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """`; did you mean X?`, or nothing when no name is near."""
-    found = difflib.get_close_matches(wanted, list(names), n=1, cutoff=cutoff)
-    return f"; did you mean `{found[0]}`?" if found else ""
-
-
 def _check_flags(arguments: Sequence[str], parser: Parser, *, settings: Sequence[str]) -> None:
     """Refuse unknown flags before argparse complains of what they left unset."""
     for argument in arguments:
@@ -131,15 +125,14 @@ def _check_flags(arguments: Sequence[str], parser: Parser, *, settings: Sequence
 
 
 def _nearest_flag(flag: str, flags: Sequence[str], *, settings: Sequence[str]) -> str:
-    near = nearest(flag, flags, cutoff=0.75)
+    # Without their dashes, which would make every short flag look like every other.
+    near = nearest(flag.lstrip("-"), [known[2:] for known in flags if known.startswith("--")], "; did you mean `--{}`?")
     if near or not settings:
-        return near or nearest(flag, flags)
+        return near
     from groupwise.config.keys import nearest_key
 
     hint = nearest_key(flag.lstrip("-").replace("-", "_"))
-    if hint.startswith("did you mean"):
-        return "; " + hint.replace(" `", " `--")
-    return nearest(flag, flags)
+    return "; " + hint.replace(" `", " `--") if hint.startswith("did you mean") else ""
 
 
 def _check_acts(override: str, command: Command) -> None:

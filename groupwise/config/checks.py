@@ -5,17 +5,17 @@ Nothing here reads data or imports torch.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 
 from groupwise.config import Config, LoraConfig, ModelConfig, OptimConfig
+from groupwise.config.algorithm.advantages import PassK
 from groupwise.config.limits import rate_problem
 from groupwise.config.lora import ADAPTER_FILE, AdapterShape, read_adapter_file
 from groupwise.config.model_name import RunCheckpoint, base_of, is_model, named_checkpoint, settled_model
-from groupwise.errors import ConfigError
+from groupwise.errors import ConfigError, nearest
 from groupwise.installed import adapter_problems, version_problems
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -73,20 +73,21 @@ def _environment_problems(config: Config) -> list[str]:
 
 
 def _algorithm_problems(config: Config) -> list[str]:
-    algorithm, found = config.algorithm, list[str]()
-    if algorithm.pass_k is not None and algorithm.pass_k >= config.rollout.group_size:
+    found = list[str]()
+    advantage = config.algorithm.advantage
+    if isinstance(advantage, PassK) and advantage.k >= config.rollout.group_size:
         found.append(
-            f"algorithm.pass_k = {algorithm.pass_k}: with rollout.group_size = {config.rollout.group_size} "
-            "a group of pass_k samples is the whole group, so all advantages are 0; lower pass_k or raise group_size"
+            f"algorithm.advantage.k = {advantage.k}: with rollout.group_size = {config.rollout.group_size} "
+            "a group of k samples is the whole group, so all advantages are 0; lower k or raise group_size"
         )
     return found + _correction_problems(config) + _dynamic_sampling_problems(config) + _overlong_problems(config)
 
 
 def _correction_problems(config: Config) -> list[str]:
-    algorithm, found = config.algorithm, list[str]()
-    if algorithm.correction != "none" or algorithm.correction_veto is not None:
-        name = "correction" if algorithm.correction != "none" else "correction_veto"
-        setting = f"algorithm.{name} = {config.algorithm.model_dump()[name]!r}"
+    correction, found = config.algorithm.correction, list[str]()
+    if correction.name != "none" or correction.veto is not None:
+        name, value = ("name", correction.name) if correction.name != "none" else ("veto", correction.veto)
+        setting = f"algorithm.correction.{name} = {value!r}"
         if not config.recomputes_logprobs:
             found.append(
                 f"{setting}: it weighs the policy's log-probs against the sampler's, and here the sampler's stand for "
@@ -99,10 +100,11 @@ def _correction_problems(config: Config) -> list[str]:
                 "before such filters, so the weight would not be that of the distribution that was sampled from; "
                 "leave out one or the other"
             )
-    if algorithm.off_policy_mask is not None and config.exact_logprobs and config.optim.updates_per_batch == 1:
+    if correction.off_policy_mask is not None and config.exact_logprobs and config.optim.updates_per_batch == 1:
         found.append(
-            f"algorithm.off_policy_mask = {algorithm.off_policy_mask}: with optim.steps_per_batch = 1 every sample is "
-            "learned by the very weights that drew it, so there is no drift to mask; leave it out, or take more steps"
+            f"algorithm.correction.off_policy_mask = {correction.off_policy_mask}: with optim.steps_per_batch = 1 "
+            "every sample is learned by the very weights that drew it, so there is no drift to mask; leave it out, or "
+            "take more steps"
         )
     return found
 
@@ -114,10 +116,11 @@ def _dynamic_sampling_problems(config: Config) -> list[str]:
     setting = f"rollout.dynamic_sampling_cap = {cap}"
     if cap == 1:
         found.append(f"{setting}: no prompt could be replaced; use 2 or more, or 0 to keep every group")
-    if config.algorithm.advantage == "reinforce_pp":
+    if config.algorithm.advantage.over_batch:
         found.append(
-            f"{setting} does not go with algorithm.advantage = 'reinforce_pp': its baseline is the whole batch's, so a "
-            "group of equal rewards teaches as well; use 'reinforce_pp_baseline', or set the cap to 0"
+            f"{setting} does not go with algorithm.advantage.name = {config.algorithm.advantage.name!r}: its baseline "
+            "is the whole batch's, so a group of equal rewards teaches as well; use 'reinforce_pp_baseline', or set "
+            "the cap to 0"
         )
     return found
 
@@ -285,9 +288,8 @@ def _data_problem(name: str, value: str) -> str | None:
     if path.exists():
         return None
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    if near:
-        return f"{name} = {value!r}: no such file or folder; did you mean {str(path.with_name(near[0]))!r}?"
+    if near := nearest(path.name, siblings):
+        return f"{name} = {value!r}: no such file or folder; did you mean {str(path.with_name(near))!r}?"
     place = "" if path.parent.is_dir() else f" (there is no folder {str(path.parent)!r} either)"
     return f"{name} = {value!r}: no such file or folder{place}; paths are relative to {str(Path.cwd())!r}{_home(value)}"
 

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import difflib
 import types
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from groupwise.config import Config
-from groupwise.config.base import Section
+from groupwise.config.base import Section, Variant
+from groupwise.config.renamed import RENAMED
+from groupwise.errors import nearest
 
 OTHER_NAMES = {
     "adam_epsilon": "optim.eps",
-    "beta": "algorithm.kl_coef",
+    "beta": "algorithm.kl.coef",
     "dataset": "data.train",
     "dataset_path": "data.train",
     "dataset_text_field": "sft.text_column",
-    "entropy_coef_delta": "algorithm.entropy_coef_step",
-    "epsilon": "algorithm.clip_low",
-    "epsilon_high": "algorithm.clip_high",
+    "entropy_coef_delta": "algorithm.entropy.coef_step",
+    "epsilon": "algorithm.loss.clip_low",
+    "epsilon_high": "algorithm.loss.clip_high",
     "eval_steps": "eval.every",
     "filter_groups": "rollout.dynamic_sampling_cap",
     "gradient_clipping": "optim.max_grad_norm",
-    "kl_loss_coef": "algorithm.kl_coef",
-    "kl_loss_type": "algorithm.kl_estimator",
+    "kl_loss_coef": "algorithm.kl.coef",
+    "kl_loss_type": "algorithm.kl.estimator",
     "learning_rate": "optim.lr",
     "load_in_4bit": "model.quantization",
     "lora_alpha": "lora.alpha",
@@ -52,15 +53,15 @@ OTHER_NAMES = {
     "num_generations": "rollout.group_size",
     "num_iterations": "optim.passes_per_batch",
     "num_train_epochs": "train.epochs",
-    "off_policy_mask_threshold": "algorithm.off_policy_mask",
+    "off_policy_mask_threshold": "algorithm.correction.off_policy_mask",
     "optim": "optim.name",
     "output_dir": "train.output",
     "pack_max_length": "train.micro_batch_tokens",
     "per_device_train_batch_size": "rollout.prompts_per_step",
     "ppo_epochs": "optim.passes_per_batch",
     "prompt_repeat_k": "rollout.group_size",
-    "ref_model_mixup_alpha": "algorithm.reference_mixup",
-    "ref_model_sync_steps": "algorithm.reference_sync_every",
+    "ref_model_mixup_alpha": "algorithm.reference.mixup",
+    "ref_model_sync_steps": "algorithm.reference.sync_every",
     "report_to": "tracking.backends",
     "reward_funcs": "reward.N.name",
     "reward_weights": "reward.N.weight",
@@ -68,11 +69,11 @@ OTHER_NAMES = {
     "save_steps": "train.save_every",
     "save_total_limit": "train.keep_checkpoints",
     "stop_strings": "rollout.stop",
-    "sync_ref_model": "algorithm.reference_sync_every",
-    "top_entropy_quantile": "algorithm.top_entropy_fraction",
+    "sync_ref_model": "algorithm.reference.sync_every",
+    "top_entropy_quantile": "algorithm.entropy.top_fraction",
     "torch_dtype": "model.dtype",
     "train_batch_size": "rollout.prompts_per_step",
-    "use_adaptive_entropy": "algorithm.entropy_target",
+    "use_adaptive_entropy": "algorithm.entropy.target",
     "use_rslora": "lora.rslora",
     "use_vllm": "rollout.engine",
 }
@@ -86,6 +87,8 @@ class Key:
     Attributes:
         name: dotted; an item of a list of tables has the number as `N`.
         required: it has no default (in an item of a list).
+        defaults: where several sections may stand in one place, those that have the key, by what chooses them, with its
+            default in each; empty elsewhere.
 
     Example:
         Key(name="reward.N.weight", annotation=float, default=1.0, required=False, description="factor in the …")
@@ -96,6 +99,7 @@ class Key:
     default: Any
     required: bool
     description: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def type_text(self) -> str:
@@ -105,6 +109,18 @@ class Key:
 
 def is_section(annotation: Any) -> TypeGuard[type[Section]]:
     return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def sections_of(annotation: Any) -> tuple[type[Section], ...]:
+    """The section, or those that may stand in its place; empty for anything else."""
+    if is_section(annotation):
+        return (annotation,)
+    if get_origin(annotation) is Annotated:
+        return sections_of(get_args(annotation)[0])
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return ()
+    each = [sections_of(part) for part in get_args(annotation)]
+    return tuple(section for sections in each for section in sections) if all(each) else ()
 
 
 def item_section(annotation: Any) -> type[Section] | None:
@@ -133,6 +149,8 @@ def describe_type(annotation: Any) -> str:
     if admits_none(annotation) and annotation is not Any:
         return f"{describe_type(without_none(annotation))} or none"
     origin, parts = get_origin(annotation), get_args(annotation)
+    if sections_of(annotation):
+        return "table"
     if origin is Literal:
         return " | ".join(f'"{part}"' for part in parts)
     if origin in (Union, types.UnionType):
@@ -142,7 +160,7 @@ def describe_type(annotation: Any) -> str:
         return f"list of {item if item == 'text' else f'{item}s'}"
     if origin is tuple:
         return f"list of {len(parts)} {describe_type(parts[0])}s"
-    if origin is dict or is_section(annotation):
+    if origin is dict:
         return "table"
     names: dict[Any, str] = {str: "text", bool: "true or false", int: "whole number", float: "number"}
     return names.get(annotation, "any value")
@@ -151,29 +169,46 @@ def describe_type(annotation: Any) -> str:
 @lru_cache(maxsize=1)
 def describe_keys() -> tuple[Key, ...]:
     """All settings, in the order of the tree. Used by `groupwise config` and by the generated reference."""
-    return tuple(_walk(Config, ""))
+    return tuple(_walk((Config,), ""))
 
 
-def _walk(section: type[Section], prefix: str) -> Iterator[Key]:
-    for name, field in section.model_fields.items():
-        dotted, item = prefix + name, item_section(field.annotation)
-        if is_section(field.annotation):
-            yield from _walk(field.annotation, f"{dotted}.")
+def _walk(sections: tuple[type[Section], ...], prefix: str) -> Iterator[Key]:
+    for name in dict.fromkeys(name for section in sections for name in section.model_fields):
+        having = [section for section in sections if name in section.model_fields]
+        dotted, annotation = prefix + name, _joined([section.model_fields[name].annotation for section in having])
+        item = item_section(annotation)
+        if inside := sections_of(annotation):
+            yield from _walk(inside, f"{dotted}.")
         elif item is not None:
-            yield from _walk(item, f"{dotted}.N.")
+            yield from _walk((item,), f"{dotted}.N.")
         else:
-            yield _key(dotted, field)
+            yield _key(dotted, annotation, having, everywhere=len(having) == len(sections))
 
 
-def _key(dotted: str, field: FieldInfo) -> Key:
-    required = field.is_required()
+def _key(dotted: str, annotation: Any, having: list[type[Section]], *, everywhere: bool) -> Key:
+    name = dotted.rpartition(".")[2]
+    first = having[0].model_fields[name]
+    description, defaults = first.description or "", dict[str, Any]()
+    if issubclass(having[0], Variant) and having[0].chosen_by != name:
+        variants = [section for section in having if issubclass(section, Variant)]
+        defaults = {one.choice: _default(one.model_fields[name]) for one in variants}
+        description = description if everywhere else f"{having[0].chosen_by} = {', '.join(defaults)}: {description}"
     return Key(
         name=dotted,
-        annotation=field.annotation,
-        default=None if required else field.get_default(call_default_factory=True, validated_data={}),
-        required=required,
-        description=field.description or "",
+        annotation=annotation,
+        default=_default(first),
+        required=first.is_required(),
+        description=description,
+        defaults=defaults,
     )
+
+
+def _default(info: FieldInfo) -> Any:
+    return None if info.is_required() else info.get_default(call_default_factory=True, validated_data={})
+
+
+def _joined(annotations: list[Any]) -> Any:
+    return Union[tuple(annotations)]  # noqa: UP007 - of as many as there are; one is itself
 
 
 @lru_cache(maxsize=1)
@@ -189,7 +224,8 @@ def generic(dotted: str) -> str:
 def annotation_of(dotted: str) -> Any | None:
     """The type of a setting, of a section or of an item inside a table setting; None when there is no such name.
 
-    `data.chat_template_kwargs.enable_thinking` is inside a table setting, whose values may be anything.
+    `data.chat_template_kwargs.enable_thinking` is inside a table setting, whose values may be anything. A name of an
+    earlier version is that of today.
     """
     key = _by_name().get(generic(dotted))
     if key is not None:
@@ -198,13 +234,25 @@ def annotation_of(dotted: str) -> Any | None:
     for part in dotted.split("."):
         annotation = _child(annotation, part)
         if annotation is None:
-            return None
+            return annotation_of(RENAMED[dotted]) if dotted in RENAMED else None
     return annotation
 
 
+def name_of(location: Sequence[int | str]) -> str:
+    """The dotted name of the place of an error, in which a variant's choice stands after its place."""
+    names, annotation, chosen = list[str](), Any, False
+    for part in map(str, location):
+        if not chosen:
+            annotation = _child(annotation if names else Config, part)
+            names.append(part)
+        chosen = not chosen and len(sections_of(annotation)) > 1
+    return ".".join(names)
+
+
 def _child(annotation: Any, part: str) -> Any | None:
-    if is_section(annotation):
-        return annotation.model_fields[part].annotation if part in annotation.model_fields else None
+    if sections := sections_of(annotation):
+        found = [section.model_fields[part].annotation for section in sections if part in section.model_fields]
+        return _joined(found) if found else None
     if get_origin(annotation) is tuple:
         return item_section(annotation) if part.isdecimal() else None
     if get_origin(annotation) is dict:
@@ -216,20 +264,16 @@ def nearest_key(dotted: str) -> str:
     """What to do about a name that is not valid: the name that was meant, or else the names there are."""
     wanted, names = generic(dotted), list(_by_name())
     section, _, last = wanted.rpartition(".")
-    inside = [name[len(section) + 1 :] for name in names if section and name.startswith(f"{section}.")]
+    inside = _inside(section, names)
+    near_section = nearest(section, {name.rpartition(".")[0] for name in names})
     meant = (
         _other_name(last, section=section)
-        or [f"{section}.{name}" for name in _close(last, inside, cutoff=0.6)]
-        or _close(wanted, names, cutoff=0.85)
-        or [name for name in names if name.rpartition(".")[2] == last]
+        or _nearest_inside(section, last, names)
+        or _nearest_inside(near_section, last, names)
+        or [name for name in names if _last(name) == last]
         or _other_name(last)
-        or _close(wanted, names, cutoff=0.78)
-        or [
-            name
-            for near in _close(last, _last_parts(names), cutoff=0.75)
-            for name in names
-            if name.endswith(f".{near}")
-        ]
+        or [name for near in [nearest(last, map(_last, names))] for name in names if _last(name) == near]
+        or [name for name in [nearest(wanted, names)] if name and not inside]
     )
     if meant:
         return "did you mean " + " or ".join(f"`{_numbered(name, dotted)}`" for name in meant) + "?"
@@ -245,12 +289,18 @@ def _other_name(last: str, *, section: str | None = None) -> list[str]:
     return [name]
 
 
-def _close(wanted: str, names: list[str], *, cutoff: float) -> list[str]:
-    return difflib.get_close_matches(wanted, names, n=1, cutoff=cutoff)
+def _inside(section: str, names: list[str]) -> list[str]:
+    """The keys of a section, without its name."""
+    return [name.removeprefix(f"{section}.") for name in names if section and name.startswith(f"{section}.")]
 
 
-def _last_parts(names: list[str]) -> list[str]:
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+def _nearest_inside(section: str, key: str, names: list[str]) -> list[str]:
+    near = nearest(key, _inside(section, names))
+    return [f"{section}.{near}"] if near else []
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _numbered(name: str, dotted: str) -> str:

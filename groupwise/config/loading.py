@@ -12,25 +12,28 @@ Example:
 from __future__ import annotations
 
 import copy
-import difflib
 import json
+import logging
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from groupwise.config import Config
-from groupwise.config.keys import annotation_of, describe_keys, is_section, nearest_key
+from groupwise.config import AlgorithmConfig, Config
+from groupwise.config.base import Section
+from groupwise.config.keys import annotation_of, describe_keys, nearest_key, sections_of
 from groupwise.config.problems import Problem, problems_of, shortened
+from groupwise.config.renamed import RENAMED, clash, dotted_of_today, of_today
 from groupwise.config.secrets import is_redacted, public_values
 from groupwise.config.values import literal, parse_value
-from groupwise.errors import ConfigError
+from groupwise.errors import ConfigError, nearest
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+logger = logging.getLogger(__name__)
 
 __all__ = ["LoadedConfig", "config_json", "describe_keys", "load_config", "parse_overrides", "render_resolved"]
 
@@ -56,24 +59,35 @@ class _Tree:
         self.problems: list[Problem] = []
 
     def add_file(self, path: Path) -> None:
-        for section, content in _read(path).items():
-            present = self.values.get(section)
-            if isinstance(present, dict) and isinstance(content, dict):
-                present.update(content)
-                for key, value in content.items():
-                    self._record(f"{section}.{key}", value, str(path))
-            else:
-                self.values[section] = content
-                self._record(section, content, str(path))
+        renaming = of_today(_read(path))
+        self.problems += [Problem(old, str(path), clash(old)) for old in renaming.clashes]
+        if renaming.named and path.suffix != ".json":  # nobody wrote a run's config.json
+            logger.warning("%s: %s", path, renaming.remark)
+        self._merge(self.values, renaming.values, "", str(path))
 
-    def set(self, dotted: str, value: Any) -> None:
+    def _merge(self, present: dict[str, Any], given: dict[str, Any], prefix: str, origin: str) -> None:
+        """Lay `given` over what is there: key by key in sections, as a whole in anything else."""
+        for key, value in given.items():
+            dotted = prefix + key
+            inside = present.get(key)
+            if isinstance(inside, dict) and isinstance(value, dict) and sections_of(annotation_of(dotted)):
+                self._merge(inside, value, f"{dotted}.", origin)
+            else:
+                present[key] = value
+                self._record(dotted, value, origin)
+
+    def add_overrides(self, given: Mapping[str, Any]) -> None:
+        for dotted, value in dotted_of_today(given, COMMAND_LINE).items():
+            self._set(dotted, value)
+
+    def _set(self, dotted: str, value: Any) -> None:
         """One override; a text is parsed by the type of the setting that it is for."""
         annotation = annotation_of(dotted)
         if annotation is None:
             self.problems.append(Problem(dotted, COMMAND_LINE, f"there is no such setting; {nearest_key(dotted)}"))
             return
         try:
-            if is_section(annotation) and "." not in dotted:
+            if sections_of(annotation) and "." not in dotted:
                 raise ValueError(f"it is a section; {nearest_key(f'{dotted}.*')}")
             parsed = parse_value(value, annotation) if isinstance(value, str) else copy.deepcopy(value)
             self._place(dotted.split("."), parsed)
@@ -138,8 +152,7 @@ def load_config(
     for file in _as_files(path):
         tree.add_file(file)
     given = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
-    for dotted, value in given.items():
-        tree.set(dotted, value)
+    tree.add_overrides(given)
     try:
         config = Config.model_validate(tree.values)
     except ValidationError as error:
@@ -221,10 +234,8 @@ def _why_no_file(path: Path) -> str:
     if path.is_dir():
         return "got a folder; expected a recipe file (TOML) or a run's config.json"
     siblings = [file.name for file in path.parent.iterdir() if file.is_file()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    return "no such file" + (
-        f"; did you mean {path.with_name(near[0])}?" if near else "; expected a recipe file (TOML)"
-    )
+    near = nearest(path.name, siblings)
+    return "no such file" + (f"; did you mean {path.with_name(near)}?" if near else "; expected a recipe file (TOML)")
 
 
 def _leaves(value: Any, dotted: str) -> list[str]:
@@ -237,15 +248,32 @@ def _leaves(value: Any, dotted: str) -> list[str]:
 
 def settings(config: Config) -> dict[str, Any]:
     """Every setting of this config by dotted name (`reward.0.weight`), in tree order; an empty list is one setting."""
-    found: dict[str, Any] = {}
-    for name, section in config:
-        if isinstance(section, tuple):
-            found |= {name: ()} if not section else {}
-            for index, item in enumerate(section):
-                found |= {f"{name}.{index}.{key}": value for key, value in item}
-        else:
-            found |= {f"{name}.{key}": value for key, value in section}
-    return found
+    return dict(_settings_in(config, ""))
+
+
+def _settings_in(value: Any, dotted: str) -> Iterator[tuple[str, Any]]:
+    inside: Iterable[tuple[object, Any]] = ()
+    if isinstance(value, Section):
+        inside = value
+    elif isinstance(value, tuple) and any(isinstance(item, Section) for item in value):
+        inside = enumerate(value)
+    else:
+        yield dotted, value
+    for key, item in inside:
+        yield from _settings_in(item, f"{dotted}.{key}" if dotted else str(key))
+
+
+def settings_of_today(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `settings` gave in an earlier version, in the names of today; as it is where that is no config today."""
+    if not RENAMED.keys() & saved.keys():
+        return saved
+    of_algorithm = {name.removeprefix("algorithm."): v for name, v in saved.items() if name.startswith("algorithm.")}
+    try:
+        algorithm = AlgorithmConfig.model_validate(of_today({"algorithm": of_algorithm}).values["algorithm"])
+    except ValidationError:
+        return saved
+    others = {name: value for name, value in saved.items() if not name.startswith("algorithm.")}
+    return others | dict(_settings_in(algorithm, "algorithm"))
 
 
 def render_resolved(loaded: LoadedConfig) -> str:
@@ -255,12 +283,13 @@ def render_resolved(loaded: LoadedConfig) -> str:
     """
     lines: list[str] = []
     table = ""
-    for dotted, value in settings(loaded.config).items():
+    # What is in no table, such as an empty list of rewards, can only stand before the first.
+    for dotted, value in sorted(settings(loaded.config).items(), key=lambda item: "." in item[0]):
         section, _, key = dotted.rpartition(".")
         if section and section != table:
             table = section
-            name = section.partition(".")[0]
-            lines += ["", f"[[{name}]]" if "." in section else f"[{name}]"]
+            name, _, last = section.rpartition(".")
+            lines += ["", f"[[{name}]]" if last.isdecimal() else f"[{section}]"]
         entry = f"{'# ' if value is None else ''}{key} = {literal(value)}"
         lines.append(f"{entry:<48}  # {_one_line(loaded.origins.get(dotted, DEFAULT))}")
     return "\n".join(lines).strip() + "\n"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from groupwise.config.keys import annotation_of, describe_type, item_section, nearest_key, without_none
+from groupwise.config.base import REFUSED
+from groupwise.config.keys import annotation_of, describe_type, item_section, name_of, nearest_key, without_none
 from groupwise.config.values import literal
+from groupwise.errors import nearest
+
+_QUOTE = "'"  # pydantic names a key in quotes
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,16 @@ def _unusable(value: Any, dotted: str) -> Iterator[tuple[str, str]]:
 
 
 def _translate(detail: ErrorDetails, origin_of: Callable[[str], str]) -> Problem:
-    dotted = ".".join(str(part) for part in detail["loc"])
-    kind, got = detail["type"], detail["input"]
+    dotted = name_of(detail["loc"])
+    kind, got, limits = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind == REFUSED:
+        dotted = f"{dotted}.{limits['key']}"
+        return Problem(dotted, origin_of(dotted), limits["text"])
+    if kind == "union_tag_invalid":
+        dotted = f"{dotted}.{limits['discriminator'].strip(_QUOTE)}"
+        hint = nearest(str(limits["tag"]), _choices(annotation_of(dotted)), " (did you mean '{}'?)")
+        expected = f"one of {limits['expected_tags']}{hint}"
+        return Problem(dotted, origin_of(dotted), f"got {shortened(limits['tag'])}; expected {expected}")
     if kind == "value_error":
         return Problem(dotted, origin_of(dotted), detail["msg"].removeprefix("Value error, "))
     if kind == "extra_forbidden":
@@ -92,12 +103,17 @@ def _expected(detail: ErrorDetails, dotted: str) -> str:
     if kind in bounds:
         return bounds[kind].format(**limits)
     if kind == "literal_error":
-        choices = [str(part) for part in get_args(without_none(annotation))]
-        near = difflib.get_close_matches(str(detail["input"]), choices, n=1)
-        return limits["expected"] + (f" (did you mean '{near[0]}'?)" if near else "")
+        return limits["expected"] + nearest(str(detail["input"]), _choices(annotation), " (did you mean '{}'?)")
     if item_section(annotation):
         return f"a list of tables, each under [[{dotted}]]"
     return in_words(annotation) if annotation is not None else detail["msg"].removeprefix("Input should be ")
+
+
+def _choices(annotation: Any) -> list[str]:
+    """Of a literal, or of several."""
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
 
 
 def _annotation(dotted: str) -> Any | None:

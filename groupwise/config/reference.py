@@ -6,7 +6,8 @@ import sys
 from itertools import groupby
 
 from groupwise.config.keys import OTHER_NAMES, Key, describe_keys
-from groupwise.config.values import literal
+from groupwise.config.renamed import RENAMED
+from groupwise.config.values import default_text
 
 HEAD = """# Settings
 
@@ -32,6 +33,11 @@ def render_reference() -> str:
         "## Coming from another trainer\n\n| there | here |\n|---|---|\n"
         + "".join(f"| `{there}` | `{here}` |\n" for there, here in sorted(OTHER_NAMES.items()))
     )
+    parts.append(
+        "## Names of earlier versions\n\nThey still act, in recipes, on the command line and in Python, and a "
+        "warning has the name of today. Given together with it, they are refused.\n\n| before | today |\n|---|---|\n"
+        + "".join(f"| `{before}` | `{today}` |\n" for before, today in RENAMED.items())
+    )
     return "\n".join(parts)
 
 
@@ -39,7 +45,7 @@ def _render_section(section: str, keys: list[Key]) -> str:
     heading = f"[[{section}]]" if ".N." in keys[0].name else f"[{section}]"
     rows = [f"## `{heading}`\n", "| key | type | default | meaning |", "|---|---|---|---|"]
     for key in keys:
-        default = "required" if key.required else f"`{literal(key.default)}`"
+        default = "required" if key.required else f"`{default_text(key)}`"
         cells = (f"`{key.name}`", key.type_text, default, key.description)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"

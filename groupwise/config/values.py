@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
-from groupwise.config.keys import admits_none, is_section, without_none
+from groupwise.config.keys import Key, admits_none, sections_of, without_none
 
 
 def parse_value(text: str, annotation: Any) -> Any:
@@ -30,7 +30,7 @@ def parse_value(text: str, annotation: Any) -> Any:
             return text
     if get_origin(annotation) is tuple:
         return _parse_list(text, get_args(annotation)[0])
-    if get_origin(annotation) is dict or is_section(annotation):
+    if get_origin(annotation) is dict or sections_of(annotation):
         if not text.lstrip().startswith("{"):
             raise ValueError('expected a table such as {"key": 1}')
         return parse_literal(text)
@@ -77,6 +77,28 @@ def literal(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def tree_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"optim.lr": 1e-6}` as `{"optim": {"lr": 1e-6}}`; what comes later wins."""
+    tree: dict[str, Any] = {}
+    for dotted, value in settings.items():
+        *around, last = dotted.split(".")
+        node = tree
+        for part in around:
+            node = node.setdefault(part, {})
+        node[last] = dict(value) if isinstance(value, Mapping) else value
+    return tree
+
+
+def default_text(key: Key) -> str:
+    """The default of a setting; the defaults, where several sections have it and disagree."""
+    by_text: dict[str, list[str]] = {}
+    for choice, value in key.defaults.items():
+        by_text.setdefault(literal(value), []).append(choice)
+    if len(by_text) < 2:
+        return literal(key.default)
+    return ", ".join(f"{text} with {'/'.join(choices)}" for text, choices in by_text.items())
 
 
 def _bare(key: str) -> str:

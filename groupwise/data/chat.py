@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from groupwise.data.files import nearest
-from groupwise.errors import ConfigError, DataError
+from groupwise.errors import ConfigError, DataError, nearest
 from groupwise.templates import TemplateFault, apply_template
 from groupwise.texts import one_line
 from groupwise.types import Message, Tokenizer
@@ -91,7 +90,8 @@ def set_chat_template(tokenizer: Tokenizer, template_or_file: str | Path) -> Non
 
 def _template_file(path: Path) -> str:
     if not path.is_file():
-        near = nearest(path.name, (entry.name for entry in path.parent.iterdir())) if path.parent.is_dir() else ""
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = nearest(path.name, siblings, '; did you mean "{}"?')
         raise ConfigError(f"model.chat_template is neither a Jinja template nor a file: {path}{near}")
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -120,7 +120,7 @@ def check_template(tokenizer: Tokenizer, template_kwargs: Mapping[str, Any]) -> 
         if name not in read:
             raise ConfigError(
                 f"data.chat_template_kwargs.{name} has no effect: the chat template never reads it; remove it"
-                f"{nearest(name, read)}"
+                + nearest(name, read, '; did you mean "{}"?')
             )
 
 

@@ -7,7 +7,6 @@ anything in memory that yields dicts.
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 import logging
 import re
@@ -18,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from groupwise.errors import DataError
+from groupwise.errors import DataError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +80,6 @@ def read_for_training(source: Source, *, needed: int | None, setting: str) -> li
     return rows
 
 
-def nearest(name: str, options: Iterable[str]) -> str:
-    """A hint such as `; did you mean "train.jsonl"?`, or nothing when no option is near."""
-    close = difflib.get_close_matches(name, sorted(options), n=1, cutoff=0.5)
-    return f'; did you mean "{close[0]}"?' if close else ""
-
-
 def _rows(source: Source) -> Iterator[SourceRow]:
     if isinstance(source, str | Path):
         return _rows_of_path(source)
@@ -141,7 +134,8 @@ def _missing(path: Path) -> str:
             f"{path} does not exist, nor does its folder; expected a file or folder on this machine. "
             "A dataset of the Hugging Face Hub must be downloaded first"
         )
-    return f"{path} does not exist{nearest(path.name, (other.name for other in path.parent.iterdir()))}"
+    near = nearest(path.name, (other.name for other in path.parent.iterdir()), '; did you mean "{}"?')
+    return f"{path} does not exist{near}"
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from groupwise.config.data import DataConfig
-from groupwise.data.files import SourceRow, nearest
-from groupwise.errors import ConfigError, DataError
+from groupwise.data.files import SourceRow
+from groupwise.errors import ConfigError, DataError, nearest
 from groupwise.types import Message
 
 SYSTEM_ROLES = ("system", "developer")
@@ -74,7 +74,8 @@ def check_settings(config: DataConfig) -> None:
 def missing_column(name: str, values: Mapping[str, Any], *, setting: str) -> str:
     """The sentence for a column that a setting names and a row lacks."""
     present = ", ".join(values) or "no columns"
-    return f'there is no column "{name}" ({setting}); the row has {present}{nearest(name, values)}'
+    near = nearest(name, values, '; did you mean "{}"?')
+    return f'there is no column "{name}" ({setting}); the row has {present}{near}'
 
 
 def text_problem(value: Any, name: str) -> str | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING
 
-from groupwise.errors import ConfigError
+from groupwise.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from groupwise.config import RolloutConfig
@@ -33,5 +32,5 @@ def build_engine(config: RolloutConfig, loaded: LoadedModel, *, reserved_bytes: 
 def check_engine(name: str) -> None:
     """Refuse an unknown name before anything is loaded."""
     if name not in ENGINES:
-        near = difflib.get_close_matches(name, ENGINES, 1, 0.0)[0]
-        raise ConfigError(f"rollout.engine = {name!r} is unknown; did you mean {near!r}? Known: {', '.join(ENGINES)}")
+        hint = nearest(name, ENGINES, "did you mean {!r}? Known:") or "expected one of"
+        raise ConfigError(f"rollout.engine = {name!r} is unknown; {hint} {', '.join(ENGINES)}")

@@ -10,7 +10,7 @@ from typing import Any, cast
 from groupwise.config.environment import EnvironmentConfig
 from groupwise.environments.calculator import Calculator
 from groupwise.environments.visit import SINGLE_TURN, Environments
-from groupwise.errors import ConfigError, GroupwiseError
+from groupwise.errors import ConfigError, GroupwiseError, nearest
 from groupwise.process_state import guarded
 from groupwise.types import Environment, Tokenizer
 from groupwise.user_code import load_named
@@ -54,9 +54,10 @@ def _factory(name: str) -> Callable[..., Environment]:
     if name in _BUILT_IN:
         return _BUILT_IN[name]
     if ":" not in name:
+        hint = nearest(name, _BUILT_IN, "did you mean {!r}? ")
         raise ConfigError(
-            f"environment.name = {name!r}: there is no such environment; expected {', '.join(_BUILT_IN)}, or your own "
-            "as path/to/file.py:factory"
+            f"environment.name = {name!r}: there is no such environment; {hint}expected {', '.join(_BUILT_IN)}, or "
+            "your own as path/to/file.py:factory"
         )
     found: Any = load_named(name, kind="environment", attribute_kind="factory")
     if not callable(found):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from groupwise import __version__
+from groupwise.config.renamed import of_today
 from groupwise.errors import ConfigError
 from groupwise.export.curve import Curve, curve_svg
 from groupwise.export.source import ADAPTER_CONFIG, Source, read_object
@@ -20,7 +21,7 @@ from groupwise.texts import one_line
 CARD_FILE = "README.md"
 CURVE_FILE = "reward.svg"
 _SETTINGS = (
-    *("algorithm.name", "algorithm.kl_coef", "optim.lr", "optim.schedule", "optim.steps_per_batch"),
+    *("algorithm.name", "algorithm.kl.coef", "optim.lr", "optim.schedule", "optim.steps_per_batch"),
     *("rollout.group_size", "rollout.prompts_per_step", "rollout.temperature", "rollout.max_completion_tokens"),
     *("sft.rows_per_step", "train.steps", "train.epochs", "train.seed", "model.dtype"),
 )
@@ -67,7 +68,7 @@ def read_run(folder: Path, *, until: int | None = None) -> RunRecord:
             rows.append(row)
     return RunRecord(
         folder.resolve().name,
-        read_object(folder / "config.json"),
+        of_today(read_object(folder / "config.json")).values,
         read_object(folder / "summary.json") if until is None else {"steps": until},
         read_object(folder / "versions.json"),
         tuple(rows),
@@ -164,9 +165,10 @@ def _acts(run: RunRecord, name: str) -> bool:
 
 
 def _setting(config: Mapping[str, Any], name: str) -> Any:
-    section, _, key = name.partition(".")
-    values = config.get(section)
-    return values.get(key) if isinstance(values, Mapping) else None
+    value: Any = config
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def _shown(value: Any) -> str:

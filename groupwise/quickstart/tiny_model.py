@@ -6,7 +6,6 @@ torch and transformers load inside the functions, so that importing this module 
 
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
 import tempfile
@@ -15,7 +14,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from groupwise.errors import ConfigError, DataError
+from groupwise.errors import ConfigError, DataError, nearest
 from groupwise.files import use_umask
 from groupwise.texts import encodable
 
@@ -158,8 +157,7 @@ def tiny_size(name: str) -> TinySize:
     """
     size = TINY_SIZES.get(name)
     if size is None:
-        nearest = difflib.get_close_matches(name.lower(), TINY_SIZES, n=1, cutoff=0.4)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        hint = nearest(name, TINY_SIZES, "; did you mean {!r}?")
         raise ConfigError(f"unknown tiny model size {name!r}; expected one of {', '.join(TINY_SIZES)}{hint}")
     return size
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from groupwise.errors import ConfigError
+from groupwise.errors import ConfigError, nearest
 from groupwise.rewards.earnable import (
     PromptCheck,
     exact_match_prompt_check,
@@ -67,8 +66,7 @@ def built_in(name: str) -> BuiltIn:
         ConfigError: there is none; the message has the nearest name.
     """
     if name not in BUILT_INS:
-        near = difflib.get_close_matches(name, BUILT_INS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = nearest(name, BUILT_INS, "did you mean {!r}? ")
         raise ConfigError(
             f"unknown reward {name!r}; {hint}expected one of {', '.join(BUILT_INS)}, or a function of your own as "
             "path/to/file.py:function or module:function"
@@ -91,8 +89,7 @@ def check_args(name: str, args: Mapping[str, Any]) -> None:
     valid = ", ".join(parameters)
     for given in args:
         if given not in parameters:
-            near = difflib.get_close_matches(given, parameters, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = nearest(given, parameters, "did you mean {!r}? ")
             raise ConfigError(f"reward {name!r} takes no argument {given!r}; {hint}valid ones: {valid}")
     for parameter in parameters.values():
         if parameter.default is inspect.Parameter.empty and parameter.name not in args:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from groupwise.errors import ConfigError
+from groupwise.errors import ConfigError, nearest
 from groupwise.rewards.copies import independent, independent_arguments
 from groupwise.texts import one_line
 from groupwise.types import Prompt, Rollout
@@ -160,8 +159,7 @@ def _check_bound(name: str, args: Mapping[str, Any], accepted: Sequence[str], *,
         if given in STANDARD_ARGUMENTS:
             raise ConfigError(f"reward {name!r}: args may not set {given!r}, which every call gives; remove it")
         if given not in free and not takes_all:
-            near = difflib.get_close_matches(given, free, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = nearest(given, free, "did you mean {!r}? ")
             raise ConfigError(
                 f"reward {name!r} takes no argument {given!r}; {hint}valid ones: {', '.join(free) or 'none'}"
             )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 from groupwise.config import TrackingConfig
-from groupwise.errors import ConfigError
+from groupwise.errors import ConfigError, nearest
 from groupwise.texts import one_line
 from groupwise.tracking.background import Background
 from groupwise.tracking.base import Tracker
@@ -83,6 +82,5 @@ def check_backends(config: TrackingConfig) -> None:
         if name in config.backends[:index]:
             raise ConfigError(f"tracking.backends: got {name!r} twice; name each tracker once")
         if name not in BUILDERS:
-            near = difflib.get_close_matches(name, BUILDERS, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = nearest(name, BUILDERS, "; did you mean {!r}?")
             raise ConfigError(f"tracking.backends: got {name!r}; expected any of {', '.join(BUILDERS)}{hint}")

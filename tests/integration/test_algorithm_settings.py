@@ -50,14 +50,14 @@ def picky(task: Any, tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "algorithm",
     [
-        {"correction": "truncate"},
-        {"correction": "mask", "correction_level": "geometric"},
-        {"name": "gspo", "correction": "decoupled", "correction_veto": 0.5},
+        {"correction": {"name": "truncate"}},
+        {"correction": {"name": "mask", "level": "geometric"}},
+        {"name": "gspo", "correction": {"name": "decoupled", "veto": 0.5}},
     ],
     ids=str,
 )
 def test_recomputed_logprobs_are_the_samplers_bit_by_bit(task: Any, tmp_path: Path, algorithm: dict[str, Any]) -> None:
-    plain = {key: value for key, value in algorithm.items() if not key.startswith("correction")}
+    plain = {key: value for key, value in algorithm.items() if key != "correction"}
     optim = {"lr": 0.003, "steps_per_batch": 2}
     train(task, tmp_path / "a", algorithm=plain, optim=optim, train={"steps": 2})
     rows = train(
@@ -86,7 +86,7 @@ def test_the_policy_computes_old_logprobs_only_when_asked(
 
 def test_an_off_policy_mask_drops_what_has_drifted(task: Any, tmp_path: Path) -> None:
     optim = {"lr": 0.02, "steps_per_batch": 4}
-    rows = train(task, tmp_path / "a", algorithm={"off_policy_mask": 1e-4}, optim=optim)
+    rows = train(task, tmp_path / "a", algorithm={"correction": {"off_policy_mask": 1e-4}}, optim=optim)
     assert max(row["correction/dropped"] for row in rows) > 0
     train(task, tmp_path / "b", optim=optim)
     assert weights(tmp_path / "a") != weights(tmp_path / "b")
@@ -94,7 +94,7 @@ def test_an_off_policy_mask_drops_what_has_drifted(task: Any, tmp_path: Path) ->
 
 def test_a_correction_with_nothing_to_correct_is_refused_before_a_run_begins(task: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"algorithm\.old_logprobs to 'policy'"):
-        run_training(task.config(tmp_path / "a", algorithm={"correction": "truncate"}))
+        run_training(task.config(tmp_path / "a", algorithm={"correction": {"name": "truncate"}}))
     assert not (tmp_path / "a").exists()
 
 
@@ -113,10 +113,14 @@ def test_filters_are_remarked_on_in_the_log(task: Any, tmp_path: Path) -> None:
     ("place", "estimator"), [("loss", "k2"), ("loss", "k3"), ("reward", "k1"), ("reward", "k2"), ("reward", "k3")]
 )
 def test_a_kl_holds_the_policy_back(task: Any, tmp_path: Path, place: str, estimator: str) -> None:
-    kl = {"kl_in": place, "kl_estimator": estimator, "name": "dr_grpo"}
+    kl = {"place": place, "estimator": estimator}
     optim, length = {"lr": 0.005}, {"steps": 8}
-    free = train(task, tmp_path / "free", algorithm={**kl, "kl_coef": 1e-9}, optim=optim, train=length)
-    held = train(task, tmp_path / "held", algorithm={**kl, "kl_coef": 1.0}, optim=optim, train=length)
+    free = train(
+        task, tmp_path / "free", algorithm={"name": "dr_grpo", "kl": {"coef": 1e-9, **kl}}, optim=optim, train=length
+    )
+    held = train(
+        task, tmp_path / "held", algorithm={"name": "dr_grpo", "kl": {"coef": 1.0, **kl}}, optim=optim, train=length
+    )
     assert free[0]["kl"] == 0.0 == held[0]["kl"]
     assert held[-1]["kl"] < free[-1]["kl"] / 1.2
     assert ("reward_kl_penalty" in held[0]) == (place == "reward")
@@ -126,7 +130,7 @@ def test_a_reference_follows_when_it_is_due(task: Any, tmp_path: Path) -> None:
     rows = train(
         task,
         tmp_path / "a",
-        algorithm={"kl_coef": 0.01, "reference_sync_every": 2, "reference_mixup": 1.0},
+        algorithm={"kl": {"coef": 0.01}, "reference": {"sync_every": 2, "mixup": 1.0}},
         train={"steps": 5},
     )
     assert [row["kl"] == 0.0 for row in rows] == [True, False, True, False, True]
@@ -140,7 +144,7 @@ def test_an_adaptive_bonus_rises_while_entropy_is_below_the_target(task: Any, tm
         train(
             task,
             tmp_path / str(target),
-            algorithm={"entropy_coef": 0.05, "entropy_target": target, "entropy_coef_step": 0.01},
+            algorithm={"entropy": {"coef": 0.05, "target": target, "coef_step": 0.01}},
             train={"steps": 3},
         )
         for target in (0.1, 100.0)
@@ -152,7 +156,7 @@ def test_an_adaptive_bonus_rises_while_entropy_is_below_the_target(task: Any, tm
 
 def test_a_top_entropy_filter_changes_what_is_learned(task: Any, tmp_path: Path) -> None:
     for fraction in (1.0, 0.2):
-        train(task, tmp_path / str(fraction), algorithm={"top_entropy_fraction": fraction}, train={"steps": 1})
+        train(task, tmp_path / str(fraction), algorithm={"entropy": {"top_fraction": fraction}}, train={"steps": 1})
     assert weights(tmp_path / "1.0") != weights(tmp_path / "0.2")
 
 
@@ -225,10 +229,13 @@ def test_a_reward_that_never_differs_reaches_the_cap_and_trains_on(task: Any, tm
 @pytest.mark.parametrize(
     "sections",
     [
-        {"algorithm": {"kl_coef": 0.1, "reference_sync_every": 2, "reference_mixup": 0.3, "entropy_target": 9.0}},
-        {"algorithm": {"kl_coef": 0.1, "kl_in": "reward", "reference_sync_every": 1}, "model": {"dtype": "bfloat16"}},
+        {"algorithm": {"kl": {"coef": 0.1}, "reference": {"sync_every": 2, "mixup": 0.3}, "entropy": {"target": 9.0}}},
         {
-            "algorithm": {"old_logprobs": "policy", "correction": "decoupled"},
+            "algorithm": {"kl": {"coef": 0.1, "place": "reward"}, "reference": {"sync_every": 1}},
+            "model": {"dtype": "bfloat16"},
+        },
+        {
+            "algorithm": {"old_logprobs": "policy", "correction": {"name": "decoupled"}},
             "optim": {"lr": 0.003, "steps_per_batch": 2},
         },
         {"rollout": {"dynamic_sampling_cap": 3}, "algorithm": {"overlong": "mask"}},

@@ -47,7 +47,7 @@ def test_warm_up_then_grpo_then_evaluation_on_one_adapter(
     warm = load_model(ModelConfig.model_validate({"path": str(sft / "final"), "device": "cpu"}))
     assert any(bool(p.any()) for n, p in warm.model.named_parameters() if ".lora_B." in n)
 
-    start = [*task.flags(grpo, "--train.steps", "3", "--algorithm.kl_coef", "0.1"), "--model", str(sft / "final")]
+    start = [*task.flags(grpo, "--train.steps", "3", "--algorithm.kl.coef", "0.1"), "--model", str(sft / "final")]
     assert main(["train", *start]) == 2  # the adapter's rank must be said
     assert "lora.rank = 0, but the adapter has 4; give --lora.rank 4 --lora.alpha 8" in capsys.readouterr().err
     assert main(["train", *start, *lora]) == 0
@@ -83,7 +83,7 @@ def test_only_the_adapter_is_in_checkpoints(task: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"lora": {"rank": 3, "dropout": 0.3}, "algorithm": {"kl_coef": 0.1}, "model": {"dtype": "bfloat16"}},
+        {"lora": {"rank": 3, "dropout": 0.3}, "algorithm": {"kl": {"coef": 0.1}}, "model": {"dtype": "bfloat16"}},
         {"lora": {"rank": 8, "rslora": True}, "optim": {"name": "muon", "lr": 0.01}},
         {"optim": {"name": "muon", "lr": 0.01, "weight_decay": 0.1}, "model": {"dtype": "bfloat16"}},
         pytest.param({"optim": {"name": "adamw_8bit", "lr": 0.003}}, marks=NEEDS_BITSANDBYTES),

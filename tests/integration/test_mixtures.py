@@ -60,8 +60,8 @@ def mixture(task: Any, folder: Path, kind: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "sections"),
     [
-        ("qwen3_moe", {"algorithm": {"router_aux_loss_coef": 0.01, "kl_coef": 0.1}}),
-        ("glm4_moe", {"lora": {"rank": 2}, "algorithm": {"kl_coef": 0.1}}),
+        ("qwen3_moe", {"algorithm": {"router_aux_loss_coef": 0.01, "kl": {"coef": 0.1}}}),
+        ("glm4_moe", {"lora": {"rank": 2}, "algorithm": {"kl": {"coef": 0.1}}}),
         ("glm4_moe", {"model": {"dtype": "bfloat16", "gradient_checkpointing": True}}),
     ],
 )

@@ -43,7 +43,7 @@ def wait_for(file: Path, count: int, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"algorithm": {"kl_coef": 0.1}, "optim": {"lr": 0.003, "steps_per_batch": 2}}]
+    "settings", [{}, {"algorithm": {"kl": {"coef": 0.1}}, "optim": {"lr": 0.003, "steps_per_batch": 2}}]
 )
 def test_six_steps_are_three_and_three(
     task: Any, tmp_path: Path, read_jsonl: ReadRows, dtype: str, settings: dict[str, Any]

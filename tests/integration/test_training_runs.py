@@ -133,8 +133,8 @@ def test_a_final_model_is_trained_further(task: Any, tmp_path: Path, read_jsonl:
     [
         {"model": {"dtype": "bfloat16"}},
         {"model": {"gradient_checkpointing": True}},
-        {"algorithm": {"kl_coef": 0.1}},
-        {"algorithm": {"entropy_coef": 0.01}},
+        {"algorithm": {"kl": {"coef": 0.1}}},
+        {"algorithm": {"entropy": {"coef": 0.01}}},
         {"optim": {"steps_per_batch": 2, "weight_decay": 0.1, "schedule": "cosine", "warmup_ratio": 0.3}},
         {"algorithm": {"name": "dapo"}, "rollout": {"temperature": 0.7, "top_p": 0.9, "top_k": 50}},
         {"algorithm": {"name": "gspo"}, "rollout": {"prompts_per_step": 25}},
@@ -150,7 +150,7 @@ def test_variants_run_and_agree(task: Any, tmp_path: Path, read_jsonl: ReadRows,
     assert len(rows) == 2
     assert agrees(rows)
     assert all(row["grad_norm"] > 0 for row in rows)
-    if "kl_coef" in sections.get("algorithm", {}):
+    if "kl" in sections.get("algorithm", {}):
         assert rows[0]["kl"] == 0.0
         assert rows[1]["kl"] > 0
     if "steps_per_batch" in sections.get("optim", {}):

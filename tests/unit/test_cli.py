@@ -15,7 +15,7 @@ from groupwise import __version__
 from groupwise.cli import main
 from groupwise.cli.app import COMMANDS
 from groupwise.cli.commands import quickstart
-from groupwise.cli.parsing import Command, nearest, split_overrides
+from groupwise.cli.parsing import Command, split_overrides
 from groupwise.errors import EngineError, Interrupted
 
 ROWS = '{"prompt": [{"role": "user", "content": "2+2?"}], "answer": "4"}\n{"prompt": "3+3?", "answer": "6"}\n'
@@ -257,10 +257,6 @@ def test_split_overrides_takes_only_dotted_keys() -> None:
     )
     assert rest == ["a.toml", "--seed", "3", "--resume"]
     assert overrides == ["--optim.lr=1e-6", "--x.y=1=2", "--data.shuffle", "--a.b=-1", "--c.d="]
-
-
-def test_nearest_is_silent_when_nothing_is_near() -> None:
-    assert nearest("qqqq", ["train", "eval"]) == ""
 
 
 # --- listings ---

@@ -17,6 +17,7 @@ from groupwise.cli.app import COMMANDS
 from groupwise.config import Config
 from groupwise.config.keys import annotation_of
 from groupwise.config.loading import load_config
+from groupwise.config.renamed import RENAMED
 from groupwise.rewards import reward_names
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +69,14 @@ def test_every_setting_exists(page: Path) -> None:
         name for code in code_of(text) for name in FLAG.findall(code) if not is_setting(name) and "section" not in name
     }
     assert not wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_setting_has_its_earlier_name(page: Path) -> None:
+    text = page.read_text(encoding="utf-8").partition("## Names of earlier versions")[0]
+    tables = set(RENAMED) & {name.rpartition(".")[0] for name in RENAMED.values()}  # names of today, too
+    allowed = tables | ({"algorithm.kl_coef"} if page.name == "algorithms.md" else set())  # which tells of them
+    assert not (settings_in(text) & set(RENAMED)) - allowed
 
 
 def test_the_search_for_settings_finds_them() -> None:

@@ -11,14 +11,14 @@ from groupwise.algorithms.advantages.shared import by_group
 from groupwise.algorithms.base import AdvantageInputs
 
 
-def pass_k(inputs: AdvantageInputs, *, pass_k: int, pass_k_threshold: float) -> tuple[Tensor, ...]:
-    """Advantages of the pass@k reward over all subsets of k = `pass_k` of a group's N rollouts, of which M are wrong.
+def pass_k(inputs: AdvantageInputs, *, k: int, threshold: float) -> tuple[Tensor, ...]:
+    """Advantages of the pass@k reward over all subsets of `k` of a group's N rollouts, of which M are wrong.
 
     With R = 1 - C(M, k) / C(N, k) and s = sqrt(R·(1 - R)): right answers get (1 - R) / s, wrong ones
     (1 - R - C(M - 1, k - 1) / C(N - 1, k - 1)) / s (arXiv:2508.10751, analytical derivation).
-    Exactly 0 where s is: none right, or so many that every subset has one. A reward above `pass_k_threshold` is right.
+    Exactly 0 where s is: none right, or so many that every subset has one. A reward above `threshold` is right.
     """
-    return by_group(inputs, lambda rewards, _: _best_of_subsets(rewards > pass_k_threshold, pass_k))
+    return by_group(inputs, lambda rewards, _: _best_of_subsets(rewards > threshold, k))
 
 
 def _best_of_subsets(right: Tensor, k: int) -> Tensor:

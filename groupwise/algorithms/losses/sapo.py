@@ -8,13 +8,13 @@ from groupwise.algorithms.base import LossInputs, TokenLoss
 from groupwise.algorithms.losses.shared import token_ratio
 
 
-def sapo(inputs: LossInputs, *, sapo_temperature_positive: float, sapo_temperature_negative: float) -> TokenLoss:
+def sapo(inputs: LossInputs, *, temperature_positive: float, temperature_negative: float) -> TokenLoss:
     """l_t = -(4/τ)·sigmoid(τ·(r_t - 1))·A_t, with τ by the advantage's sign.
 
     SAPO (arXiv:2511.20347). On policy its gradient is that of -r_t·A_t; a higher τ lets go of drifted tokens sooner.
     """
     ratio = token_ratio(inputs)
-    temperature = torch.full_like(ratio, sapo_temperature_negative)
-    temperature = temperature.masked_fill(inputs.advantages > 0, sapo_temperature_positive)
+    temperature = torch.full_like(ratio, temperature_negative)
+    temperature = temperature.masked_fill(inputs.advantages > 0, temperature_positive)
     gate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
     return TokenLoss(-gate * inputs.advantages)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from groupwise.cli.parsing import Command, Parser
 from groupwise.errors import ConfigError
@@ -29,20 +28,17 @@ def _config_arguments(parser: Parser) -> None:
 
 def _config(args: argparse.Namespace) -> None:
     from groupwise.config.keys import describe_keys, nearest_key
+    from groupwise.config.values import default_text
 
     section: str = (args.section or "").rstrip(".")
     keys = [key for key in describe_keys() if not section or key.name == section or key.name.startswith(f"{section}.")]
     if not keys:
         raise ConfigError(f"no setting begins with {section!r}: {nearest_key(section)}")
     for key in keys:
-        default = "required" if key.required else f"= {_literal(key.default)}"
+        default = "required" if key.required else f"= {default_text(key)}"
         print(f"{key.name} {default}  ({key.type_text})")
         if key.description:
             print(f"    {key.description}")
-
-
-def _literal(value: object) -> str:
-    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 ALGORITHMS = Command(

@@ -20,14 +20,14 @@ def algorithm_values(args: GRPOConfig) -> Values:
     if args.mask_truncated_completions:
         values["algorithm.overlong"] = "mask"
     if args.sync_ref_model:
-        values["algorithm.reference_sync_every"] = args.ref_model_sync_steps
-        values["algorithm.reference_mixup"] = args.ref_model_mixup_alpha
+        values["algorithm.reference.sync_every"] = args.ref_model_sync_steps
+        values["algorithm.reference.mixup"] = args.ref_model_mixup_alpha
     if args.use_adaptive_entropy:
         values |= {
-            "algorithm.entropy_target": args.entropy_target,
-            "algorithm.entropy_coef_min": args.entropy_coef_min,
-            "algorithm.entropy_coef_max": args.entropy_coef_max,
-            "algorithm.entropy_coef_step": args.entropy_coef_delta,
+            "algorithm.entropy.target": args.entropy_target,
+            "algorithm.entropy.coef_min": args.entropy_coef_min,
+            "algorithm.entropy.coef_max": args.entropy_coef_max,
+            "algorithm.entropy.coef_step": args.entropy_coef_delta,
         }
     _refuse_idle(args, "sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha")
     _refuse_idle(
@@ -41,15 +41,15 @@ def _policy_loss(args: GRPOConfig) -> Values:
     kind, level = args.loss_type, args.importance_sampling_level
     normaliser = {"grpo": "sequence", "sapo": "sequence", "dr_grpo": "constant"}.get(kind, "token")
     low, high = args.epsilon, _upper(args)
-    loss: Values = {"name": "gspo" if level == "sequence" else "grpo", "clip_low": low, "clip_high": high}
+    loss: Values = {"name": "gspo" if level == "sequence" else "grpo", "loss.clip_low": low, "loss.clip_high": high}
     if kind == "cispo":
-        loss = {"name": "cispo"} if args.epsilon_high is None else {"name": "cispo", "clip_high": high - 1}
+        loss = {"name": "cispo"} if args.epsilon_high is None else {"name": "cispo", "loss.clip_high": high - 1}
     elif kind == "sapo":
         temperatures = (args.sapo_temperature_neg, args.sapo_temperature_pos)
-        names = ("sapo_temperature_negative", "sapo_temperature_positive")
+        names = ("loss.temperature_negative", "loss.temperature_positive")
         loss = {"name": "sapo", **dict(zip(names, temperatures, strict=True))}
     elif args.delta is not None:
-        loss["dual_clip"] = args.delta
+        loss["loss.dual_clip"] = args.delta
     return {**loss, "normaliser": normaliser}
 
 
@@ -97,9 +97,9 @@ def _advantage(args: GRPOConfig) -> Values:
     scale = {True: "group", False: "none"}.get(args.scale_rewards, args.scale_rewards)
     kind = args.multi_objective_aggregation
     if kind == "sum_then_normalize":
-        return {"advantage": "grpo", "scale": scale}
+        return {"advantage.name": "grpo", "advantage.scale": scale}
     if kind == "normalize_then_sum" and scale == "group":
-        return {"advantage": "gdpo"}
+        return {"advantage.name": "gdpo"}
     raise ConfigError(
         f"GRPOConfig: multi_objective_aggregation = {kind!r} with scale_rewards = {scale!r}; expected "
         "sum_then_normalize, or normalize_then_sum with group"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import json
 import logging
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import torch
 
 from groupwise.compat.trl.settings import GRPO, SFT, Setting
 from groupwise.config.values import literal
-from groupwise.errors import ConfigError
+from groupwise.errors import ConfigError, nearest
 from groupwise.model.loading import resolve_device
 
 logger = logging.getLogger(__name__)
@@ -78,8 +77,7 @@ class Arguments:
             vars(self)[name] = value
             return
         if setting is None:
-            near = difflib.get_close_matches(name, self.SETTINGS, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]}?" if near else "docs/migrate.md lists all"
+            hint = nearest(name, self.SETTINGS, "did you mean {}?") or "docs/migrate.md lists all"
             raise ConfigError(f"{type(self).__name__} has no argument {name!r}; {hint}")
         value = value.value if isinstance(value, Enum) else value
         if setting.kind == "refused" and not setting.says_nothing(value):
@@ -98,8 +96,7 @@ class Arguments:
                 self._say_hint(name)
 
     def __getattr__(self, name: str) -> Any:
-        near = [] if name.startswith("__") else difflib.get_close_matches(name, self.SETTINGS, n=1, cutoff=0.6)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = "" if name.startswith("__") else nearest(name, self.SETTINGS, "; did you mean {}?")
         raise AttributeError(f"{type(self).__name__} has no argument {name!r}{hint}")
 
     def __repr__(self) -> str:

@@ -5,15 +5,14 @@ A boundary: names of TRL's trainers are looked up in the table of `surface`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from groupwise.compat.trl.surface import Member
-from groupwise.errors import ConfigError
+from groupwise.errors import ConfigError, nearest
 
 _OURS = "groupwise."
-_CLOSE = 0.8
+_TAKEN_FOR_A_SLIP = 0.8  # a program may keep values of its own on a trainer, under names that are less alike
 
 
 class GuardedType(type):
@@ -63,8 +62,8 @@ class Guarded(metaclass=GuardedType):
         if member is None:
             if name.startswith("__"):
                 raise AttributeError(name)
-            near = _nearest(name, [*self.MEMBERS, *dir(type(self))])
-            hint = f"did you mean {near!r}?" if near else "docs/migrate.md lists what there is"
+            known = [*self.MEMBERS, *dir(type(self))]
+            hint = nearest(name, known, "did you mean {!r}?") or "docs/migrate.md lists what there is"
             raise AttributeError(f"{place} has no attribute {name!r}; {hint}")
         if member.kind == "constant":
             return member.value
@@ -88,8 +87,8 @@ class Guarded(metaclass=GuardedType):
             raise ConfigError(_refusal(type(self), name, member))
         if name in vars(self):
             return
-        near = _nearest(name, [known for known in self.MEMBERS if not known.startswith("_")])
-        if near:
+        public = [known for known in self.MEMBERS if not known.startswith("_")]
+        if near := nearest(name, public, cutoff=_TAKEN_FOR_A_SLIP):
             raise ConfigError(f"{type(self).__name__} has no attribute {name!r}; did you mean {near!r}?")
 
 
@@ -116,7 +115,3 @@ _RATHER = "give it to the trainer"
 def _refusal(cls: type, name: str, member: Member | None) -> str:
     why = "the trainer uses that name itself; take another one" if member is None else member.why
     return f"{cls.__name__}.{name} cannot be set: {why}"
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=_CLOSE)), "")

@@ -18,7 +18,8 @@ from groupwise.compat.trl.sampling import sampling_values
 from groupwise.config import Config
 from groupwise.config.keys import annotation_of, nearest_key
 from groupwise.config.problems import problems_of
-from groupwise.config.values import literal
+from groupwise.config.renamed import dotted_of_today
+from groupwise.config.values import literal, tree_of
 from groupwise.errors import ConfigError
 from groupwise.tracking.registry import BUILDERS
 
@@ -129,16 +130,11 @@ def build_config(args: Arguments, values: Values) -> Config:
         ConfigError: in TRL's names, everything that is wrong.
     """
     over: Mapping[str, Any] = args.groupwise or {}
+    where = f"{type(args).__name__}.groupwise"
     for name in over:
         if annotation_of(name) is None:
-            raise ConfigError(f"{type(args).__name__}.groupwise: there is no setting {name!r}; {nearest_key(name)}")
-    tree: dict[str, Any] = {}
-    for dotted, value in {**values, **over}.items():
-        section, _, key = dotted.partition(".")
-        if key:
-            tree.setdefault(section, {})[key] = value
-        else:
-            tree[section] = value
+            raise ConfigError(f"{where}: there is no setting {name!r}; {nearest_key(name)}")
+    tree = tree_of({**values, **dotted_of_today(over, where)})
     try:
         config, error = Config.model_validate(tree), None
     except ValidationError as found:

@@ -5,7 +5,6 @@ docs/migrate.md shows the same to readers.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from groupwise.errors import ConfigError
+from groupwise.errors import ConfigError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -190,8 +189,7 @@ def read_options(place: str, table: Mapping[str, Option], given: Mapping[str, An
     for name, value in given.items():
         option = table.get(name)
         if option is None:
-            near = difflib.get_close_matches(name, table, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]}?" if near else "docs/migrate.md lists all"
+            hint = nearest(name, table, "did you mean {}?") or "docs/migrate.md lists all"
             raise ConfigError(f"{place} has no argument {name!r}; {hint}")
         if option.kind == "acts" and (expected := _expected(name, option, value)):
             raise ConfigError(f"{place}: {name} = {value!r}: expected {expected}")

@@ -9,8 +9,6 @@ Example:
 
 from __future__ import annotations
 
-import difflib
-
 from groupwise.compat.xtuner.cluster import ray
 from groupwise.compat.xtuner.names import (
     AcceleratorResourcesConfig,
@@ -52,7 +50,7 @@ from groupwise.compat.xtuner.presets import (
     get_model_config_from_hf,
 )
 from groupwise.compat.xtuner.trainer import RLColocateTrainerConfig, RLTrainer
-from groupwise.errors import ConfigError
+from groupwise.errors import ConfigError, nearest
 
 __all__ = [
     "AcceleratorResourcesConfig",
@@ -114,6 +112,5 @@ REFUSED = {
 def __getattr__(name: str) -> object:
     if name in REFUSED:
         raise ConfigError(f"XTuner's {name} has no equal here: {REFUSED[name]}")
-    near = difflib.get_close_matches(name, __all__, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = nearest(name, __all__, "; did you mean {!r}?")
     raise AttributeError(f"module {__name__!r} has no name {name!r}{hint}")

@@ -5,7 +5,6 @@ Every field carries one mark, or holds other such objects: so no field can be ac
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from groupwise.config.problems import shortened
-from groupwise.errors import ConfigError
+from groupwise.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +108,8 @@ def _in_words(owner: type[Names], error: ValidationError) -> str:
         name = ".".join(str(part) for part in detail["loc"])
         place = f"{owner.__name__}.{name}" if name else owner.__name__
         if detail["type"] in ("extra_forbidden", "no_such_attribute"):
-            near = difflib.get_close_matches(name, owner.model_fields, n=1)
             names = ", ".join(owner.model_fields) or "none at all"
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {names}"
+            hint = nearest(name, owner.model_fields, "did you mean {!r}?") or f"known here: {names}"
             lines.append(f"{place}: there is no such argument; {hint}")
         elif detail["type"] == "missing":
             lines.append(f"{place}: it has no default; give it a value")

@@ -313,19 +313,19 @@ class FSDPConfig(Names):
 class PolicyLossConfig(Names):
     """`policy_loss_cfg = dict(…)`."""
 
-    cliprange_low: Annotated[float, Becomes("algorithm.clip_low")]
-    cliprange_high: Annotated[float, Becomes("algorithm.clip_high")]
-    loss_type: Annotated[str, Becomes("algorithm.loss", via=_policy_loss)] = "vanilla"
-    clip_ratio_c: Annotated[float, Becomes("algorithm.dual_clip")] = 3.0
+    cliprange_low: Annotated[float, Becomes("algorithm.loss.clip_low")]
+    cliprange_high: Annotated[float, Becomes("algorithm.loss.clip_high")]
+    loss_type: Annotated[str, Becomes("algorithm.loss.name", via=_policy_loss)] = "vanilla"
+    clip_ratio_c: Annotated[float, Becomes("algorithm.loss.dual_clip")] = 3.0
     log_prob_diff_min: Annotated[float, Only("log-ratios are held within ±20")] = -20.0
     log_prob_diff_max: Annotated[float, Only("log-ratios are held within ±20")] = 20.0
 
 
 class GRPOLossConfig(Names):
     policy_loss_cfg: PolicyLossConfig
-    use_kl_loss: Annotated[bool, Apart("algorithm.kl_coef above 0")] = False
-    kl_loss_coef: Annotated[float, Apart("algorithm.kl_coef")] = 0.001
-    kl_loss_type: Annotated[str | None, Apart("algorithm.kl_estimator")] = None
+    use_kl_loss: Annotated[bool, Apart("algorithm.kl.coef above 0")] = False
+    kl_loss_coef: Annotated[float, Apart("algorithm.kl.coef")] = 0.001
+    kl_loss_type: Annotated[str | None, Apart("algorithm.kl.estimator")] = None
     mode: Annotated[Literal["eager", "chunk"], Apart("train.logprob_chunk_tokens")] = "eager"
     chunk_size: Annotated[int | None, Apart("train.logprob_chunk_tokens")] = Field(default=1024, gt=0)
     rollout_is: Annotated[None, Only("the sampler's log-probs are the trainer's: there is nothing to correct")] = None
@@ -368,7 +368,7 @@ class OPOAdvantageConfig(Names):
 
 class PassKAdvantageConfig(Names):
     advantage: ClassVar[str] = "pass_k"
-    k: Annotated[int, Becomes("algorithm.pass_k")] = 4
+    k: Annotated[int, Becomes("algorithm.advantage.k")] = 4
     eps: Annotated[float, Inert("a group of equal outcomes gives exactly 0")] = 1e-6
 
 

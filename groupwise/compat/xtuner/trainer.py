@@ -153,7 +153,7 @@ class _Trainer(Names):
         if self.resources.accelerator == "CPU":
             found.put("model.device", "cpu", "resources.accelerator")
         if parts.advantage is not None:
-            found.put("algorithm.advantage", parts.advantage, "advantage_estimator_config")
+            found.put("algorithm.advantage.name", parts.advantage, "advantage_estimator_config")
         if not {"train.steps", "train.epochs"} & set(found.values):
             found.problems.append("total_epochs: got none; expected how often to go through the data")
         check_context(found, self.rollout_config, place="rollout_config")

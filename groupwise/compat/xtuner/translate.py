@@ -15,6 +15,7 @@ from groupwise.compat.xtuner.presets import ModelPreset
 from groupwise.config import Config
 from groupwise.config.loading import LoadedConfig
 from groupwise.config.problems import problems_of
+from groupwise.config.values import tree_of
 from groupwise.errors import ConfigError
 
 KL_ESTIMATORS = {"low_var_kl": "k3", "k3": "k3", "kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2"}
@@ -49,15 +50,15 @@ def _read_kl(found: Translation, loss: GRPOLossConfig, place: str) -> None:
         for name in ("kl_loss_coef", "kl_loss_type"):
             if name in loss.model_fields_set:
                 found.note(f"{place}.{name}", "there is no KL, as use_kl_loss is off")
-        found.put("algorithm.kl_coef", 0.0, f"{place}.use_kl_loss")
+        found.put("algorithm.kl.coef", 0.0, f"{place}.use_kl_loss")
         return
     estimator = KL_ESTIMATORS.get(loss.kl_loss_type or "")
     if estimator is None:
         known = ", ".join(KL_ESTIMATORS)
         found.problems.append(f"{place}.kl_loss_type = {loss.kl_loss_type!r}: expected one of {known}")
         return
-    found.put("algorithm.kl_coef", loss.kl_loss_coef, f"{place}.kl_loss_coef")
-    found.put("algorithm.kl_estimator", estimator, f"{place}.kl_loss_type")
+    found.put("algorithm.kl.coef", loss.kl_loss_coef, f"{place}.kl_loss_coef")
+    found.put("algorithm.kl.estimator", estimator, f"{place}.kl_loss_type")
 
 
 def _read_chunks(found: Translation, worker: WorkerConfig, place: str) -> None:
@@ -130,9 +131,7 @@ def build_config(found: Translation, rewards: Rewards) -> LoadedConfig:
         ConfigError: lists everything that has no equal here or is no valid value.
     """
     values: dict[str, Any] = {"reward": list(rewards.settings)}
-    for dotted, value in found.values.items():
-        section, _, key = dotted.partition(".")
-        values.setdefault(section, {})[key] = value
+    values |= tree_of(found.values)
     origins = found.origins | {f"reward.{number}.name": place for number, place in enumerate(rewards.places)}
     problems = list(found.problems)
     try:

@@ -20,14 +20,14 @@ NAN = math.nan
 EPS = 1e-4
 VARIANTS = (
     {"name": "grpo"},
-    {"name": "grpo", "scale": "batch"},
+    {"name": "grpo", "advantage": {"scale": "batch"}},
     {"name": "dr_grpo"},
     {"name": "rloo"},
     {"name": "reinforce_pp"},
     {"name": "reinforce_pp_baseline"},
     {"name": "opo"},
     {"name": "maxrl"},
-    {"name": "pass_k", "pass_k": 2},
+    {"name": "pass_k", "advantage": {"k": 2}},
     {"name": "gdpo"},
 )
 
@@ -118,7 +118,7 @@ def ref_pass_k_enumerated(group, k):
     ("config", "reference"),
     [
         ({"name": "grpo"}, ref_grpo),
-        ({"name": "grpo", "scale": "batch"}, ref_grpo_batch),
+        ({"name": "grpo", "advantage": {"scale": "batch"}}, ref_grpo_batch),
         ({"name": "dr_grpo"}, ref_dr_grpo),
         ({"name": "rloo"}, ref_rloo),
         ({"name": "reinforce_pp"}, ref_reinforce_pp),
@@ -144,22 +144,22 @@ def test_advantages_equal_their_equations_and_ignore_rollouts_without_reward(con
 @pytest.mark.parametrize(("right", "size", "k"), [(1, 4, 2), (2, 5, 3), (3, 6, 2), (1, 8, 4), (4, 8, 1)])
 def test_pass_k_equals_the_enumeration_of_all_subsets(right, size, k):
     group = [1.0] * right + [0.0] * (size - right)
-    got = advantages_of(inputs_of([group]), name="pass_k", pass_k=k)[0]
+    got = advantages_of(inputs_of([group]), name="pass_k", advantage={"k": k})[0]
     np.testing.assert_allclose(got, ref_pass_k_enumerated(group, k), rtol=1e-12)
 
 
 def test_pass_k_is_exactly_zero_where_every_subset_agrees():
     groups = [[0.0] * 4, [1.0] * 4, [1.0, 1.0, 1.0, 0.0], [0.5, 0.9, 0.0, 0.0]]
-    got = advantages_of(inputs_of(groups), name="pass_k", pass_k=2)
+    got = advantages_of(inputs_of(groups), name="pass_k", advantage={"k": 2})
     assert got[0] == got[1] == got[2] == [0.0] * 4
     assert got[3][0] == got[3][1] > 0 > got[3][2]
-    assert advantages_of(inputs_of([[1.0, 0.0]]), name="pass_k", pass_k=9)[0] == [0.0, 0.0]
+    assert advantages_of(inputs_of([[1.0, 0.0]]), name="pass_k", advantage={"k": 9})[0] == [0.0, 0.0]
 
 
 def test_pass_k_threshold_decides_what_is_right():
     inputs = inputs_of([[0.1, 0.1, 0.1, 1.0]])
-    assert pass_k(inputs, pass_k=2, pass_k_threshold=0.0)[0].tolist() == [0.0] * 4
-    assert pass_k(inputs, pass_k=2, pass_k_threshold=0.5)[0][3] > 0
+    assert pass_k(inputs, k=2, threshold=0.0)[0].tolist() == [0.0] * 4
+    assert pass_k(inputs, k=2, threshold=0.5)[0][3] > 0
 
 
 def test_gdpo_equals_its_equations():

@@ -202,17 +202,20 @@ CASES = [
     ({"name": "bnpo"}, ref_ppo),
     ({"name": "dr_grpo"}, ref_ppo),
     ({"name": "dapo"}, lambda row, logp, frozen: ref_ppo(row, logp, frozen, high=0.28)),
-    ({"clip_low": 0.1, "clip_high": 0.3}, lambda row, logp, frozen: ref_ppo(row, logp, frozen, 0.1, 0.3)),
-    ({"dual_clip": 1.3}, lambda row, logp, frozen: ref_ppo(row, logp, frozen, dual=1.3)),
-    ({"name": "gspo", "clip_low": 0.2, "clip_high": 0.2}, lambda r, x, f: ref_gspo(r, x, f, 0.2, 0.2)),
-    ({"name": "gspo", "normaliser": "token", "clip_low": 0.3}, lambda r, x, f: ref_gspo(r, x, f, 0.3)),
-    ({"name": "gspo_token", "clip_low": 0.2, "clip_high": 0.2}, lambda r, x, f: ref_gspo_token(r, x, f, 0.2, 0.2)),
+    ({"loss": {"clip_low": 0.1, "clip_high": 0.3}}, lambda row, logp, frozen: ref_ppo(row, logp, frozen, 0.1, 0.3)),
+    ({"loss": {"dual_clip": 1.3}}, lambda row, logp, frozen: ref_ppo(row, logp, frozen, dual=1.3)),
+    ({"name": "gspo", "loss": {"clip_low": 0.2, "clip_high": 0.2}}, lambda r, x, f: ref_gspo(r, x, f, 0.2, 0.2)),
+    ({"name": "gspo", "normaliser": "token", "loss": {"clip_low": 0.3}}, lambda r, x, f: ref_gspo(r, x, f, 0.3)),
+    (
+        {"name": "gspo_token", "loss": {"clip_low": 0.2, "clip_high": 0.2}},
+        lambda r, x, f: ref_gspo_token(r, x, f, 0.2, 0.2),
+    ),
     ({"name": "cispo"}, ref_cispo),
-    ({"name": "cispo", "clip_low": 0.1, "clip_high": 0.1}, lambda r, x, f: ref_cispo(r, x, f, 0.1, 0.1)),
+    ({"name": "cispo", "loss": {"clip_low": 0.1, "clip_high": 0.1}}, lambda r, x, f: ref_cispo(r, x, f, 0.1, 0.1)),
     ({"name": "sapo"}, ref_sapo),
-    ({"name": "sapo", "sapo_temperature_negative": 2.0}, lambda r, x, f: ref_sapo(r, x, f, 1.0, 2.0)),
+    ({"name": "sapo", "loss": {"temperature_negative": 2.0}}, lambda r, x, f: ref_sapo(r, x, f, 1.0, 2.0)),
     ({"name": "gmpo"}, ref_gmpo),
-    ({"name": "gmpo", "clip_low": 1.0}, lambda r, x, f: ref_gmpo(r, x, f, low=1.0)),
+    ({"name": "gmpo", "loss": {"clip_low": 1.0}}, lambda r, x, f: ref_gmpo(r, x, f, low=1.0)),
     ({"name": "rloo"}, ref_reinforce),
     ({"name": "opo", "normaliser": "sequence"}, ref_reinforce),
 ]
@@ -237,7 +240,7 @@ def test_kl_in_the_loss(estimator, normaliser):
         kl = ref_kl(row, logp, estimator)
         return [p + 0.7 * k for p, k in zip(ref_ppo(row, logp, frozen), kl, strict=True)]
 
-    check({"kl_coef": 0.7, "kl_estimator": estimator, "normaliser": normaliser}, per_row, make_rows(3))
+    check({"kl": {"coef": 0.7, "estimator": estimator}, "normaliser": normaliser}, per_row, make_rows(3))
 
 
 def ref_weights(row, level):
@@ -261,8 +264,8 @@ def test_mismatch_corrections(kind, level):
             out.append(w * value)
         return out
 
-    bounds = {"truncate": {"correction_high": 1.05}, "mask": {"correction_low": 0.5, "correction_high": 2.0}}
-    settings_ = {"correction": kind, "correction_level": level, **bounds.get(kind, {})}
+    bounds = {"truncate": {"high": 1.05}, "mask": {"low": 0.5, "high": 2.0}}
+    settings_ = {"correction": {"name": kind, "level": level, **bounds.get(kind, {})}}
     for seed in (0, 1):
         check(settings_, per_row, make_rows(seed, lengths=(5, 2, 7, 3, 4, 4)))
 
@@ -276,7 +279,7 @@ def test_veto_drops_whole_rows():
     vetoed = [min(np.exp(row.old - row.sampler)[row.mask > 0]) < 0.5 for row in rows]
     assert any(vetoed)
     assert not all(vetoed)
-    check({"correction_veto": 0.5}, per_row, rows)
+    check({"correction": {"veto": 0.5}}, per_row, rows)
 
 
 def test_off_policy_mask_drops_negative_rows_that_drifted():
@@ -288,25 +291,25 @@ def test_off_policy_mask_drops_negative_rows_that_drifted():
     dropped = [row.adv[0] < 0 and masked_mean(row.sampler - row.logp, row.mask) > 0.02 for row in rows]
     assert any(dropped)
     assert not all(dropped)
-    check({"off_policy_mask": 0.02}, per_row, rows)
+    check({"correction": {"off_policy_mask": 0.02}}, per_row, rows)
 
 
 def test_entropy_bonus_value_and_gradients():
     rows = make_rows(2)
     inputs = to_inputs(rows, count(rows))
-    build_algorithm(config_of(entropy_coef=0.3)).loss(inputs).loss.backward()
+    build_algorithm(config_of(entropy={"coef": 0.3})).loss(inputs).loss.backward()
     mask = np.concatenate([row.mask for row in rows])
     np.testing.assert_allclose(grad_of(inputs.entropy).numpy(), -0.3 * mask / mask.sum(), rtol=1e-12)
     flat = to_inputs(rows, count(rows))
     plain = build_algorithm(config_of()).loss(flat).loss.item()
     want = plain - 0.3 * masked_mean(np.concatenate([row.entropy for row in rows]), mask)
-    assert build_algorithm(config_of(entropy_coef=0.3)).loss(flat).loss.item() == pytest.approx(want, rel=1e-12)
+    assert build_algorithm(config_of(entropy={"coef": 0.3})).loss(flat).loss.item() == pytest.approx(want, rel=1e-12)
 
 
 def test_entropy_bonus_without_a_gradient_is_refused():
     inputs = to_inputs(make_rows(2), count(make_rows(2)), requires_grad=False)
     with pytest.raises(AssertionError, match="entropy's gradient"):
-        build_algorithm(config_of(entropy_coef=0.3)).loss(inputs)
+        build_algorithm(config_of(entropy={"coef": 0.3})).loss(inputs)
 
 
 def test_top_entropy_filter_keeps_each_rows_highest():
@@ -316,4 +319,4 @@ def test_top_entropy_filter_keeps_each_rows_highest():
         return [v if t in keep else 0.0 for t, v in enumerate(ref_ppo(row, logp, frozen))]
 
     for seed in range(3):
-        check({"top_entropy_fraction": 0.4}, per_row, make_rows(seed))
+        check({"entropy": {"top_fraction": 0.4}}, per_row, make_rows(seed))

@@ -15,6 +15,7 @@ from groupwise.compat.trl.reference import render_tables
 from groupwise.compat.trl.settings import GRPO, SFT
 from groupwise.compat.trl.translate import build_config, grpo_batch, grpo_values, sft_batch, sft_values
 from groupwise.config import Config
+from groupwise.config.loading import settings
 from groupwise.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -278,28 +279,45 @@ def test_several_optimiser_steps_per_sampling() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({}, {"name": "grpo", "normaliser": "token", "clip_low": 0.2, "clip_high": 0.2, "scale": "group"}),
+        (
+            {},
+            {
+                "name": "grpo",
+                "normaliser": "token",
+                "loss.clip_low": 0.2,
+                "loss.clip_high": 0.2,
+                "advantage.scale": "group",
+            },
+        ),
         ({"loss_type": "grpo"}, {"name": "grpo", "normaliser": "sequence"}),
         ({"loss_type": "bnpo"}, {"normaliser": "token"}),
-        ({"loss_type": "dr_grpo", "scale_rewards": "none"}, {"normaliser": "constant", "scale": "none"}),
-        ({"loss_type": "dapo", "epsilon_high": 0.28}, {"clip_low": 0.2, "clip_high": 0.28}),
+        ({"loss_type": "dr_grpo", "scale_rewards": "none"}, {"normaliser": "constant", "advantage.scale": "none"}),
+        ({"loss_type": "dapo", "epsilon_high": 0.28}, {"loss.clip_low": 0.2, "loss.clip_high": 0.28}),
         (
             {"loss_type": "cispo", "epsilon_high": 5.0},
-            {"name": "cispo", "loss": "cispo", "clip_high": 4.0, "clip_low": 1.0},
+            {"name": "cispo", "loss.name": "cispo", "loss.clip_high": 4.0, "loss.clip_low": 1.0},
         ),
-        ({"loss_type": "cispo"}, {"loss": "cispo", "clip_high": 4.0}),
-        ({"loss_type": "sapo"}, {"loss": "sapo", "normaliser": "sequence", "sapo_temperature_negative": 1.05}),
+        ({"loss_type": "cispo"}, {"loss.name": "cispo", "loss.clip_high": 4.0}),
+        ({"loss_type": "sapo"}, {"loss.name": "sapo", "normaliser": "sequence", "loss.temperature_negative": 1.05}),
         (
             {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
-            {"loss": "gspo", "normaliser": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
+            {"loss.name": "gspo", "normaliser": "sequence", "loss.clip_low": 3e-4, "loss.clip_high": 4e-4},
         ),
-        ({"delta": 4.0}, {"dual_clip": 4.0}),
-        ({"beta": 0.04}, {"kl_coef": 0.04, "kl_in": "loss", "kl_estimator": "k3"}),
+        ({"delta": 4.0}, {"loss.dual_clip": 4.0}),
+        ({"beta": 0.04}, {"kl.coef": 0.04, "kl.place": "loss", "kl.estimator": "k3"}),
     ],
 )
 def test_losses(arguments: dict[str, Any], expected: dict[str, Any]) -> None:
-    algorithm = config_of(**arguments).algorithm.model_dump()
-    assert {name: algorithm[name] for name in expected} == expected
+    found = settings(config_of(**arguments))
+    assert {name: found[f"algorithm.{name}"] for name in expected} == expected
+
+
+def test_an_earlier_name_in_groupwise_lies_over_the_arguments() -> None:
+    assert config_of(beta=0.1, groupwise={"algorithm.kl_coef": 0.2}).algorithm.kl.coef == 0.2
+    with pytest.raises(
+        ConfigError, match=r"GRPOConfig\.groupwise: algorithm\.kl_coef: it is algorithm\.kl\.coef today"
+    ):
+        config_of(groupwise={"algorithm.kl_coef": 0.2, "algorithm.kl.coef": 0.2})
 
 
 def test_warm_up_and_savings_by_parts_of_the_run() -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import groupwise.compat.xtuner as door
+from groupwise.config.algorithm.advantages import PassK
+from groupwise.config.algorithm.losses import PpoClip
 from groupwise.errors import ConfigError
 
 ROWS = (
@@ -114,9 +116,9 @@ def test_a_program_of_the_first_generation() -> None:
     rollout, algorithm, optim, train = config.rollout, config.algorithm, config.optim, config.train
     assert (config.model.path, config.data.train, config.data.max_prompt_tokens) == ("model", "train.jsonl", 1024)
     assert (rollout.group_size, rollout.prompts_per_step, rollout.max_completion_tokens) == (5, 16, 2048)
-    assert (algorithm.kl_coef, algorithm.kl_estimator, algorithm.kl_in) == (0.01, "k3", "loss")
-    assert (algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip) == (0.2, 0.3, 3.0)
-    assert (algorithm.loss, algorithm.advantage, algorithm.normaliser) == ("ppo_clip", "grpo", "token")
+    assert (algorithm.kl.coef, algorithm.kl.estimator, algorithm.kl.place) == (0.01, "k3", "loss")
+    assert algorithm.loss == PpoClip(clip_low=0.2, clip_high=0.3, dual_clip=3.0)
+    assert (algorithm.advantage.name, algorithm.normaliser) == ("grpo", "token")
     assert (optim.lr, optim.betas, optim.weight_decay, optim.steps_per_batch) == (3e-5, (0.9, 0.95), 0.01, 4)
     assert (optim.schedule, optim.warmup_ratio, optim.min_lr_ratio) == ("cosine", 0.1, pytest.approx(0.1))
     assert (train.epochs, train.steps, train.seed, Path(train.output).parent) == (2, None, 42, Path("work"))
@@ -143,7 +145,7 @@ def test_a_program_of_the_present_generation() -> None:
     assert (evaluation.temperature, evaluation.max_completion_tokens) == (0.0, 60)
     assert (config.data.train, config.data.eval, config.data.max_prompt_tokens) == ("train.jsonl", "test.jsonl", 100)
     assert (config.train.steps, config.train.save_every) == (7, 5)
-    assert (config.algorithm.advantage, config.algorithm.pass_k, config.algorithm.loss) == ("pass_k", 2, "ppo_clip")
+    assert (config.algorithm.advantage, config.algorithm.loss.name) == (PassK(k=2), "ppo_clip")
     assert config.tracking.backends == ("console", "jsonl")
     assert config.reward[0].data_source == ()
     assert loaded.origins["rollout.prompts_per_step"] == "train_batch_size"
@@ -167,12 +169,12 @@ def test_evaluation_acts_in_the_first_generation(caplog: pytest.LogCaptureFixtur
 @pytest.mark.parametrize(("name", "estimator"), [("low_var_kl", "k3"), ("k3", "k3"), ("kl", "k1"), ("mse", "k2")])
 def test_kl_estimators(name: str, estimator: str) -> None:
     config = first(train_worker_cfg=worker(loss_cfg=loss(use_kl_loss=True, kl_loss_type=name))).to_config().config
-    assert (config.algorithm.kl_estimator, config.algorithm.kl_coef) == (estimator, 0.001)
+    assert (config.algorithm.kl.estimator, config.algorithm.kl.coef) == (estimator, 0.001)
 
 
 def test_without_use_kl_loss_there_is_no_kl(caplog: pytest.LogCaptureFixture) -> None:
     given = loss(use_kl_loss=False, kl_loss_coef=0.5, kl_loss_type="abs")
-    assert first(train_worker_cfg=worker(loss_cfg=given)).to_config().config.algorithm.kl_coef == 0
+    assert first(train_worker_cfg=worker(loss_cfg=given)).to_config().config.algorithm.kl.coef == 0
     assert "kl_loss_coef, train_worker_cfg.loss_cfg.kl_loss_type: there is no KL" in caplog.text
 
 

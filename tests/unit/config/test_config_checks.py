@@ -57,24 +57,27 @@ def test_an_empty_config_lists_all_that_is_missing():
         ({"model.path": "a/b/c"}, "not a Hugging Face Hub name"),
         ({"model.path": "my model"}, "not a Hugging Face Hub name"),
         ({"model.path": "train.jsonl"}, "got a file"),
-        ({"algorithm.correction": "truncate"}, "set algorithm.old_logprobs to 'policy'"),
-        ({"algorithm.correction": "decoupled", "algorithm.old_logprobs": "sampler"}, "correction = 'decoupled'"),
-        ({"algorithm.correction_veto": 0.1}, "algorithm.correction_veto = 0.1"),
+        ({"algorithm.correction.name": "truncate"}, "set algorithm.old_logprobs to 'policy'"),
         (
-            {"algorithm.correction": "mask", "algorithm.old_logprobs": "policy", "rollout.top_p": 0.9},
+            {"algorithm.correction.name": "decoupled", "algorithm.old_logprobs": "sampler"},
+            "correction.name = 'decoupled'",
+        ),
+        ({"algorithm.correction.veto": 0.1}, "algorithm.correction.veto = 0.1"),
+        (
+            {"algorithm.correction.name": "mask", "algorithm.old_logprobs": "policy", "rollout.top_p": 0.9},
             "does not go with rollout.top_p = 0.9",
         ),
         (
             {
-                "algorithm.correction_veto": 0.1,
+                "algorithm.correction.veto": 0.1,
                 "algorithm.old_logprobs": "policy",
                 "rollout.repetition_penalty": 1.1,
                 "rollout.min_completion_tokens": 3,
             },
             "rollout.repetition_penalty = 1.1 and rollout.min_completion_tokens = 3",
         ),
-        ({"algorithm.off_policy_mask": 0.5}, "no drift to mask"),
-        ({"algorithm.name": "pass_k", "algorithm.pass_k": 9}, "lower pass_k or raise group_size"),
+        ({"algorithm.correction.off_policy_mask": 0.5}, "no drift to mask"),
+        ({"algorithm.name": "pass_k", "algorithm.advantage.k": 9}, "lower k or raise group_size"),
         ({"rollout.dynamic_sampling_cap": 1}, "no prompt could be replaced"),
         ({"rollout.dynamic_sampling_cap": 3, "algorithm.name": "reinforce_pp"}, "use 'reinforce_pp_baseline'"),
         (
@@ -131,9 +134,9 @@ def test_a_tilde_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     "override",
     [
-        {"algorithm.correction": "truncate", "algorithm.old_logprobs": "policy"},
-        {"algorithm.correction_veto": 0.1, "algorithm.old_logprobs": "policy", "rollout.temperature": 0.7},
-        {"algorithm.off_policy_mask": 0.5, "optim.steps_per_batch": 2, "rollout.top_p": 0.9},
+        {"algorithm.correction.name": "truncate", "algorithm.old_logprobs": "policy"},
+        {"algorithm.correction.veto": 0.1, "algorithm.old_logprobs": "policy", "rollout.temperature": 0.7},
+        {"algorithm.correction.off_policy_mask": 0.5, "optim.steps_per_batch": 2, "rollout.top_p": 0.9},
         {"rollout.dynamic_sampling_cap": 2, "algorithm.name": "dapo"},
         {"reward.0.name": "overlong", "reward.0.args": {"max_tokens": 900, "buffer_tokens": 400}},
     ],

@@ -14,7 +14,7 @@ from groupwise.config import Config
 from groupwise.config.keys import OTHER_NAMES, annotation_of, describe_keys, nearest_key
 from groupwise.config.loading import config_json, load_config, parse_overrides, render_resolved, settings
 from groupwise.config.reference import render_reference
-from groupwise.config.values import literal, parse_literal
+from groupwise.config.values import default_text, literal, parse_literal
 from groupwise.errors import ConfigError
 
 RECIPE = """
@@ -147,7 +147,7 @@ def test_python_values_as_overrides_are_not_altered():
     [
         ("optim.learning_rate", "optim.lr"),
         ("optim.beta", "optim.betas"),
-        ("algorithm.beta", "algorithm.kl_coef"),
+        ("algorithm.beta", "algorithm.kl.coef"),
         ("num_generations", "rollout.group_size"),
         ("rollout.groupsize", "rollout.group_size"),
         ("rewards.0.name", "reward.0.name"),
@@ -337,3 +337,65 @@ def test_loading_needs_no_torch(tmp_path: Path):
     )
     root = str(Path(__file__).parents[3])
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root})
+
+
+# --- parts of the algorithm ---
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--algorithm.loss.name gpso", "algorithm.loss.name (command line): got \"gpso\"; expected one of 'ppo_clip',"),
+        ("--algorithm.loss.name gpso", "(did you mean 'gspo'?)"),
+        (
+            "--algorithm.name sapo --algorithm.loss.clip_low 0.2",
+            "algorithm.loss.clip_low (command line): got '0.2', which has no effect with name = sapo; remove it, or "
+            "set name to ppo_clip, gspo, gspo_token, cispo or gmpo",
+        ),
+        (
+            "--algorithm.reference.mixup 0.5",
+            "algorithm.reference.mixup (command line): got '0.5', which has no effect with sync_every = 0; remove it, "
+            "or set sync_every to 1 or more",
+        ),
+        ("--algorithm.loss.clip_lw 0.1", "there is no such setting; did you mean `algorithm.loss.clip_low`?"),
+        ("--algorithm.clip_lw 0.1", "there is no such setting; did you mean `algorithm.loss.clip_low`?"),
+        ("--algorithm.loss.clip_low -1", 'algorithm.loss.clip_low (command line): got "-1"; expected at least 0'),
+        ("--algorithm.advantage.scale batc", "expected 'group', 'batch' or 'none' (did you mean 'batch'?)"),
+        (
+            "--algorithm.name grop",
+            "algorithm.name (command line): got 'grop', which does not exist; did you mean 'grpo'",
+        ),
+        ("--algorithm.kl.place reward", "algorithm.kl.place (command line): got 'reward', which has no effect with"),
+        ("--algorithm.kl.coef true", 'algorithm.kl.coef (command line): got "true"; expected a number'),
+        ("--algorithm.kl 0.1", 'algorithm.kl (command line): got "0.1"; expected a table'),
+    ],
+)
+def test_a_part_refuses_by_the_keys_full_name_and_origin(words: str, expected: str):
+    assert expected in refusal(None, words.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--algorithm.name sapo --algorithm.kl.coef 0.1 --algorithm.kl.place reward --algorithm.reference.sync_every 3",
+        "--algorithm.name gspo --algorithm.correction.name mask --algorithm.entropy.target 0.3",
+        "--algorithm.name pass_k --algorithm.loss.name reinforce",
+        "--algorithm.advantage.scale none --algorithm.reference.sync_every 0 --algorithm.entropy.target none",
+    ],
+)
+def test_the_shown_config_with_any_parts_is_a_recipe_of_the_same(words: str, tmp_path: Path):
+    loaded = load_config(None, words.split())
+    recipe, run = tmp_path / "r.toml", tmp_path / "config.json"
+    recipe.write_text(render_resolved(loaded))
+    run.write_text(config_json(loaded.config))
+    assert load_config(recipe).config == loaded.config == load_config(run).config
+    assert set(loaded.origins) == set(settings(loaded.config))
+
+
+def test_a_key_of_several_parts_has_all_their_defaults():
+    keys = {key.name: key for key in describe_keys()}
+    assert default_text(keys["algorithm.kl.estimator"]) == '"k3" with loss, "k1" with reward'
+    assert default_text(keys["algorithm.loss.clip_low"]).startswith("0.2 with ppo_clip, 0.0003 with gspo/gspo_token")
+    assert keys["algorithm.loss.dual_clip"].description.startswith("name = ppo_clip: ")
+    assert keys["algorithm.entropy.target"].type_text == "number or none"
+    assert default_text(keys["algorithm.loss.name"]) == '"ppo_clip"'

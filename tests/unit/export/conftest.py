@@ -151,7 +151,7 @@ def run_directory(tmp_path: Path, model_folder: Callable[[str], Path]) -> Path:
         "data": {"train": "sums.jsonl"},
         "reward": [{"name": "gsm8k", "weight": 1.0}, {"name": "a|b", "weight": 0.5}],
         "rollout": {"group_size": 8, "prompts_per_step": 32, "temperature": 1.0, "max_completion_tokens": 64},
-        "algorithm": {"name": "grpo", "kl_coef": 0.0},
+        "algorithm": {"name": "grpo", "kl": {"coef": 0.0}},
         "optim": {"lr": 1e-6, "schedule": "constant", "steps_per_batch": 1},
         "train": {"steps": 30, "seed": 7, "epochs": 1},
         "sft": {"rows_per_step": 32},

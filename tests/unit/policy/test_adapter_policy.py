@@ -38,7 +38,7 @@ def adapted(loaded: LoadedModel, **settings: Any) -> LoadedModel:
 def make_policy(loaded: LoadedModel, *, kl_coef: float = 0.0, checkpointing: bool = False, **settings: Any) -> Learner:
     policy = Learner(
         loaded,
-        algorithm(kl_coef=kl_coef),
+        algorithm(kl={"coef": kl_coef}),
         optim=OptimConfig.model_validate({"lr": 0.05, **settings}),
         train=TrainConfig.model_validate({"logprob_chunk_tokens": 8, "seed": 7}),
         total_updates=10,

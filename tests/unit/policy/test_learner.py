@@ -144,7 +144,7 @@ def test_the_gradient_does_not_depend_on_the_split_or_order(make_model: Any, nam
             assert distance(found[parameter], expected) < NEAR, f"{split}: {parameter}"
 
 
-@pytest.mark.parametrize("settings", [{}, {"kl_coef": 0.1}, {"entropy_coef": 0.05}, {"name": "gspo"}])
+@pytest.mark.parametrize("settings", [{}, {"kl": {"coef": 0.1}}, {"entropy": {"coef": 0.05}}, {"name": "gspo"}])
 @pytest.mark.parametrize("budget", [1, 12, 10_000])
 def test_the_gradient_of_a_batch_does_not_depend_on_micro_batch_tokens(
     make_model: Any, settings: dict[str, Any], budget: int
@@ -170,7 +170,7 @@ def test_the_gradient_of_a_batch_does_not_depend_on_micro_batch_tokens(
 
 def test_the_gradient_is_that_of_a_plain_forward(make_model: Any) -> None:
     """A REINFORCE-like loss at ratio 1, over transformers' own unpacked forward."""
-    policy = make_policy(make_model(torch.float64), algorithm(loss="reinforce"))
+    policy = make_policy(make_model(torch.float64), algorithm(loss={"name": "reinforce"}))
     rows = [row(0, 4, advantage=1.0), row(1, 6, advantage=-0.5)]
     found = gradients(policy, [MicroBatch(tuple(rows))], counts(rows))
     plain = copy.deepcopy(policy.loaded.model)
@@ -329,7 +329,7 @@ def test_mismatch_is_measured_only_while_both_have_the_same_weights(make_model: 
 
 def test_the_reference_stays_while_the_policy_moves(make_model: Any) -> None:
     loaded = make_model()
-    objective = algorithm(kl_coef=0.1)
+    objective = algorithm(kl={"coef": 0.1})
     policy = make_policy(loaded, objective, lr=0.05)
     kls = []
     for _ in range(3):

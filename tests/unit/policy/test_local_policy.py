@@ -106,7 +106,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_where_it_is_awaited(make_model:
 
 
 def test_scorers_have_names(make_model: Any) -> None:
-    held = learner(make_model, kl_coef=0.1)
+    held = learner(make_model, kl={"coef": 0.1})
     teacher = FrozenScorer(make_model(), temperature=1.0, chunk_tokens=64)
     policy = LocalPolicy(held, micro_batch_tokens=60, scorers={"teacher": teacher})
     asked = [ScoreRequest(row(k % 2).prompt, row(k).follows) for k in (0, 1, 2, 1)]
@@ -120,7 +120,7 @@ def test_scorers_have_names(make_model: Any) -> None:
 
 
 def test_only_a_reference_follows(make_model: Any) -> None:
-    held = learner(make_model, kl_coef=0.1)
+    held = learner(make_model, kl={"coef": 0.1})
     policy = LocalPolicy(held, micro_batch_tokens=60)
     asked = [ScoreRequest(row(0).prompt, row(0).follows)]
     before = asyncio.run(policy.log_probs(asked, of=REFERENCE))

@@ -108,7 +108,7 @@ COUNTS = Denominators(47.0, 8.0, 16.0)
 
 def learned(loaded: LoadedModel, **settings: Any) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Metrics and gradients of `BATCHES`."""
-    algorithm = build_algorithm(AlgorithmConfig.model_validate({"kl_coef": 0.1, "entropy_coef": 0.01}))
+    algorithm = build_algorithm(AlgorithmConfig.model_validate({"kl": {"coef": 0.1}, "entropy": {"coef": 0.01}}))
     train = TrainConfig.model_validate({"logprob_chunk_tokens": 16, "seed": 7})
     policy = Learner(loaded, algorithm, optim=OptimConfig(), train=train, total_updates=10, **settings)  # type: ignore[call-arg]
     policy.published()

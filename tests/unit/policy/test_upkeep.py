@@ -149,7 +149,7 @@ def test_a_step_without_tokens_teaches_the_bonus_nothing() -> None:
 
 def test_the_bonus_that_acts_is_the_one_in_the_gradient(make_model: Any) -> None:
     def gradient(knobs: Knobs, **settings: float) -> torch.Tensor:
-        objective = build_algorithm(AlgorithmConfig.model_validate(settings))
+        objective = build_algorithm(AlgorithmConfig.model_validate({"entropy": settings}))
         policy = Learner(make_model(), objective, optim=OptimConfig(), train=TrainConfig(), total_updates=1)
         policy.learn([MicroBatch((ROW,))], Denominators(3.0, 1.0, 16.0), knobs)
         grad = policy.loaded.model.get_input_embeddings().weight.grad
@@ -157,10 +157,10 @@ def test_the_bonus_that_acts_is_the_one_in_the_gradient(make_model: Any) -> None
         return grad
 
     raised = adaptive(0.2)
-    upkeep, follows = Upkeep(entropy=raised, sync=None), {"entropy_coef": 0.2, "entropy_target": 1.0}
+    upkeep, follows = Upkeep(entropy=raised, sync=None), {"coef": 0.2, "target": 1.0}
     raised.adapt(0.5)
     assert upkeep.knobs.entropy_coef == pytest.approx(0.3)
-    torch.testing.assert_close(gradient(upkeep.knobs, **follows), gradient(Knobs(), entropy_coef=0.3))
+    torch.testing.assert_close(gradient(upkeep.knobs, **follows), gradient(Knobs(), coef=0.3))
     raised.adapt(1.5)
     assert upkeep.knobs == Knobs(entropy_coef=0.0)
     assert not gradient(upkeep.knobs, **follows).any()

@@ -23,7 +23,7 @@ from groupwise.quickstart.tiny_model import build_tokenizer
 from groupwise.rollout.batch import BatchShape, build_batch
 from groupwise.types import Completion, Prompt, Rollout, RolloutGroup
 
-SETTINGS = [{"kl_coef": 0.1, "entropy_coef": 0.02}, {"name": "gspo"}, {"name": "dr_grpo"}, {"name": "gmpo"}]
+SETTINGS = [{"kl": {"coef": 0.1}, "entropy": {"coef": 0.02}}, {"name": "gspo"}, {"name": "dr_grpo"}, {"name": "gmpo"}]
 
 
 def groups() -> list[RolloutGroup]:

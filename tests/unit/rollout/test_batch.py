@@ -77,14 +77,14 @@ def test_equal_rewards_are_measured_without_backward_but_counted(make_group: Any
     assert resolve(batch.metrics)["frac_reward_zero_std"] == 0.5
 
 
-@pytest.mark.parametrize("settings", [{"kl_coef": 0.1}, {"entropy_coef": 0.01}])
+@pytest.mark.parametrize("settings", [{"kl": {"coef": 0.1}}, {"entropy": {"coef": 0.01}}])
 def test_with_kl_or_entropy_every_row_learns(make_group: Any, settings: dict[str, float]) -> None:
     batch = build([make_group(0, [1.0, 1.0])], **settings)
     assert len(rows(batch, backward=True)) == 2
 
 
 def test_a_top_entropy_filter_alone_lets_no_row_learn_without_advantage(make_group: Any) -> None:
-    batch = build([make_group(0, [1.0, 1.0])], top_entropy_fraction=0.5)
+    batch = build([make_group(0, [1.0, 1.0])], entropy={"top_fraction": 0.5})
     assert rows(batch, backward=True) == []
     assert len(rows(batch, backward=False)) == 2
 
@@ -118,7 +118,7 @@ def with_reference(group: RolloutGroup, *gaps: float) -> RolloutGroup:
 
 def test_a_kl_in_the_reward_lowers_each_reward_by_its_completions_sum(make_group: Any) -> None:
     group = with_reference(make_group(0, [1.0, 1.0], [2, 3]), 0.1, 0.2)
-    batch = build([group], kl_coef=0.5, kl_in="reward", name="dr_grpo")
+    batch = build([group], kl={"coef": 0.5, "place": "reward"}, name="dr_grpo")
     # 1 - 0.5 * 2 * 0.1 = 0.9 and 1 - 0.5 * 3 * 0.2 = 0.7, less their mean
     assert batch.credit[0] == pytest.approx((0.1, -0.1))
     found = resolve(batch.metrics)
@@ -131,7 +131,9 @@ def test_a_kl_in_the_reward_lowers_each_reward_by_its_completions_sum(make_group
 def test_a_kl_in_the_reward_starts_from_the_recomputed_logprobs_where_there_are_any(make_group: Any) -> None:
     group = with_reference(make_group(0, [1.0, 1.0], [2, 2]), 0.1, 0.1)
     first = replace(group.rollouts[0], old_logprobs=tuple(x + 0.3 for x in group.rollouts[0].logprobs))
-    batch = build([replace(group, rollouts=(first, group.rollouts[1]))], kl_coef=1.0, kl_in="reward", name="dr_grpo")
+    batch = build(
+        [replace(group, rollouts=(first, group.rollouts[1]))], kl={"coef": 1.0, "place": "reward"}, name="dr_grpo"
+    )
     assert batch.credit[0] == pytest.approx((-0.3, 0.3))
     assert rows(batch, backward=True)[0].old_logprobs == first.old_logprobs
 
@@ -139,7 +141,7 @@ def test_a_kl_in_the_reward_starts_from_the_recomputed_logprobs_where_there_are_
 def test_failed_rollouts_have_no_kl(make_group: Any) -> None:
     group = make_group(0, [1.0, "failed", 0.0], [2, 2, 2])
     rollouts = [replace(r, scores={REFERENCE: r.logprobs}) if r.reward is not None else r for r in group.rollouts]
-    batch = build([replace(group, rollouts=tuple(rollouts))], kl_coef=0.5, kl_in="reward", name="dr_grpo")
+    batch = build([replace(group, rollouts=tuple(rollouts))], kl={"coef": 0.5, "place": "reward"}, name="dr_grpo")
     assert batch.credit[0] == pytest.approx((0.5, 0.0, -0.5))
     assert resolve(batch.metrics)["reward_kl_penalty"] == 0.0
 
@@ -151,10 +153,10 @@ def test_failed_rollouts_have_no_kl(make_group: Any) -> None:
         ({}, [1.0, 1.0], False),
         ({}, [1.0, None], False),
         ({}, ["failed", "failed"], False),
-        ({"name": "pass_k", "pass_k": 2, "pass_k_threshold": 0.5}, [0.1, 0.2, 0.3], False),
-        ({"name": "pass_k", "pass_k": 2, "pass_k_threshold": 0.5}, [0.1, 0.2, 0.9], True),
+        ({"name": "pass_k", "advantage": {"k": 2, "threshold": 0.5}}, [0.1, 0.2, 0.3], False),
+        ({"name": "pass_k", "advantage": {"k": 2, "threshold": 0.5}}, [0.1, 0.2, 0.9], True),
         ({"name": "reinforce_pp_baseline"}, [0.3, 0.3], False),
-        ({"scale": "batch"}, [0.3, 0.4], True),
+        ({"advantage": {"scale": "batch"}}, [0.3, 0.4], True),
     ],
 )
 def test_a_group_teaches_where_it_has_an_advantage(
@@ -250,7 +252,7 @@ def test_usable_samples_are_those_that_could_be_learned_from(make_group: Any) ->
 
 
 def test_a_mean_of_nothing_is_left_out(make_group: Any) -> None:
-    batch = build([make_group(0, [None, None])], kl_coef=0.1, kl_in="reward")
+    batch = build([make_group(0, [None, None])], kl={"coef": 0.1, "place": "reward"})
     assert "reward_kl_penalty" in batch.metrics
     assert "reward_kl_penalty" not in resolve(batch.metrics)
     assert resolve({"a": Mean(0.0, 0.0), "b": Mean(math.nan, 1.0)}).keys() == {"b"}

@@ -53,7 +53,7 @@ def test_nothing_is_computed_where_nothing_is_asked(make_group: Any, model: Path
 
 @pytest.mark.parametrize("budget", [1, 12, 1000])
 def test_each_rollout_gets_its_own(make_group: Any, model: Path, budget: int) -> None:
-    policy = make_policy(model, kl_coef=0.1, kl_in="reward")
+    policy = make_policy(model, kl={"coef": 0.1, "place": "reward"})
     groups = [make_group(0, [1.0, 0.0, "failed"], [4, 2, 3]), make_group(1, [0.5, None, 0.0], [1, 2, 5])]
     filled = fill(policy, groups, old=True, reference=True, budget=budget)
     alone = fill(policy, [groups[1]], old=True, reference=True, budget=1000)
@@ -94,11 +94,11 @@ def sampled_by(policy: Learner, groups: list[RolloutGroup], *, off: float) -> li
 @pytest.mark.parametrize(
     ("settings", "weight"),
     [
-        ({"correction": "decoupled"}, 1.5),
-        ({"correction": "truncate", "correction_high": 1.2}, 1.2),
-        ({"correction": "mask", "correction_high": 1.4}, 0.0),
-        ({"correction_veto": 0.99}, 1.0),
-        ({"name": "gspo", "correction": "decoupled", "correction_level": "geometric"}, 1.5),
+        ({"correction": {"name": "decoupled"}}, 1.5),
+        ({"correction": {"name": "truncate", "high": 1.2}}, 1.2),
+        ({"correction": {"name": "mask", "high": 1.4}}, 0.0),
+        ({"correction": {"veto": 0.99}}, 1.0),
+        ({"name": "gspo", "correction": {"name": "decoupled", "level": "geometric"}}, 1.5),
     ],
     ids=str,
 )
@@ -114,19 +114,19 @@ def test_corrections_weigh_the_samplers_error(
 
 
 def test_the_samplers_own_logprobs_weigh_exactly_one(make_group: Any, model: Path) -> None:
-    policy = make_policy(model, correction="decoupled")
+    policy = make_policy(model, correction={"name": "decoupled"})
     groups = sampled_by(policy, [make_group(0, [1.0, 0.0], [3, 4]), make_group(1, [0.0, 1.0])], off=0.0)
-    found = learned(policy, fill(policy, groups, old=True), correction="decoupled")
+    found = learned(policy, fill(policy, groups, old=True), correction={"name": "decoupled"})
     assert found["correction/weight_mean"] == 1.0
     assert found[MISMATCH] == 0.0
 
 
 def test_the_proximal_policy_is_the_one_before_the_first_update(make_group: Any, model: Path) -> None:
-    policy = make_policy(model, correction="decoupled")
+    policy = make_policy(model, correction={"name": "decoupled"})
     groups = fill(policy, sampled_by(policy, [make_group(0, [1.0, 0.0], [3, 4])], off=0.2), old=True)
-    assert learned(policy, groups, correction="decoupled")["clip_ratio/region_mean"] == 0.0
+    assert learned(policy, groups, correction={"name": "decoupled"})["clip_ratio/region_mean"] == 0.0
     for _ in range(4):
         policy.optim_step()
-        found = learned(policy, groups, correction="decoupled")
+        found = learned(policy, groups, correction={"name": "decoupled"})
     assert found["clip_ratio/region_mean"] > 0
     assert found["correction/weight_mean"] == pytest.approx(1.2214, rel=1e-3)
