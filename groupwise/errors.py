@@ -64,6 +64,10 @@ class EngineError(GroupwiseError, RuntimeError):
     """An inference engine failed."""
 
 
+class EngineLost(EngineError):
+    """An inference engine does not answer, or not any more; it may come back."""
+
+
 class RewardError(GroupwiseError, RuntimeError):
     """A reward function raised, hung or returned something that is not a reward."""
 

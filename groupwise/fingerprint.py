@@ -86,7 +86,7 @@ def model_facts(
     return facts | {
         "model config": _short(_plain_text(_without_paths(given.config.to_dict())).encode()),  # pyright: ignore
         "model weights": _weights_in_memory(given, adapter=config.lora.rank > 0, compared=compared),
-        "tokenizer": _tokenizer_in_memory(tokenizer),
+        "tokenizer": tokenizer_digest(tokenizer),
     }
 
 
@@ -178,6 +178,11 @@ def _hub_revision(name: str) -> str:
     return Path(found).parent.name if isinstance(found, str) else "unknown"
 
 
+def weights_digest(module: nn.Module) -> str:
+    """Of the weights that are not trained."""
+    return _weights_in_memory(module, adapter=False, compared=False)
+
+
 def _weights_in_memory(module: nn.Module, *, adapter: bool, compared: bool) -> str:
     import torch
 
@@ -197,7 +202,8 @@ def _weights_in_memory(module: nn.Module, *, adapter: bool, compared: bool) -> s
     return f"{len(named)} tensors, {digest.hexdigest()}"
 
 
-def _tokenizer_in_memory(tokenizer: Tokenizer) -> str:
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Of all that decides its tokens."""
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     if isinstance(tokenizer, PreTrainedTokenizerFast):

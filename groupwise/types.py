@@ -490,21 +490,9 @@ class Engine(Protocol):
         """End these requests (or all) now; each yields what it has with finish reason `abort`."""
         ...
 
-    async def update_weights(self, version: int) -> None:
-        """Serve this version of the policy from now on; caches of older versions are dropped."""
+    async def close(self) -> None:
+        """Release what is held: caches, connections. A later call of `generate` takes it again."""
         ...
-
-    async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[float]:
-        """Log-probs `[T]` of the completion's tokens after the prompt, at temperature 1."""
-        ...
-
-    async def sleep(self) -> None:
-        """Release the memory of the caches."""
-        ...
-
-    async def wake(self) -> None: ...
-
-    async def health(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)

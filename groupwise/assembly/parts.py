@@ -34,7 +34,7 @@ from groupwise.rundir import RunDirectory
 from groupwise.sft import SupervisedLoss, SupervisedSource
 from groupwise.tracking import Trackers, build_trackers
 from groupwise.train import TrainParts
-from groupwise.types import REFERENCE, Policy, RolloutGroup, Stateful
+from groupwise.types import REFERENCE, EngineCaps, Policy, RolloutGroup, Stateful
 from groupwise.watching import Watcher
 from groupwise.weight_sync import Unsynced
 
@@ -112,7 +112,7 @@ def assemble_rl(
         producer,
         buffer,
         _selection(config, buffer, producer, keep=keep),
-        _logprobs(config, policy, algorithm),
+        _logprobs(config, policy, algorithm, engine.caps),
         scorer,
         _shape(config),
         scorer.weights,
@@ -224,8 +224,9 @@ def _selection(
     )
 
 
-def _logprobs(config: Config, policy: Policy, algorithm: Algorithm) -> LogprobPass:
-    return LogprobPass(policy, old=config.recomputes_logprobs, scorers=(REFERENCE,) if algorithm.kl_in_reward else ())
+def _logprobs(config: Config, policy: Policy, algorithm: Algorithm, caps: EngineCaps) -> LogprobPass:
+    old = config.recomputes_logprobs(exact=caps.exact_logprobs)
+    return LogprobPass(policy, old=old, scorers=(REFERENCE,) if algorithm.kl_in_reward else ())
 
 
 def _upkeep(config: Config, policy: LocalPolicy, adaptive: AdaptiveEntropy | None) -> Upkeep:

@@ -108,7 +108,7 @@ def prepare(config: Config, *, resume: bool = False, overwrite: bool = False, gi
     begun = settle_model(config, run_folder(config), resume=resume, given=given.loaded)
     config, model = begun.config, begun.model
     check_trainable(config, provided=(*given.names, *begun.provided))
-    check_engine(config.rollout.engine)
+    check_engine(config.rollout)
     check_backends(config.tracking)
     prepare_device(config.model.device)
     algorithm = build_algorithm(config.algorithm)

@@ -12,7 +12,8 @@ from groupwise.config.limits import check_lengths, check_stop_tokens
 from groupwise.data import check_template, encode_rendered, encode_text, load_prompts, render
 from groupwise.data.files import Source
 from groupwise.data.prompts import PromptSet
-from groupwise.engines import build_engine, check_engine
+from groupwise.engines import require_in_process
+from groupwise.engines.native import NativeEngine
 from groupwise.environments import Environments, load_environments
 from groupwise.errors import ConfigError, EngineError
 from groupwise.evaluation import EvalReport, evaluate
@@ -51,7 +52,7 @@ class Session:
     """
 
     def __init__(self, config: Config, loaded: LoadedModel | None = None) -> None:
-        check_engine(config.rollout.engine)
+        require_in_process(config.rollout, "a model that is asked here")
         self.config = config
         self._given = loaded
         self.tokenizer = cast("Tokenizer", load_tokenizer(config.model)) if loaded is None else loaded.tokenizer
@@ -61,7 +62,7 @@ class Session:
     @cached_property
     def engine(self) -> Engine:
         loaded = self._given or load_model(self.config.model, tokenizer=self.tokenizer)
-        return build_engine(self.config.rollout, loaded)
+        return NativeEngine(loaded, self.config.rollout)
 
     @cached_property
     def sample(self) -> Sample:

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from groupwise import __version__
-from groupwise.cli.commands import chat, data, evaluate, export, generate, info, model, quickstart, train, xtuner
+from groupwise.cli.commands import chat, data, evaluate, export, generate, info, model, quickstart, serve, train, xtuner
 from groupwise.cli.output import take_any_text, tell
 from groupwise.cli.parsing import DID_YOU_MEAN, Command
 from groupwise.errors import EXIT_FAILURE, EXIT_INTERRUPTED, ConfigError, GroupwiseError, Interrupted, nearest
@@ -24,6 +24,7 @@ COMMANDS: tuple[Command, ...] = (
     evaluate.EVAL,
     generate.GENERATE,
     chat.CHAT,
+    serve.SERVE,
     data.GSM8K,
     data.STATS,
     model.TINY,

@@ -13,7 +13,7 @@ from groupwise.config.lora import LoraConfig
 from groupwise.config.model import ModelConfig
 from groupwise.config.optim import OptimConfig
 from groupwise.config.reward import RewardConfig
-from groupwise.config.rollout import EXACT_ENGINES, RolloutConfig
+from groupwise.config.rollout import RolloutConfig
 from groupwise.config.sft import SftConfig
 from groupwise.config.tracking import TrackingConfig
 from groupwise.config.train import TrainConfig
@@ -56,16 +56,14 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()  # type: ignore[call-arg]
     tracking: TrackingConfig = TrackingConfig()  # type: ignore[call-arg]
 
-    @property
-    def exact_logprobs(self) -> bool:
-        """Whether the sampler's log-probs are those of the weights that learn from them."""
-        return self.rollout.engine in EXACT_ENGINES
+    def recomputes_logprobs(self, *, exact: bool) -> bool:
+        """Whether a forward of the policy gives the old log-probs, beside the sampler's.
 
-    @property
-    def recomputes_logprobs(self) -> bool:
-        """Whether a forward of the policy gives the old log-probs, beside the sampler's."""
+        Args:
+            exact: the engine's are the policy's own (`EngineCaps.exact_logprobs`).
+        """
         chosen = self.algorithm.old_logprobs
-        return chosen == "policy" or (chosen == "auto" and not self.exact_logprobs)
+        return chosen == "policy" or (chosen == "auto" and not exact)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -88,7 +88,7 @@ def _correction_problems(config: Config) -> list[str]:
     if correction.name != "none" or correction.veto is not None:
         name, value = ("name", correction.name) if correction.name != "none" else ("veto", correction.veto)
         setting = f"algorithm.correction.{name} = {value!r}"
-        if not config.recomputes_logprobs:
+        if not config.recomputes_logprobs(exact=config.rollout.engine == "native"):
             found.append(
                 f"{setting}: it weighs the policy's log-probs against the sampler's, and here the sampler's stand for "
                 "both, as they are exact; leave it out, or set algorithm.old_logprobs to 'policy' to compute them "
@@ -100,7 +100,11 @@ def _correction_problems(config: Config) -> list[str]:
                 "before such filters, so the weight would not be that of the distribution that was sampled from; "
                 "leave out one or the other"
             )
-    if correction.off_policy_mask is not None and config.exact_logprobs and config.optim.updates_per_batch == 1:
+    if (
+        correction.off_policy_mask is not None
+        and config.rollout.engine == "native"
+        and config.optim.updates_per_batch == 1
+    ):
         found.append(
             f"algorithm.correction.off_policy_mask = {correction.off_policy_mask}: with optim.steps_per_batch = 1 "
             "every sample is learned by the very weights that drew it, so there is no drift to mask; leave it out, or "

@@ -7,12 +7,21 @@ from pydantic import Field, field_validator
 from groupwise.config.base import Section
 from groupwise.config.temperature import temperature_problem
 
-EXACT_ENGINES = ("native",)
-"""Engines whose log-probs are the trainer's own, bit by bit on a CPU."""
-
 
 class RolloutConfig(Section):
-    engine: str = Field("native", description="native runs in this process on the policy's own weights")
+    engine: str = Field(
+        "native",
+        description="native runs in this process on the policy's own weights; http is a server, `groupwise serve`",
+    )
+    url: str | None = Field(None, description="engine http: where the server is, such as http://127.0.0.1:8000")
+    engine_timeout: float = Field(
+        300.0, gt=0, description="engine http: seconds to wait for a server that does not answer, before the run ends"
+    )
+    weights_dir: str | None = Field(
+        None,
+        description="engine http: folder that weights travel through, under one name for both processes, such as one "
+        "in /dev/shm; none is weights/ in the run directory",
+    )
     group_size: int = Field(8, description="G, samples per prompt; group-relative advantages need at least 2")
     prompts_per_step: int = Field(32, ge=1, description="groups in one training step")
     temperature: float = Field(1.0, ge=0)

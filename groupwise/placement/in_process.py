@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from groupwise.config import Config
-from groupwise.engines import build_engine
+from groupwise.engines.identity import KEY_VARIABLE, model_identity
+from groupwise.engines.native import NativeEngine
+from groupwise.errors import ConfigError
 from groupwise.model.loading import LoadedModel
 from groupwise.policy import Learner, LocalPolicy, Objective
 from groupwise.policy.bundle import BundleWriter
@@ -55,9 +59,42 @@ class InProcess:
         return LocalPolicy(learner, micro_batch_tokens=config.train.micro_batch_tokens)
 
     def engine(self, policy: LocalPolicy) -> Engine:
-        """What samples from the policy."""
-        return build_engine(self.config.rollout, self.loaded, reserved_bytes=policy.bytes_to_come)
+        """What samples from the policy: this module, or one in another process that is the same.
+
+        Raises:
+            ConfigError: no server answers, or it has another model.
+        """
+        rollout = self.config.rollout
+        if rollout.engine == "native":
+            return NativeEngine(self.loaded, rollout, reserved_bytes=policy.bytes_to_come)
+        from groupwise.engines.http import HttpEngine
+
+        key = os.environ.get(KEY_VARIABLE)
+        engine = HttpEngine(
+            rollout,
+            decode=self.loaded.decode,
+            vocabulary=self.loaded.model.config.get_text_config().vocab_size,
+            headers={"Authorization": f"Bearer {key}"} if key else None,
+        )
+        _check_same(engine.served.identity, model_identity(self.loaded), url=str(rollout.url))
+        return engine
 
     def sync(self, policy: Policy, engine: Engine) -> WeightSync:
         """What makes the engine serve the policy's newest version."""
-        return InProcessSync(policy, engine)
+        if isinstance(engine, NativeEngine):
+            return InProcessSync(policy, engine)
+        from groupwise.engines.http import HttpEngine
+        from groupwise.weight_sync.directory import DirectorySync
+
+        assert isinstance(engine, HttpEngine), "a placement syncs the engines that it makes"
+        given = self.config.rollout.weights_dir
+        return DirectorySync(policy, engine, self.run.path / "weights" if given is None else Path(given))
+
+
+def _check_same(served: dict[str, str], mine: dict[str, str], *, url: str) -> None:
+    for name, value in mine.items():
+        if served.get(name) != value:
+            raise ConfigError(
+                f"rollout.url = {url!r} serves another model: {name}: got {served.get(name)}; expected {value}. Start "
+                "`groupwise serve` with the recipe of this run"
+            )

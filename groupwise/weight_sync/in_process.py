@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from groupwise.types import Engine, Policy
+from typing import Protocol
+
+from groupwise.types import Policy
+
+
+class VersionedEngine(Protocol):
+    """An engine that samples from the policy's own module."""
+
+    async def update_weights(self, version: int) -> None: ...
 
 
 class InProcessSync:
     """Publishes to an engine that runs the policy's own module."""
 
-    def __init__(self, policy: Policy, engine: Engine) -> None:
+    def __init__(self, policy: Policy, engine: VersionedEngine) -> None:
         self._policy = policy
         self._engine = engine
 

@@ -96,11 +96,11 @@ def _config(args: argparse.Namespace) -> Config:
 def _evaluate(config: Config, *, quiet: bool) -> EvalReport:
     # What is wrong with names, rewards and rows is refused before the model's libraries and weights are loaded.
     from groupwise.data import check_rows, read_rows
-    from groupwise.engines import check_engine
+    from groupwise.engines import require_in_process
     from groupwise.evaluation.counted import counted_remarks
     from groupwise.rewards import RewardScorer
 
-    check_engine(config.rollout.engine)
+    require_in_process(config.rollout, "groupwise eval")
     scorer = RewardScorer(config.reward)
     check_rows(read_rows(config.data.eval, limit=config.eval.limit), config.data)
     if not quiet:

@@ -20,12 +20,10 @@ from groupwise.engines.native.scheduler import Outbox, Sample, Scheduler
 from groupwise.engines.native.steps import DecodeSteps
 from groupwise.engines.native.threads import SMALL_BYTES, StepThreads
 from groupwise.errors import EngineError
-from groupwise.inputs import ModelInput
 from groupwise.model.fast_cpu.linear import ordered_weights
 from groupwise.model.forward.hidden_states import depends_on_length
-from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel
-from groupwise.types import Completion, EngineCaps, FinishReason, SampleRequest, TrainingRow
+from groupwise.types import Completion, EngineCaps, FinishReason, SampleRequest
 
 
 class NativeEngine:
@@ -172,36 +170,23 @@ class NativeEngine:
             sample.outbox.put_nowait(self._completion(sample, "abort"))
 
     async def update_weights(self, version: int) -> None:
+        """Serve the module's weights as this version from now on; caches of older versions are dropped.
+
+        Raises:
+            EngineError: samples of the old version are still running.
+        """
         if self._scheduler.busy:
             raise EngineError("weights changed while samples were running; abort them or wait first")
         self._version = version
 
-    async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[float]:
-        neutral = (0.0,) * len(completion_ids)
-        row = TrainingRow(
-            0,
-            ModelInput.of(prompt_ids),
-            ModelInput.of(completion_ids),
-            (1,) * len(completion_ids),
-            neutral,
-            neutral,
-        )
-        with torch.inference_mode():
-            return self._loaded.scoring(pack([row]).to(self._loaded.device)).logprobs.tolist()
-
-    async def sleep(self) -> None:
+    async def close(self) -> None:
+        """Release the caches, which come back with the next request."""
         if self._scheduler.busy:
-            raise EngineError("an engine cannot sleep while samples are running")
+            raise EngineError("an engine cannot be closed while samples are running; abort them or wait first")
         self._scheduler.drop_caches()
         self._steps.forget()
         self._steps.forget_graphs()
         self._draws = None
-
-    async def wake(self) -> None:
-        """Nothing to do: caches come back with the first request."""
-
-    async def health(self) -> bool:
-        return self._worker is None or not self._worker.done() or _failure_of(self._worker) is None
 
 
 def _failure_of(worker: asyncio.Task[None]) -> BaseException | None:

@@ -147,13 +147,10 @@ def test_what_acts_is_accepted(good: dict[str, object], override: dict[str, obje
 
 
 def test_old_logprobs_are_the_samplers_where_these_are_exact():
-    assert not config({}).recomputes_logprobs
-    assert config({"algorithm.old_logprobs": "policy"}).recomputes_logprobs
-    other = Config.model_validate({"rollout": {"engine": "another"}})
-    assert other.recomputes_logprobs
-    assert not Config.model_validate(
-        {"rollout": {"engine": "another"}, "algorithm": {"old_logprobs": "sampler"}}
-    ).recomputes_logprobs
+    assert not config({}).recomputes_logprobs(exact=True)
+    assert config({}).recomputes_logprobs(exact=False)
+    assert config({"algorithm.old_logprobs": "policy"}).recomputes_logprobs(exact=True)
+    assert not config({"algorithm.old_logprobs": "sampler"}).recomputes_logprobs(exact=False)
 
 
 def test_filters_are_remarked_on():

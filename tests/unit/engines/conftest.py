@@ -119,9 +119,9 @@ class Lab:
             assert float(drift.max()) == 0.0, f"{name}: {drift.tolist()}"
 
 
-def row_of(group: int, prompt: Prompt, tokens: Sequence[int]) -> TrainingRow:
+def row_of(group: int, prompt: ModelInput, tokens: Sequence[int]) -> TrainingRow:
     neutral = (0.0,) * len(tokens)
-    return TrainingRow(group, prompt.input, ModelInput.of(tokens), (1,) * len(tokens), neutral, neutral)
+    return TrainingRow(group, prompt, ModelInput.of(tokens), (1,) * len(tokens), neutral, neutral)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import torch
 
 from groupwise.engines.native import NativeEngine
 from groupwise.errors import EngineError
+from groupwise.inputs import ModelInput
 from groupwise.model.loading import LoadedModel
 from groupwise.types import Completion, Engine, SampleRequest, SamplingParams
 
@@ -45,7 +46,6 @@ def test_it_is_an_engine(lab: Lab, loaded: LoadedModel) -> None:
     assert engine.caps.name == "native"
     assert engine.caps.exact_logprobs
     assert engine.caps.seeded
-    assert asyncio.run(engine.health())
 
 
 def test_no_requests_give_no_completions(lab: Lab, loaded: LoadedModel) -> None:
@@ -184,7 +184,6 @@ def test_a_cancelled_caller_frees_its_samples(lab: Lab, loaded: LoadedModel) -> 
 
     asyncio.run(go())
     assert_idle(engine)
-    assert asyncio.run(engine.health())
     assert len(lab.run(engine, requests)) == 2
 
 
@@ -204,9 +203,7 @@ def test_an_error_in_a_step_reaches_every_caller_and_the_engine_goes_on(
 
     async def go() -> list[dict[str, Completion] | BaseException]:
         tasks = [asyncio.ensure_future(lab.collect(engine, part)) for part in (requests[:1], requests[1:])]
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert not await engine.health()
-        return results
+        return await asyncio.gather(*tasks, return_exceptions=True)
 
     handle = loaded.model.get_decoder().register_forward_hook(fail)
     results = asyncio.run(go())
@@ -214,7 +211,6 @@ def test_an_error_in_a_step_reaches_every_caller_and_the_engine_goes_on(
     assert [str(r) for r in results] == ["the chip is on fire"] * 2
     assert_idle(engine)
     assert lab.run(engine, requests) == wanted
-    assert asyncio.run(engine.health())
     gc.collect()
     assert "never retrieved" not in caplog.text
 
@@ -264,8 +260,8 @@ def test_neither_new_weights_nor_sleep_while_samples_run(lab: Lab, loaded: Loade
         await steps(5)
         with pytest.raises(EngineError, match="weights changed while samples were running"):
             await engine.update_weights(1)
-        with pytest.raises(EngineError, match="cannot sleep"):
-            await engine.sleep()
+        with pytest.raises(EngineError, match="cannot be closed"):
+            await engine.close()
         return await task
 
     assert asyncio.run(go()) == wanted
@@ -297,9 +293,8 @@ def test_sleep_frees_the_caches_and_waking_changes_nothing(lab: Lab, loaded: Loa
     engine = lab.engine(loaded)
     requests = lab.requests([lab.prompt("a", 5)], [LONG] * 2)
     before = lab.run(engine, requests)
-    asyncio.run(engine.sleep())
+    asyncio.run(engine.close())
     assert engine._scheduler.sample_cache.tokens == engine._scheduler.prompt_cache.tokens == 0
-    asyncio.run(engine.wake())
     assert lab.run(engine, requests) == before
 
 
@@ -317,7 +312,7 @@ def test_requests_that_cannot_run_are_refused_alone(
 ) -> None:
     engine = lab.engine(loaded)
     good = lab.requests([lab.prompt("a", 5)], [LONG])
-    bad = SampleRequest.of(replace(lab.prompt("x", 1), token_ids=tokens), 0, sampling)
+    bad = SampleRequest.of(replace(lab.prompt("x", 1), input=ModelInput.of(tokens)), 0, sampling)
 
     async def go() -> dict[str, Completion]:
         beside = asyncio.ensure_future(lab.collect(engine, good))

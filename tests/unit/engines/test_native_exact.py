@@ -165,15 +165,3 @@ def test_prompts_of_one_uid_but_other_tokens_are_not_mixed_up(lab: Lab) -> None:
     together = lab.run(lab.engine(loaded), requests)
     for request in requests:
         assert lab.run(lab.engine(loaded), [request]) == {request.id: together[request.id]}
-
-
-def test_score_is_the_log_prob_at_temperature_one(lab: Lab, architecture: str) -> None:
-    loaded = lab.model(architecture)
-    engine = lab.engine(loaded)
-    requests = lab.requests(
-        [lab.prompt("a", 66)], [SamplingParams(max_tokens=9), SamplingParams(temperature=0.0, max_tokens=9)]
-    )
-    found = lab.run(engine, requests)
-    for request in requests:
-        got = asyncio.run(engine.score(request.prompt.token_ids, found[request.id].token_ids))
-        assert got == list(found[request.id].logprobs)

@@ -1,0 +1,111 @@
+"""A folder with one version of the weights: written beside, synced, renamed; read back only if every byte is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from groupwise.errors import DataError
+from groupwise.files import make_anew, writing
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+FORMAT = 1
+
+
+def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, version: int) -> Path:
+    """Write `folder`, whole or not at all; what was there before goes.
+
+    Raises:
+        FileError: the disk is full, or the place cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_anew(temporary)
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
+        save_file(held, temporary / WEIGHTS)
+        manifest = {
+            "format": FORMAT,
+            "version": version,
+            "tensors": {name: _fact(tensor) for name, tensor in held.items()},
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        for file in (temporary / WEIGHTS, temporary / MANIFEST, temporary):
+            _sync(file)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        _sync(folder.parent)
+    return folder
+
+
+def read_weights(folder: Path, *, version: int) -> dict[str, Tensor]:
+    """Every tensor, compared with the manifest to the last bit.
+
+    Raises:
+        DataError: the folder is not there, is torn, or holds another version.
+    """
+    try:
+        manifest: Any = json.loads((folder / MANIFEST).read_bytes())
+        expected, found_format, found_version = manifest["tensors"], manifest["format"], manifest["version"]
+        found = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise DataError(f"{folder} holds no whole weights: {type(error).__name__}: {error}") from error
+    if found_format != FORMAT:
+        raise DataError(f"{folder} has weights in format {found_format!r}; expected {FORMAT}")
+    if found_version != version:
+        raise DataError(f"{folder} holds version {found_version!r} of the weights; expected {version}")
+    if found.keys() != expected.keys():
+        raise DataError(f"{folder} is torn: {_difference(found.keys(), expected.keys())}")
+    for name, tensor in found.items():
+        if (fact := _fact(tensor)) != expected[name]:
+            raise DataError(f"{folder} is torn: {name} is {fact}, and its manifest says {expected[name]}")
+    return found
+
+
+def check_fits(found: dict[str, Tensor], wanted: dict[str, Tensor], *, folder: Path) -> None:
+    """Refuse weights that are not those of a module, before one of them is touched.
+
+    Raises:
+        DataError: names, shapes or types differ.
+    """
+    if found.keys() != wanted.keys():
+        raise DataError(f"{folder} has weights of another model: {_difference(found.keys(), wanted.keys())}")
+    for name, tensor in found.items():
+        got, expected = (tuple(tensor.shape), tensor.dtype), (tuple(wanted[name].shape), wanted[name].dtype)
+        if got != expected:
+            raise DataError(f"{folder} has weights of another model: {name} is {got}; expected {expected}")
+
+
+def _fact(tensor: Tensor) -> dict[str, Any]:
+    content = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "digest": digest}
+
+
+def _difference(found: Iterable[str], wanted: Iterable[str]) -> str:
+    missing, more = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    parts = [
+        f"{len(names)} {what}, {names[0]} for one"
+        for names, what in ((missing, "missing"), (more, "too many"))
+        if names
+    ]
+    return "; ".join(parts)
+
+
+def _sync(place: Path) -> None:
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
