@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from groupwise import __version__
 from groupwise.config import Config
 from groupwise.config.lora import read_adapter_file
+from groupwise.config.model_name import settled_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,6 +89,14 @@ def model_facts(
         "model weights": _weights_in_memory(given, adapter=config.lora.rank > 0, compared=compared),
         "tokenizer": tokenizer_digest(tokenizer),
     }
+
+
+def teacher_facts(config: Config) -> dict[str, str]:
+    """The model that is distilled from, if there is one."""
+    path = config.algorithm.teacher.path
+    if path is None:
+        return {}
+    return {f"teacher {name}": value for name, value in _folder_facts(settled_model(path)).items()}
 
 
 def code_facts(config: Config, functions: Iterable[Callable[..., Any]] = ()) -> dict[str, str]:

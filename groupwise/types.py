@@ -30,6 +30,9 @@ FinishReason: TypeAlias = Literal["stop", "length", "turns", "abort", "error"]
 REFERENCE = "reference"
 """The name of the frozen (or slowly moving) policy that a KL is taken to, among scorers."""
 
+TEACHER = "teacher"
+"""The name of the frozen model that is distilled from, among scorers."""
+
 RolloutStatus: TypeAlias = Literal["ok", "failed"]
 
 Boundary: TypeAlias = Literal["engine", "environment", "reward", "teacher"]
@@ -653,6 +656,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
 
     def apply_chat_template(self, conversation: Sequence[Message], **kwargs: Any) -> Any: ...
 

@@ -24,8 +24,9 @@ from groupwise.algorithms.corrections import (
 from groupwise.algorithms.entropy import EntropyControl, top_entropy_mask
 from groupwise.algorithms.kl import KlEstimator, KlPlace, kl_penalty
 from groupwise.algorithms.reduce import Normaliser, token_weights
+from groupwise.algorithms.teacher import TeacherCredit
 from groupwise.metrics import Mean, Metric, Metrics
-from groupwise.types import Denominators, Knobs
+from groupwise.types import REFERENCE, TEACHER, Denominators, Knobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,8 @@ class Algorithm:
         kl_in: with `reward` the KL is taken off the rewards before advantages, and is no part of the loss.
         entropy_control: how `entropy_coef` is to change from step to step; None keeps it.
         masks_truncated: completions cut at the length limit have no loss.
+        teacher: credit per token, added to the outcome's.
+        needs_reward: a rollout without a reward cannot be learned from.
     """
 
     name: str
@@ -164,6 +167,14 @@ class Algorithm:
     masks_truncated: bool = False
     correction: Correction = NO_CORRECTION
     router_aux_loss_coef: float = 0.0
+    teacher: TeacherCredit | None = None
+    needs_reward: bool = True
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """Whose log-probs it asks for before it learns, beside the policy's."""
+        named = {REFERENCE: self.kl_in_reward, TEACHER: self.teacher is not None}
+        return tuple(name for name, asked in named.items() if asked)
 
     @property
     def needs_reference(self) -> bool:

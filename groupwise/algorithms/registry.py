@@ -11,6 +11,7 @@ from torch import Tensor
 from groupwise.algorithms.advantages.gdpo import gdpo
 from groupwise.algorithms.advantages.grpo import grpo
 from groupwise.algorithms.advantages.maxrl import maxrl
+from groupwise.algorithms.advantages.none import none
 from groupwise.algorithms.advantages.opo import opo
 from groupwise.algorithms.advantages.pass_k import pass_k
 from groupwise.algorithms.advantages.reinforce_pp import reinforce_pp
@@ -26,7 +27,8 @@ from groupwise.algorithms.losses.gspo_token import gspo_token
 from groupwise.algorithms.losses.ppo_clip import ppo_clip
 from groupwise.algorithms.losses.reinforce import reinforce
 from groupwise.algorithms.losses.sapo import sapo
-from groupwise.config.algorithm import RECIPES, AdaptiveEntropy, AlgorithmConfig, AlgorithmRecipe
+from groupwise.algorithms.teacher import TeacherCredit
+from groupwise.config.algorithm import RECIPES, AdaptiveEntropy, AlgorithmConfig, AlgorithmRecipe, Teacher
 from groupwise.config.base import Variant
 
 ADVANTAGES: Mapping[str, Callable[..., tuple[Tensor, ...]]] = {
@@ -38,6 +40,7 @@ ADVANTAGES: Mapping[str, Callable[..., tuple[Tensor, ...]]] = {
     "maxrl": maxrl,
     "pass_k": pass_k,
     "gdpo": gdpo,
+    "none": none,
 }
 """Each takes `AdvantageInputs`, and by keyword the settings of its class in `groupwise.config.algorithm.advantages`."""
 
@@ -69,6 +72,8 @@ def build_algorithm(config: AlgorithmConfig) -> Algorithm:
         masks_truncated=config.overlong == "mask",
         correction=Correction(kind=config.correction.name, **_settings(config.correction)),
         router_aux_loss_coef=config.router_aux_loss_coef,
+        teacher=_teacher(config),
+        needs_reward=config.advantage.needs_reward,
     )
 
 
@@ -82,6 +87,11 @@ def _entropy_control(config: AlgorithmConfig) -> EntropyControl | None:
     if not isinstance(entropy, AdaptiveEntropy):
         return None
     return EntropyControl(entropy.target, entropy.coef_step, entropy.coef_min, entropy.coef_max)
+
+
+def _teacher(config: AlgorithmConfig) -> TeacherCredit | None:
+    teacher = config.teacher
+    return TeacherCredit(teacher.coef, teacher.clamp) if isinstance(teacher, Teacher) else None
 
 
 def describe_algorithms() -> list[AlgorithmRecipe]:

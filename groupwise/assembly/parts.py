@@ -20,6 +20,7 @@ from groupwise.evaluation.counted import counted_remarks, counted_rewards
 from groupwise.evaluation.evaluator import Evaluator, NoEvaluation
 from groupwise.interrupt import StopRequest
 from groupwise.lock import FolderLock
+from groupwise.model.loading import load_model
 from groupwise.placement import InProcess
 from groupwise.policy import LocalPolicy
 from groupwise.policy.upkeep import AdaptiveEntropy, ReferenceSync, Upkeep
@@ -34,7 +35,7 @@ from groupwise.rundir import RunDirectory
 from groupwise.sft import SupervisedLoss, SupervisedSource
 from groupwise.tracking import Trackers, build_trackers
 from groupwise.train import TrainParts
-from groupwise.types import REFERENCE, EngineCaps, Policy, RolloutGroup, Stateful
+from groupwise.types import EngineCaps, Policy, RolloutGroup, Stateful
 from groupwise.watching import Watcher
 from groupwise.weight_sync import Unsynced
 
@@ -90,6 +91,7 @@ def assemble_rl(
         algorithm,
         updates=steps * config.optim.updates_per_batch,
         temperature=config.rollout.temperature,
+        teacher=None if ready.teacher is None else load_model(ready.teacher),
     )
     engine = placement.engine(policy)
     sample, buffer = sampled_by(engine), _buffer(config)
@@ -225,8 +227,7 @@ def _selection(
 
 
 def _logprobs(config: Config, policy: Policy, algorithm: Algorithm, caps: EngineCaps) -> LogprobPass:
-    old = config.recomputes_logprobs(exact=caps.exact_logprobs)
-    return LogprobPass(policy, old=old, scorers=(REFERENCE,) if algorithm.kl_in_reward else ())
+    return LogprobPass(policy, algorithm, old=config.recomputes_logprobs(exact=caps.exact_logprobs))
 
 
 def _upkeep(config: Config, policy: LocalPolicy, adaptive: AdaptiveEntropy | None) -> Upkeep:

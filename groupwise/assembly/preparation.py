@@ -10,14 +10,16 @@ from typing import Any
 
 from groupwise.algorithms import Algorithm, build_algorithm
 from groupwise.config import Config, ModelConfig
-from groupwise.config.checks import check_trainable
-from groupwise.config.model_name import short_name
+from groupwise.config.algorithm import Teacher
+from groupwise.config.checks import check_model_path, check_trainable
+from groupwise.config.limits import check_lengths
+from groupwise.config.model_name import settled_model, short_name
 from groupwise.data import PromptSet, check_rows, load_prompts
 from groupwise.data.files import Source, read_for_training
 from groupwise.engines import check_engine
 from groupwise.environments import Environments, load_environments
 from groupwise.errors import ConfigError
-from groupwise.fingerprint import code_facts, machine_facts, model_facts, prompt_facts
+from groupwise.fingerprint import code_facts, machine_facts, model_facts, prompt_facts, teacher_facts
 from groupwise.model.checkpoints import settle_model
 from groupwise.model.limits import check_run, find_limits
 from groupwise.model.loading import LoadedModel, load_tokenizer, prepare_device, resolve_device, resolve_dtype
@@ -69,6 +71,7 @@ class Prepared:
         config: the model in it by a name that stays.
         model: what to load; in a resumed run, the copy that it keeps of its base, if it does.
         eval: None when the run evaluates nothing.
+        teacher: what to load for `algorithm.teacher`; None without one.
         steps: of the whole run, those before a resume included.
         output: the run directory; nothing has been made there.
         identity: what makes it this run, to be compared with where it is resumed from.
@@ -81,6 +84,7 @@ class Prepared:
     environments: Environments
     train: PromptSet
     eval: PromptSet | None
+    teacher: ModelConfig | None
     steps: int
     output: Path
     identity: Identity
@@ -127,6 +131,7 @@ def prepare(config: Config, *, resume: bool = False, overwrite: bool = False, gi
         load_environments(config.environment, data.tokenizer, template_kwargs=config.data.chat_template_kwargs),
         train=data.train,
         eval=data.eval,
+        teacher=_teacher(config, data),
         steps=_num_steps(config, len(data.train.prompts)),
         output=output,
         identity=_identity(config, given, data, algorithm),
@@ -140,9 +145,32 @@ def _identity(config: Config, given: Given, data: _Data, algorithm: Algorithm) -
         config,
         prompt_facts(data.train.prompts, num_rows=data.train.num_rows)
         | model_facts(config, data.tokenizer, module, compared=algorithm.needs_reference)
+        | teacher_facts(config)
         | code_facts(config, given.rewards)
         | machine_facts(str(device), str(resolve_dtype(config.model.dtype, device))),
     )
+
+
+def _teacher(config: Config, data: _Data) -> ModelConfig | None:
+    """The model to distil from, whose tokens are the policy's and which has room for what it is to score."""
+    teacher = config.algorithm.teacher
+    if not isinstance(teacher, Teacher):
+        return None
+    model = config.model.model_copy(update={"path": settled_model(teacher.path), "chat_template": None})
+    check_model_path(model.path)
+    if load_tokenizer(model).get_vocab() != data.tokenizer.get_vocab():
+        raise ConfigError(
+            f"algorithm.teacher.path = {teacher.path!r} has another vocabulary than {config.model.path!r}, so its "
+            "log-probs are those of other tokens; use a teacher with the policy's tokenizer"
+        )
+    most = config.rollout.max_completion_tokens
+    check_lengths(
+        [prompt.token_ids for prompt in data.train.prompts],
+        find_limits(None, model),
+        most=most,
+        setting="rollout.max_completion_tokens",
+    )
+    return model
 
 
 def _check_keep_best(config: Config, scorer: RewardScorer) -> None:
@@ -160,6 +188,7 @@ def make_scorer(config: Config, given: Given) -> RewardScorer:
         functions=given.rewards,
         function_weights=given.reward_weights,
         extras=given.reward_extras,
+        required=False,  # checked with the config
     )
 
 

@@ -33,9 +33,10 @@ def check_trainable(config: Config, *, provided: Collection[str] = ()) -> None:
     """
     rollout = config.rollout
     found = _common(config, provided)
-    if not config.reward and "reward" not in provided:
+    advantage = config.algorithm.advantage
+    if not config.reward and "reward" not in provided and advantage.needs_reward and config.environment.name is None:
         found.append("reward: got none; training needs at least one, e.g. `--reward gsm8k` or `--reward my_file.py:fn`")
-    if rollout.group_size < 2:
+    if rollout.group_size < 2 and advantage.needs_group:
         found.append(
             f"rollout.group_size = {rollout.group_size}: expected at least 2; an advantage compares the samples of one "
             "prompt with each other, and a single sample compared with itself teaches nothing; use 4 to 16"

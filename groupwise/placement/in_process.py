@@ -13,8 +13,9 @@ from groupwise.errors import ConfigError
 from groupwise.model.loading import LoadedModel
 from groupwise.policy import Learner, LocalPolicy, Objective
 from groupwise.policy.bundle import BundleWriter
+from groupwise.policy.reference import FrozenScorer
 from groupwise.rundir import RunDirectory
-from groupwise.types import Engine, Policy, WeightSync
+from groupwise.types import TEACHER, Engine, Policy, WeightSync
 from groupwise.weight_sync import InProcessSync
 
 
@@ -37,13 +38,20 @@ class InProcess:
     run: RunDirectory
 
     def policy(
-        self, objective: Objective, *, updates: int, temperature: float = 1.0, supervised: bool = False
+        self,
+        objective: Objective,
+        *,
+        updates: int,
+        temperature: float = 1.0,
+        supervised: bool = False,
+        teacher: LoadedModel | None = None,
     ) -> LocalPolicy:
         """The model being trained.
 
         Args:
             updates: optimiser steps of the whole run.
             temperature: of sampling.
+            teacher: a frozen model that scores beside it.
         """
         config = self.config
         learner = Learner(
@@ -56,7 +64,11 @@ class InProcess:
             gradient_checkpointing=config.model.gradient_checkpointing,
             bundles=BundleWriter(self.run, config, supervised=supervised),
         )
-        return LocalPolicy(learner, micro_batch_tokens=config.train.micro_batch_tokens)
+        scorers: dict[str, FrozenScorer] = {}
+        if teacher is not None:
+            chunk = config.train.logprob_chunk_tokens
+            scorers[TEACHER] = FrozenScorer(teacher, temperature=temperature, chunk_tokens=chunk)
+        return LocalPolicy(learner, micro_batch_tokens=config.train.micro_batch_tokens, scorers=scorers)
 
     def engine(self, policy: LocalPolicy) -> Engine:
         """What samples from the policy: this module, or one in another process that is the same.

@@ -32,6 +32,7 @@ class FrozenScorer:
 
     def __init__(self, loaded: LoadedModel, *, temperature: float, chunk_tokens: int) -> None:
         self.loaded = loaded
+        loaded.model.requires_grad_(False)
         self._streams = Streams(loaded.model)
         self._temperature = temperature
         self._chunk_tokens = chunk_tokens

@@ -83,6 +83,7 @@ class RewardScorer:
         functions: rewards given as Python callables, with the default timeout and `on_error`.
         function_weights: `[functions]`, their weights; empty means 1 for each.
         extras: the caller's own objects for those of `functions` that name them; each call gets the object itself.
+        required: False where something else teaches; without a reward, nothing is scored then.
 
     Raises:
         ConfigError: a reward cannot be found or called, or there is none at all.
@@ -99,8 +100,9 @@ class RewardScorer:
         functions: Sequence[Callable[..., Any]] = (),
         function_weights: Sequence[float] = (),
         extras: Mapping[str, Any] | None = None,
+        required: bool = True,
     ) -> None:
-        if not configs and not functions:
+        if not configs and not functions and required:
             raise ConfigError("no reward is set; add one, such as --reward gsm8k or --reward my_rewards.py:function")
         if function_weights and len(function_weights) != len(functions):
             raise ConfigError(
@@ -140,6 +142,8 @@ class RewardScorer:
         Raises:
             ConfigError: naming the sources that have none.
         """
+        if not self._entries:
+            return
         bare = sorted({source for source in sources if not self._covering(source)})
         if bare:
             routes = "; ".join(f"{e.name}: {', '.join(map(repr, e.config.data_source))}" for e in self._entries)

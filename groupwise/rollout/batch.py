@@ -15,6 +15,7 @@ from groupwise.algorithms.kl import kl_in_reward, kl_penalty
 from groupwise.empty_steps import Usable
 from groupwise.environments import ENVIRONMENT
 from groupwise.metrics import Max, Mean, Metric, Min, Sum
+from groupwise.rollout.credit import add_token_terms, credit_metrics
 from groupwise.types import (
     REFERENCE,
     Credit,
@@ -65,7 +66,8 @@ def build_batch(
         penalised = [_less_kl(raw, group, algorithm) for raw, group in zip(rewards, groups, strict=True)]
         metrics["reward_kl_penalty"] = _mean_difference(rewards, penalised)
         rewards = penalised
-    credit = _advantages(groups, rewards, algorithm, weights=reward_weights)
+    credit = add_token_terms(groups, _advantages(groups, rewards, algorithm, weights=reward_weights), algorithm)
+    metrics |= credit_metrics(groups, algorithm)
     minibatches = [
         _minibatch([row for g in share for row in _rows(groups[g], credit[g], algorithm)], shape, algorithm)
         for share in _shares(len(groups), shape.steps_per_batch)
@@ -74,7 +76,9 @@ def build_batch(
 
 
 def teaches(group: RolloutGroup, algorithm: Algorithm, *, reward_weights: dict[str, float]) -> bool:
-    """Whether the group alone, by its rewards, has an advantage that is not zero."""
+    """Whether the group alone, by its rewards, has an advantage that is not zero; with a teacher every one teaches."""
+    if algorithm.teacher is not None:
+        return any(is_learnable(rollout, algorithm) for rollout in group.rollouts)
     (advantages,) = _advantages([group], [_rewards(group)], algorithm, weights=reward_weights)
     return any(advantages)
 
@@ -145,7 +149,7 @@ def _rows(group: RolloutGroup, credit: Sequence[Credit], algorithm: Algorithm) -
             ref_logprobs=rollout.scores.get(REFERENCE),
         )
         for rollout, given in zip(group.rollouts, credit, strict=True)
-        if is_learnable(rollout) and not (algorithm.masks_truncated and rollout.is_cut)
+        if is_learnable(rollout, algorithm) and not (algorithm.masks_truncated and rollout.is_cut)
     ]
 
 
@@ -153,9 +157,11 @@ def _per_token(credit: Credit, size: int) -> tuple[float, ...]:
     return credit if isinstance(credit, tuple) else (credit,) * size
 
 
-def is_learnable(rollout: Rollout) -> bool:
-    """Whether it has tokens, and a reward for them."""
-    return rollout.reward is not None and bool(rollout.token_ids)
+def is_learnable(rollout: Rollout, algorithm: Algorithm) -> bool:
+    """Whether it has tokens, and a reward for them where the algorithm needs one."""
+    if not rollout.token_ids or rollout.status == "failed":
+        return False
+    return rollout.reward is not None or not algorithm.needs_reward
 
 
 def usable_samples(groups: Sequence[RolloutGroup], algorithm: Algorithm) -> Usable:
@@ -167,7 +173,7 @@ def usable_samples(groups: Sequence[RolloutGroup], algorithm: Algorithm) -> Usab
 def _why_unusable(rollout: Rollout, algorithm: Algorithm) -> str:
     if rollout.cause:
         return rollout.cause
-    if rollout.reward is None:
+    if rollout.reward is None and algorithm.needs_reward:
         return "no reward function gave a value"
     if not any(rollout.loss_mask):
         return "it has no token to learn"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from groupwise.algorithms import Algorithm
 from groupwise.rollout.batch import is_learnable
 from groupwise.types import Policy, Rollout, RolloutGroup, ScoreRequest
 
@@ -15,15 +16,15 @@ class LogprobPass:
 
     Attributes:
         old: ask the policy, as it is before the step's first update.
-        scorers: names of others, whose log-probs go into `Rollout.scores`.
+        algorithm: says which others to ask, whose log-probs go into `Rollout.scores`.
 
     Example:
-        groups = await LogprobPass(policy, old=True, scorers=("reference",)).add(groups)
+        groups = await LogprobPass(policy, algorithm, old=True).add(groups)
     """
 
     policy: Policy
+    algorithm: Algorithm
     old: bool
-    scorers: tuple[str, ...] = ()
 
     async def add(self, groups: Sequence[RolloutGroup]) -> tuple[RolloutGroup, ...]:
         """The groups, with `old_logprobs` and `scores` in every rollout that can be learned from."""
@@ -31,14 +32,15 @@ class LogprobPass:
             (group.index, rollout.sample_index): _request(group, rollout)
             for group in groups
             for rollout in group.rollouts
-            if is_learnable(rollout)
+            if is_learnable(rollout, self.algorithm)
         }
-        if not asked or not (self.old or self.scorers):
+        if not asked or not (self.old or self.algorithm.scorers):
             return tuple(groups)
         requests = list(asked.values())
         old = dict(zip(asked, await self.policy.log_probs(requests), strict=True)) if self.old else {}
         scores = {
-            name: dict(zip(asked, await self.policy.log_probs(requests, of=name), strict=True)) for name in self.scorers
+            name: dict(zip(asked, await self.policy.log_probs(requests, of=name), strict=True))
+            for name in self.algorithm.scorers
         }
 
         def filled(group: RolloutGroup, rollout: Rollout) -> Rollout:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from groupwise.config.loading import LoadedConfig
 
 _SHARED_SETTINGS = ("model.", "lora.", "data.", "optim.", "train.")
-_TRAIN_SETTINGS = (*_SHARED_SETTINGS, "reward.", "rollout.", "algorithm.", "eval.", "tracking.")
+_TRAIN_SETTINGS = (*_SHARED_SETTINGS, "reward.", "rollout.", "environment.", "algorithm.", "eval.", "tracking.")
 # Supervised training samples nothing, so it has no tables of samples.
 _SFT_SETTINGS = (
     *_SHARED_SETTINGS,

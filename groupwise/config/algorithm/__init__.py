@@ -1,4 +1,5 @@
-"""The algorithm: a name, and parts that each have their own settings: advantage, loss, KL, entropy, correction.
+"""The algorithm: a name, and parts that each have their own settings: advantage, loss, KL, entropy, correction,
+teacher.
 
 The name is a recipe, which is nothing but parts: one that is not given is the recipe's. A part takes the settings of
 its class alone, so the resolved config shows every number that acts. A new loss or advantage is one class in its file
@@ -19,13 +20,14 @@ from groupwise.config.algorithm.entropy import AdaptiveEntropy, Entropy, FixedEn
 from groupwise.config.algorithm.kl import FrozenReference, Kl, KlInLoss, MovingReference, Reference
 from groupwise.config.algorithm.losses import Loss, LossSettings, PpoClip
 from groupwise.config.algorithm.recipes import RECIPES, AlgorithmRecipe, Normaliser
+from groupwise.config.algorithm.teacher import NoTeacher, Teacher, TeacherPart
 from groupwise.config.base import Section, Variant, refusal
 from groupwise.config.renamed import clash, of_today
 from groupwise.errors import nearest
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["RECIPES", "AdaptiveEntropy", "AlgorithmConfig", "AlgorithmRecipe", "MovingReference"]
+__all__ = ["RECIPES", "AdaptiveEntropy", "AlgorithmConfig", "AlgorithmRecipe", "MovingReference", "Teacher"]
 
 
 class AlgorithmConfig(Section):
@@ -56,6 +58,7 @@ class AlgorithmConfig(Section):
     reference: Reference = FrozenReference()
     entropy: Entropy = FixedEntropy()
     correction: Correction = NoCorrection()
+    teacher: TeacherPart = NoTeacher()
 
     @model_validator(mode="before")
     @classmethod
@@ -91,6 +94,7 @@ class AlgorithmConfig(Section):
                 f"got 'reward', which does not go with advantage.name = {self.advantage.name!r}: it "
                 f"{self.advantage.no_kl_in_reward}; use 'loss'",
             )
+        self._teacher_goes_with_the_others()
         if not self.loss.per_completion:
             return self
         if self.correction.name != "none" and self.correction.level == "token":
@@ -106,6 +110,24 @@ class AlgorithmConfig(Section):
                 "of a completion has the same loss, so leaving tokens out would only scale it; set it to 1",
             )
         return self
+
+    def _teacher_goes_with_the_others(self) -> None:
+        if not isinstance(self.teacher, Teacher):
+            if self.advantage.name == "none":
+                raise refusal("advantage.name", "got 'none', so nothing is learned; set teacher.path to a model")
+            return
+        if self.loss.per_completion:
+            raise refusal(
+                "teacher.path",
+                f"a teacher's credit differs from token to token, and loss.name = {self.loss.name!r} has one ratio per "
+                "completion; use 'gspo_token', or a loss of tokens",
+            )
+        if getattr(self.correction, "off_policy_mask", None) is not None:
+            raise refusal(
+                "correction.off_policy_mask",
+                "it asks for the sign of a completion's advantage, and with teacher.path that differs from token to "
+                "token; leave out one or the other",
+            )
 
 
 _NO_KL = "kl.coef = 0, which has no reference; remove it, or set kl.coef"

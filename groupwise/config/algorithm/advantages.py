@@ -15,10 +15,14 @@ class AdvantageSettings(Variant):
     Attributes:
         no_kl_in_reward: why a KL cannot be taken off its rewards, where it cannot.
         over_batch: its baseline is the whole batch's, so a group of equal rewards teaches as well.
+        needs_reward: a rollout without a reward cannot be learned from.
+        needs_group: it compares the samples of one prompt, so one alone teaches nothing.
     """
 
     no_kl_in_reward: ClassVar[str] = ""
     over_batch: ClassVar[bool] = False
+    needs_reward: ClassVar[bool] = True
+    needs_group: ClassVar[bool] = True
 
 
 class Grpo(AdvantageSettings):
@@ -37,6 +41,7 @@ class Rloo(AdvantageSettings):
 class ReinforcePp(AdvantageSettings):
     name: Literal["reinforce_pp"] = "reinforce_pp"
     over_batch: ClassVar[bool] = True
+    needs_group: ClassVar[bool] = False
 
 
 class ReinforcePpBaseline(AdvantageSettings):
@@ -63,6 +68,14 @@ class Gdpo(AdvantageSettings):
     no_kl_in_reward: ClassVar[str] = "compares each reward function's own values, and not their sum"
 
 
+class NoOutcome(AdvantageSettings):
+    name: Literal["none"] = "none"
+    no_kl_in_reward: ClassVar[str] = "has no use for rewards"
+    needs_reward: ClassVar[bool] = False
+    needs_group: ClassVar[bool] = False
+
+
 Advantage: TypeAlias = Annotated[
-    Grpo | Rloo | ReinforcePp | ReinforcePpBaseline | Opo | MaxRl | PassK | Gdpo, Field(discriminator="name")
+    Grpo | Rloo | ReinforcePp | ReinforcePpBaseline | Opo | MaxRl | PassK | Gdpo | NoOutcome,
+    Field(discriminator="name"),
 ]

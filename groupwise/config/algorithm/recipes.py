@@ -140,5 +140,12 @@ RECIPES: Mapping[str, AlgorithmRecipe] = {
             summary="normalises each of several rewards before it sums them",
             advantage=advantages.Gdpo(),
         ),
+        AlgorithmRecipe(
+            "distill",
+            "arXiv:2306.08543",
+            summary="on-policy distillation: each token is credited with what a teacher (teacher.path) makes of it",
+            advantage=advantages.NoOutcome(),
+            loss=losses.Reinforce(),
+        ),
     )
 }

@@ -41,8 +41,10 @@ def make_policy(model: Path, **settings: Any) -> Learner:
 
 
 def fill(policy: Learner, groups: list[RolloutGroup], *, old: bool, reference: bool = False, budget: int = 12) -> Any:
+    settings = {"kl": {"coef": 0.1, "place": "reward"}} if reference else {}
+    algorithm = build_algorithm(AlgorithmConfig.model_validate(settings))
     awaited = LocalPolicy(policy, micro_batch_tokens=budget)
-    return asyncio.run(LogprobPass(awaited, old=old, scorers=(REFERENCE,) if reference else ()).add(groups))
+    return asyncio.run(LogprobPass(awaited, algorithm, old=old).add(groups))
 
 
 def test_nothing_is_computed_where_nothing_is_asked(make_group: Any, model: Path) -> None:
