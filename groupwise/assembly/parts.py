@@ -108,7 +108,8 @@ def assemble_rl(
         "reports": reports,
         "empty": empty,
     }
-    keep = partial(teaches, algorithm=algorithm, reward_weights=scorer.weights)
+    weights = scorer.weights | ready.environments.weights
+    keep = partial(teaches, algorithm=algorithm, reward_weights=weights)
     source = GroupSource(
         algorithm,
         producer,
@@ -117,7 +118,7 @@ def assemble_rl(
         _logprobs(config, policy, algorithm, engine.caps),
         scorer,
         _shape(config),
-        scorer.weights,
+        weights,
     )
     return TrainParts(
         config=config,

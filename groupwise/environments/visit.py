@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -44,13 +45,19 @@ class Environments:
     weight: float = 1.0
     stop: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_calls", Calls(self.name, self.timeout))
+    @cached_property
+    def _calls(self) -> Calls:
+        """One for all visits, so that it knows how many calls hang."""
+        return Calls(self.name, self.timeout)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of what environments give, by its name among the rewards; nothing where there is none."""
+        return {} if self.make is None else {ENVIRONMENT: self.weight}
 
     def visit(self, key: SampleKey) -> Visit:
         """An environment of its own for this sample."""
-        calls: Calls = self.__dict__["_calls"]
-        return Visit(self, calls, key)
+        return Visit(self, self._calls, key)
 
     def render(self, said: Reply, prompt: Prompt, segments: Sequence[Segment]) -> tuple[ModelInput, str]:
         """An answer's tokens, and its text, as they follow the last of `segments`.
