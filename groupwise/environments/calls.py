@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import threading
 from collections.abc import Awaitable, Callable
@@ -43,7 +44,7 @@ class Calls:
             GroupwiseError: it raised one of Groupwise's own errors, which is the user's to mend.
             EpisodeError: too many calls hang.
         """
-        what = f"environment {self.name!r}, {method.__name__}"
+        what = f"environment {self.name!r}, {_shown(method)}"
         if inspect.iscoroutinefunction(method):
             future: asyncio.Future[Any] = asyncio.ensure_future(_contained(method(*args)))
         else:
@@ -78,6 +79,11 @@ class Calls:
             )
 
 
+def _shown(method: Callable[..., Any]) -> str:
+    plain = method.func if isinstance(method, functools.partial) else method
+    return str(getattr(plain, "__name__", type(plain).__name__))
+
+
 async def _contained(answer: Awaitable[Any]) -> Any:
     try:
         return await answer
@@ -103,7 +109,7 @@ def _in_thread(method: Callable[..., Any], args: tuple[Any, ...]) -> asyncio.Fut
         with suppress(RuntimeError):  # the loop is closed: nobody waits
             loop.call_soon_threadsafe(deliver, *outcome)
 
-    threading.Thread(target=run, name=f"environment-{method.__name__}", daemon=True).start()
+    threading.Thread(target=run, name=f"environment-{_shown(method)}", daemon=True).start()
     return future
 
 

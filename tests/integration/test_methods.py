@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from groupwise.cli import main
 from groupwise.config import ModelConfig
@@ -17,6 +18,7 @@ from groupwise.errors import ConfigError, TrainingError
 from groupwise.launch import Given, run_sft, run_training
 from groupwise.launch.replay import replay_bundle
 from groupwise.model.loading import load_model
+from groupwise.quickstart.tiny_model import build_tiny_model
 
 ReadRows = Callable[[Path], list[dict[str, Any]]]
 NEEDS_BITSANDBYTES = pytest.mark.skipif(
@@ -145,3 +147,37 @@ def test_a_run_with_a_broken_weight_stops_with_a_bundle_that_replays(task: Any, 
     content = json.loads((run / "bundles" / "step_000003" / "bundle.json").read_text())
     replayed = replay_bundle(run / "bundles" / "step_000003")
     assert [name for name, gradient in replayed.items() if gradient.num_bad] == content["bad_parameters"] != []
+
+
+def test_distillation_needs_no_reward_and_one_sample(task: Any, tmp_path: Path) -> None:
+    """A teacher trained on worked answers, into the model that it began as: its KL falls."""
+    teacher, run = tmp_path / "teacher", tmp_path / "run"
+    run_sft(task.config(teacher, data={"train": str(task.worked)}, sft={"rows_per_step": 10}, train={"steps": 30}))
+    algorithm = {"name": "distill", "teacher": {"path": str(teacher)}}
+    rollout = {"group_size": 1, "prompts_per_step": 40}
+    optim = {"lr": 0.01}
+    run_training(task.config(run, algorithm=algorithm, reward=[], rollout=rollout, optim=optim, train={"steps": 40}))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kl = [-row["credit/teacher_mean"] for row in rows if "credit/teacher_mean" in row]
+    assert len(kl) == 40
+    assert sum(kl[-10:]) < 0.95 * sum(kl[:10])
+    assert all(row["sampling/sampling_logp_difference/max"] == 0.0 for row in rows)
+
+
+def test_a_teacher_equal_to_the_policy_changes_nothing(task: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    algorithm = {"name": "distill", "teacher": {"path": str(task.model)}}
+    run_training(task.config(run, algorithm=algorithm, train={"steps": 2}))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["credit/teacher_mean"] for row in rows] == [0.0, 0.0]
+    assert [row["credit/teacher_std"] for row in rows] == [0.0, 0.0]
+    assert [row["grad_norm"] for row in rows] == [0.0, 0.0]
+    before, after = (load_file(folder / "model.safetensors") for folder in (task.model, run / "final"))
+    assert all(torch.equal(before[name], weight) for name, weight in after.items())
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(task: Any, tmp_path: Path) -> None:
+    build_tiny_model(tmp_path / "other", texts=["completely other words " * 9], size="0.1m", vocab_size=300)
+    algorithm = {"name": "distill", "teacher": {"path": str(tmp_path / "other")}}
+    with pytest.raises(ConfigError, match=r"algorithm\.teacher\.path = .* has another vocabulary"):
+        run_training(task.config(tmp_path / "run", algorithm=algorithm))

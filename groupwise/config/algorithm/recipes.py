@@ -143,7 +143,7 @@ RECIPES: Mapping[str, AlgorithmRecipe] = {
         AlgorithmRecipe(
             "distill",
             "arXiv:2306.08543",
-            summary="on-policy distillation: each token is credited with what a teacher (teacher.path) makes of it",
+            summary="on-policy distillation: a teacher's log-probs are each token's credit",
             advantage=advantages.NoOutcome(),
             loss=losses.Reinforce(),
         ),

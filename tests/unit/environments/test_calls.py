@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from typing import Any
@@ -91,6 +92,11 @@ def test_what_the_user_has_to_mend_passes_through(error: Exception) -> None:
 
 def test_a_plain_function_has_a_thread_of_its_own() -> None:
     assert call(gives, 5) == "environment-gives"
+
+
+def test_what_makes_one_has_a_name_too() -> None:
+    with pytest.raises(EnvironmentFailed, match="mine', dict: raised TypeError"):
+        call(functools.partial(dict, 3), 5)
 
 
 def test_too_many_that_hang_end_the_run() -> None:
