@@ -27,6 +27,7 @@ from groupwise.rollout.batch import BatchShape, usable_samples
 from groupwise.rollout.records import ledger_rows, trajectory_rows
 from groupwise.rundir import RunDirectory
 from groupwise.tracking import Trackers
+from groupwise.trajectories import to_json
 from groupwise.types import TrainingBatch
 from groupwise.watching import Watcher, Wish
 from groupwise.weight_sync import InProcessSync
@@ -127,7 +128,7 @@ def _log(parts: TrainParts, step: int, found: Metrics) -> Wish:
 
 def _record(parts: TrainParts, batch: TrainingBatch, step: int) -> None:
     if parts.config.train.trajectories:
-        append_rows(parts.run.trajectory_file(step), trajectory_rows(batch, step=step))
+        append_rows(parts.run.trajectory_file(step), map(to_json, trajectory_rows(batch, step=step)))
     parts.run.append_ledger(ledger_rows(batch.groups, step=step, dropped=batch.dropped))
 
 
