@@ -88,7 +88,7 @@ def _object_of(line: bytes, *, where: str) -> Mapping[str, Any] | None:
             f"{where}: got a line that is not JSON ({error}); expected a row of trajectories; remove the line"
         ) from None
     if not isinstance(values, dict):
-        raise DataError(f"{where}: got {type(values).__name__}; expected an object, a row of trajectories")
+        raise DataError(f"{where}: got a line that is no object; expected a row of trajectories; remove the line")
     return values
 
 

@@ -41,7 +41,7 @@ def to_json(row: TrajectoryRow) -> dict[str, Any]:
     }
     if row.prompt_ids is not None:
         values["prompt_ids"] = list(row.prompt_ids)
-    if len(set(row.policy_versions)) > 1:
+    if row.policy_versions.count(row.policy_version) < len(row.policy_versions):
         values["policy_versions"] = _runs(row.policy_versions)
     if row.credit is not None:
         values["credit"] = list(row.credit)
