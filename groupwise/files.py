@@ -196,6 +196,9 @@ def json_safe(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {encodable(str(key)): json_safe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
+        kinds = set(map(type, value))  # a column of numbers is the common case, and long
+        if kinds == {int} or (kinds == {float} and all(map(math.isfinite, value))):
+            return list(value)
         return [json_safe(item) for item in value]
     return value
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from groupwise import __version__
+from groupwise import __version__, trajectories
 from groupwise.config import Config
 from groupwise.config.loading import config_json
 from groupwise.config.renamed import of_today
@@ -86,7 +86,7 @@ class RunDirectory:
 
     @property
     def trajectories(self) -> Path:
-        return self.path / "trajectories"
+        return self.path / trajectories.FOLDER
 
     @property
     def checkpoints(self) -> Path:
@@ -101,7 +101,10 @@ class RunDirectory:
         return self.path / "bundles"
 
     def trajectory_file(self, step: int) -> Path:
-        return self.trajectories / f"step_{step:06d}.jsonl"
+        return self.trajectories / trajectories.STEP_FILE.format(step)
+
+    def eval_file(self, step: int) -> Path:
+        return self.trajectories / trajectories.EVAL_FILE.format(step)
 
     @classmethod
     def create(cls, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> RunDirectory:
@@ -121,7 +124,7 @@ class RunDirectory:
             if not resume:
                 place.clear()
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            (folder / "trajectories").mkdir(exist_ok=True)
+            (folder / trajectories.FOLDER).mkdir(exist_ok=True)
         except OSError as error:
             raise ConfigError(f"train.output = {str(folder)!r}: cannot be made: {error}") from error
         return cls(folder.absolute(), resumed=resume)  # wherever the working directory goes

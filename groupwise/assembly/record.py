@@ -12,6 +12,7 @@ from groupwise.files import append_rows
 from groupwise.resume import Identity, Start
 from groupwise.rundir import RunDirectory
 from groupwise.train import TrainParts
+from groupwise.trajectories import eval_to_json
 
 
 @dataclass(slots=True)
@@ -23,7 +24,7 @@ class Reports:
 
     def add(self, step: int, report: EvalReport) -> None:
         self.summaries.append({"step": step, **report.summary()})
-        append_rows(self.run.trajectories / f"eval_{step:06d}.jsonl", report.records())
+        append_rows(self.run.eval_file(step), map(eval_to_json, report.records()))
 
     def state_dict(self) -> dict[str, Any]:
         return {"summaries": list(self.summaries)}

@@ -11,6 +11,7 @@ from typing import Any
 
 from groupwise.evaluation.metrics import accuracy, confidence_interval, mean_pass_at_k
 from groupwise.metrics import Last, Metric
+from groupwise.trajectories import EvalTrajectoryRow
 from groupwise.types import FinishReason, Prompt
 
 
@@ -150,25 +151,25 @@ class EvalReport:
             "clipped_ratio": self.clipped_ratio,
         }
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        """One JSON object per sample, for a trajectory file."""
+    def records(self) -> Iterator[EvalTrajectoryRow]:
+        """One row per sample, for a trajectory file."""
         for row in self.rows:
             for sample in row.samples:
-                yield {
-                    "uid": row.prompt.uid,
-                    "sample_index": sample.sample_index,
-                    "data_source": row.prompt.data_source,
-                    "prompt": row.prompt.text,
-                    "text": sample.text,
-                    "rewards": dict(sample.rewards),
-                    "reward": sample.reward,
-                    "correct": sample.correct,
-                    "num_tokens": sample.num_tokens,
-                    "finish_reason": sample.finish_reason,
-                    "status": "failed" if sample.failed else "ok",
-                    "cause": sample.cause,
-                    "policy_version": self.version,
-                }
+                yield EvalTrajectoryRow(
+                    uid=row.prompt.uid,
+                    sample_index=sample.sample_index,
+                    data_source=row.prompt.data_source,
+                    prompt=row.prompt.text,
+                    text=sample.text,
+                    rewards=sample.rewards,
+                    reward=sample.reward,
+                    correct=sample.correct,
+                    num_tokens=sample.num_tokens,
+                    finish_reason=sample.finish_reason,
+                    status="failed" if sample.failed else "ok",
+                    cause=sample.cause,
+                    policy_version=self.version,
+                )
 
 
 def build_report(rows: Sequence[EvalRow], *, version: int) -> EvalReport:

@@ -6,34 +6,74 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from groupwise.types import RolloutGroup, TrainingBatch
+from groupwise.inputs import ModelInput
+from groupwise.trajectories import ImageRow, SegmentRow, TrajectoryRow
+from groupwise.types import Credit, Rollout, RolloutGroup, Segment, TrainingBatch, mean_credit
 
 
-def trajectory_rows(batch: TrainingBatch, *, step: int) -> Iterator[dict[str, Any]]:
-    """One row per rollout: prompt, text, each reward, advantage, lengths, finish reason, version."""
+def trajectory_rows(batch: TrainingBatch, *, step: int) -> Iterator[TrajectoryRow]:
+    """One row per rollout, those of dropped groups last, with a credit of 0."""
     without = [(0.0,) * len(group.rollouts) for group in batch.dropped]
     for group, credit in zip((*batch.groups, *batch.dropped), (*batch.credit, *without), strict=True):
         for rollout, given in zip(group.rollouts, credit, strict=True):
-            yield {
-                "step": step,
-                "group": group.index,
-                "uid": group.prompt.uid,
-                "sample_index": rollout.sample_index,
-                "data_source": group.prompt.data_source,
-                "prompt": group.prompt.text,
-                "completion": rollout.text,
-                "reward": rollout.reward,
-                "rewards": dict(rollout.rewards),
-                "advantage": given,
-                "prompt_tokens": len(group.prompt.token_ids),
-                "completion_tokens": rollout.num_written,
-                "finish_reason": rollout.finish_reason,
-                "policy_version": rollout.policy_versions[0] if rollout.policy_versions else None,
-                "status": rollout.status,
-                "cause": rollout.cause,
-                "token_ids": list(rollout.token_ids),
-                "logprobs": list(rollout.logprobs),
-            }
+            yield _trajectory_row(group, rollout, given, step=step)
+
+
+def _trajectory_row(group: RolloutGroup, rollout: Rollout, given: Credit, *, step: int) -> TrajectoryRow:
+    prompt = rollout.prompt or group.prompt.input
+    mean, credit = _split(given)
+    return TrajectoryRow(
+        step=step,
+        group=group.index,
+        uid=group.prompt.uid,
+        draw=rollout.key.draw,
+        sample_index=rollout.sample_index,
+        data_source=group.prompt.data_source,
+        prompt=group.prompt.text,
+        prompt_tokens=len(prompt),
+        prompt_ids=None if rollout.prompt is None else rollout.prompt.token_ids,
+        segments=tuple(map(_segment_row, rollout.segments)),
+        token_ids=rollout.token_ids,
+        logprobs=rollout.logprobs,
+        policy_versions=rollout.policy_versions,
+        rewards=rollout.rewards,
+        reward=rollout.reward,
+        advantage=mean,
+        credit=credit,
+        scores=rollout.scores,
+        finish_reason=rollout.finish_reason,
+        status=rollout.status,
+        boundary=rollout.boundary,
+        cause=rollout.cause,
+        images=_image_rows(prompt, rollout.input),
+    )
+
+
+def _split(given: Credit) -> tuple[float, tuple[float, ...] | None]:
+    """The mean, and each token's where they differ; of equal ones the mean is the one, to the bit."""
+    if not isinstance(given, tuple):
+        return given, None
+    if len(set(given)) == 1:
+        return given[0], None
+    return mean_credit(given), given or None
+
+
+def _segment_row(segment: Segment) -> SegmentRow:
+    return SegmentRow(
+        by=segment.by,
+        text=segment.text,
+        num_tokens=len(segment.token_ids),
+        finish_reason=segment.finish_reason,
+        reward=segment.reward,
+        messages=segment.messages,
+    )
+
+
+def _image_rows(*inputs: ModelInput) -> tuple[ImageRow, ...]:
+    images = (image for given in inputs for image in given.images)
+    return tuple(
+        ImageRow(image.digest, image.source.width, image.source.height, len(image.token_ids)) for image in images
+    )
 
 
 def ledger_rows(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from groupwise.errors import ConfigError
 from groupwise.launch import run_training
 from groupwise.policy import Learner
+from groupwise.trajectories import read_trajectories
 
 ReadRows = Callable[[Path], list[dict[str, Any]]]
 MISMATCH = "sampling/sampling_logp_difference/"
@@ -204,7 +205,7 @@ def test_groups_that_teach_nothing_are_replaced(
         assert row["dynamic_sampling/missing"] == 4 - learned
         assert learned == 4 or len(own) == 16
         assert {entry["policy_version"] for entry in own} == {step - 1}
-        assert len(read_jsonl(tmp_path / "a" / "trajectories" / f"step_{step:06d}.jsonl")) == 4 * len(own)
+        assert len(list(read_trajectories(tmp_path / "a", steps=[step]))) == 4 * len(own)
 
 
 def test_a_reward_that_never_differs_reaches_the_cap_and_trains_on(task: Any, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from groupwise.data import load_supervised
 from groupwise.data.supervised import SupervisedSet
 from groupwise.errors import TrainingError
 from groupwise.launch import Given, run_sft, run_training
+from groupwise.trajectories import read_trajectories
 
 ReadRows = Callable[[Path], list[dict[str, Any]]]
 Start = Callable[..., subprocess.Popen[str]]
@@ -90,8 +91,9 @@ def test_half_a_surrogate_in_a_reward_s_error_is_no_end(task: Any, tmp_path: Pat
     backends = {"backends": ["console", "jsonl", "tensorboard"], "samples_every": 1}
     config = task.config(run, reward=[], tracking=backends, train={"steps": 2, "stop_after_empty_steps": 0})
     assert run_training(config, given=Given(rewards=[surrogate]))["steps"] == 2
-    trajectories = read_jsonl(run / "trajectories" / "step_000002.jsonl")
-    assert all(r"no such file: answer-\udcff.txt" in row["cause"] for row in trajectories)
+    causes = [row.cause for row in read_trajectories(run, steps=[2])]
+    assert causes
+    assert all(r"no such file: answer-\udcff.txt" in cause for cause in causes)
     log = (run / "log.txt").read_bytes()
     assert rb"answer-\udcff.txt\x1b[2J\x00" in log
     assert b"\x1b" not in log

@@ -16,6 +16,7 @@ from groupwise.config.loading import load_config
 from groupwise.export.verify import LEAST_AGREEMENT
 from groupwise.launch import run_training
 from groupwise.tracking.registry import BUILDERS
+from groupwise.trajectories import read_trajectories
 
 DOCS = Path(__file__).parents[2] / "docs"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -34,9 +35,9 @@ def test_tables_of_samples_are_what_was_trained_on(task: Any, tmp_path: Path, re
     run_training(task.config(run, train={"save_every": 2}, tracking=tracking))
     found = read_jsonl(run / "samples.jsonl")
     assert [row["step"] for row in found] == [2] * 6 + [4] * 6
-    trajectories = read_jsonl(run / "trajectories" / "step_000004.jsonl")[:6]
-    assert [row["completion"] for row in found[6:]] == [row["completion"] for row in trajectories]
-    assert [row["reward"] for row in found[6:]] == [row["reward"] for row in trajectories]
+    trajectories = list(read_trajectories(run, steps=[4]))[:6]
+    assert [row["completion"] for row in found[6:]] == [row.completion for row in trajectories]
+    assert [row["reward"] for row in found[6:]] == [row.reward for row in trajectories]
     run_training(task.config(run, train={"steps": 6, "save_every": 2}, tracking=tracking), resume=True)
     assert [row["step"] for row in read_jsonl(run / "samples.jsonl")] == [2] * 6 + [4] * 6 + [6] * 6
 

@@ -18,6 +18,7 @@ from groupwise.engines.native import NativeEngine
 from groupwise.inputs import ModelInput
 from groupwise.launch import Given, run_sft, run_training
 from groupwise.model.loading import load_model
+from groupwise.trajectories import read_trajectories, to_json
 from groupwise.types import Prompt, SampleRequest, SamplingParams
 
 ReadRows = Callable[[Path], list[dict[str, Any]]]
@@ -73,11 +74,14 @@ def test_a_run_directory_is_complete(task: Any, tmp_path: Path, read_jsonl: Read
     assert len(set(first_epoch)) == 10
 
     assert sorted(p.name for p in (run / "trajectories").iterdir()) == [f"step_00000{k}.jsonl" for k in (1, 2, 3, 4)]
-    trajectories = read_jsonl(run / "trajectories" / "step_000003.jsonl")
+    file = run / "trajectories" / "step_000003.jsonl"
+    trajectories = list(read_trajectories(run, steps=[3]))
+    assert [to_json(row) for row in trajectories] == read_jsonl(file), "what was written is what is read"
     assert len(trajectories) == 16
-    assert {row["policy_version"] for row in trajectories} == {2}
-    assert all(0 <= row["reward"] <= 1 and row["status"] == "ok" for row in trajectories)
-    assert sum(row["completion_tokens"] for row in trajectories) / 16 == rows[2]["completions/mean_length"]
+    assert {row.policy_version for row in trajectories} == {2}
+    assert all(row.reward is not None and 0 <= row.reward <= 1 and row.status == "ok" for row in trajectories)
+    assert sum(row.completion_tokens for row in trajectories) / 16 == rows[2]["completions/mean_length"]
+    assert [row.draw for row in read_trajectories(run)] == [0] * 40 + [1] * 24, "4 samples of 10 prompts, and again"
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_000004"
 
 
@@ -202,8 +206,9 @@ def test_a_run_outlives_a_reward_that_always_fails(task: Any, tmp_path: Path, re
     assert [row["rollout/failed"] for row in rows] == [8, 8]
     assert [row[f"rewards/{name}/errors"] for row in rows] == [8, 8]
     assert all("reward" not in row for row in rows)
-    trajectories = read_jsonl(run / "trajectories" / "step_000001.jsonl")
-    assert all(row["status"] == "failed" and name in row["cause"] for row in trajectories)
+    trajectories = list(read_trajectories(run, steps=[1]))
+    assert len(trajectories) == 8
+    assert all(row.status == "failed" and row.boundary == "reward" and name in row.cause for row in trajectories)
     before = AutoModelForCausalLM.from_pretrained(task.model)
     after = AutoModelForCausalLM.from_pretrained(run / "final")
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))

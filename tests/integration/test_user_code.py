@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from groupwise.compat.trl import GRPOConfig, GRPOTrainer
 from groupwise.launch import Given, run_training
+from groupwise.trajectories import read_trajectories
 
 ReadRows = Callable[[Path], list[dict[str, Any]]]
 
@@ -81,12 +82,12 @@ def test_a_reward_that_uses_its_column_up_scores_equal_answers_equally_and_a_res
     run_training(task.config(cut, **named, train={"steps": 4, "save_every": 1}), resume=True)
     for file in ("ledger.jsonl", "final/model.safetensors", "trajectories/step_000004.jsonl"):
         assert (whole / file).read_bytes() == (cut / file).read_bytes(), file
-    samples = [row for file in sorted((whole / "trajectories").iterdir()) for row in read_jsonl(file)]
-    scores: dict[str, set[float]] = {}
+    samples = list(read_trajectories(whole))
+    scores: dict[str, set[float | None]] = {}
     for row in samples:
-        scores.setdefault(row["completion"], set()).add(row["reward"])
+        scores.setdefault(row.completion, set()).add(row.reward)
     assert all(len(found) == 1 for found in scores.values())
-    assert max(row["reward"] for row in samples if row["step"] == 4) > 0.1
+    assert max(row.reward or 0.0 for row in samples if row.step == 4) > 0.1
 
 
 def test_an_error_with_half_a_surrogate_is_a_failed_sample(

@@ -12,6 +12,7 @@ import pytest
 
 from groupwise.compat import xtuner
 from groupwise.errors import ConfigError
+from groupwise.trajectories import read_trajectory_file
 
 ReadRows = Callable[[Path], list[dict[str, Any]]]
 
@@ -54,8 +55,8 @@ def test_each_fit_has_a_folder_of_its_own(task: Any, tmp_path: Path, read_jsonl:
     assert len(runs) == 2
     for run in runs:
         assert all("rewards/long/mean" in row for row in read_jsonl(run / "metrics.jsonl"))
-        rows = read_jsonl(run / "rollout_idx_2_trajectory.jsonl")
-        assert {row["reward"] for row in rows} == {0.5 * len(row["completion"]) for row in rows}
+        rows = list(read_trajectory_file(run / "rollout_idx_2_trajectory.jsonl"))
+        assert {row.reward for row in rows} == {0.5 * len(row.completion) for row in rows}
 
 
 def test_trajectories_have_xtuners_names_while_the_run_goes_on(task: Any, tmp_path: Path, read_jsonl: ReadRows) -> None:

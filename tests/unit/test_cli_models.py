@@ -18,6 +18,7 @@ from groupwise.cli.models import model_path
 from groupwise.config.loading import config_json, load_config
 from groupwise.config.model_name import is_run
 from groupwise.errors import ConfigError
+from groupwise.trajectories import eval_to_json, read_eval_file
 from groupwise.trust import prove
 
 REWARD = "from groupwise.rewards import completion_texts\ndef {name}(completions, **columns):\n    {body}\n"
@@ -196,6 +197,7 @@ def test_eval_samples_are_reproducible_and_saved(
     rows = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 20
     assert sum(row["correct"] for row in rows) / 20 == pytest.approx(first["accuracy"])
+    assert [eval_to_json(row) for row in read_eval_file(saved)] == rows
     assert list(first["pass_at_k"]) == ["1", "2", "4"]  # type: ignore[call-overload]
     again = evaluated(capsys, folder, *flags)
     assert [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()] == rows

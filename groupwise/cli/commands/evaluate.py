@@ -132,10 +132,11 @@ def _describe(report: EvalReport, *, seconds: float) -> str:
 
 def _save(report: EvalReport, path: Path) -> None:
     from groupwise.files import write_text_atomic
+    from groupwise.trajectories import eval_to_json
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, "".join(json_line(record) for record in report.records()))
+        write_text_atomic(path, "".join(json_line(eval_to_json(row)) for row in report.records()))
     except OSError as error:
         raise ConfigError(f"--save {path} cannot be written: {error.strerror}; give another file") from error
 

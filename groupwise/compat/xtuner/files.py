@@ -6,11 +6,12 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from groupwise.trajectories import EVAL_FILE, FOLDER, STEP_FILE
 from groupwise.watching import Unwatched, Wish
 
 logger = logging.getLogger(__name__)
 
-NAMES = {"step_{:06d}.jsonl": "rollout_idx_{}_trajectory.jsonl", "eval_{:06d}.jsonl": "eval_{}_trajectory.jsonl"}
+NAMES = {STEP_FILE: "rollout_idx_{}_trajectory.jsonl", EVAL_FILE: "eval_{}_trajectory.jsonl"}
 """Names in `trajectories/` -> XTuner's, in the run directory itself; both with the step."""
 
 
@@ -23,7 +24,7 @@ class TrajectoryLinks(Unwatched):
 
     def logged(self, step: int, metrics: Mapping[str, float]) -> Wish:
         for own, theirs in NAMES.items():
-            file = Path("trajectories", own.format(step))
+            file = Path(FOLDER, own.format(step))
             if self._possible and (self._run / file).is_file():
                 self._link(self._run / theirs.format(step), file)
         return Wish()

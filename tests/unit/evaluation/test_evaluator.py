@@ -16,11 +16,13 @@ from groupwise.config import Config, EvalConfig, RewardConfig, RolloutConfig, Tr
 from groupwise.errors import DataError, EngineError
 from groupwise.evaluation import EvalReport, Evaluator, evaluate
 from groupwise.evaluation.counted import counted_remarks, counted_rewards
+from groupwise.files import json_line
 from groupwise.inputs import ModelInput
 from groupwise.metrics import resolve
 from groupwise.rewards import RewardScorer
 from groupwise.rollout.episode import sampled_by
 from groupwise.rollout.sampling import eval_sampling
+from groupwise.trajectories import eval_from_json, eval_to_json
 from groupwise.types import Completion, EngineCaps, FinishReason, Prompt, Rollout, SampleRequest, SamplingParams
 
 ANSWERS: dict[str, Sequence[str]] = {}
@@ -290,9 +292,9 @@ def test_metrics_and_records() -> None:
     assert values["eval/frac_reward_zero_std"] == 0.0
     assert values["eval/pass@4"] == 1.0
     records = list(report.records())
-    assert [r["correct"] for r in records] == [True, False, True, False]
-    assert json.loads(json.dumps(records[0], allow_nan=False))["text"] == "right 🦊"
-    assert records[0]["policy_version"] == 7
+    assert [row.correct for row in records] == [True, False, True, False]
+    assert [eval_from_json(json.loads(json_line(eval_to_json(row)))) for row in records] == records
+    assert (records[0].text, records[0].policy_version) == ("right 🦊", 7)
 
 
 def test_three_samples_report_pass_at_1_and_2() -> None:

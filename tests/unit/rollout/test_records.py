@@ -9,10 +9,11 @@ from typing import Any
 from groupwise.algorithms import build_algorithm
 from groupwise.config import AlgorithmConfig
 from groupwise.files import json_line
-from groupwise.inputs import ModelInput
+from groupwise.inputs import ImagePiece, ImageSource, ModelInput, SampleKey, TokenPiece
 from groupwise.rollout.batch import BatchShape, build_batch
 from groupwise.rollout.records import ledger_rows, trajectory_rows
-from groupwise.types import RolloutGroup
+from groupwise.trajectories import ImageRow, SegmentRow, TrajectoryRow, from_json, to_json
+from groupwise.types import Completion, Credit, Prompt, Rollout, RolloutGroup, Routes, Segment, TrainingBatch
 
 
 def digest(group: RolloutGroup) -> str:
@@ -25,7 +26,7 @@ def test_one_trajectory_row_per_rollout(make_group: Any) -> None:
     batch = build_batch(
         groups, build_algorithm(AlgorithmConfig.model_validate({})), shape=shape, reward_weights={"r": 1.0}
     )
-    rows = [json.loads(json_line(row)) for row in trajectory_rows(batch, step=3)]
+    rows = [json.loads(json_line(to_json(row))) for row in trajectory_rows(batch, step=3)]
     assert [(row["group"], row["sample_index"]) for row in rows] == [(4, 0), (4, 1), (5, 0), (5, 1)]
     assert {row["step"] for row in rows} == {3}
     assert rows[0]["advantage"] > 0 > rows[1]["advantage"]
@@ -40,6 +41,91 @@ def test_one_trajectory_row_per_rollout(make_group: Any) -> None:
     assert rows[2]["cause"] == "engine: out of memory"
     assert rows[2]["reward"] is None
     assert rows[2]["advantage"] == 0
+    assert rows[2]["boundary"] == "engine"
+    assert rows[0]["segments"] == [{"by": "model", "tokens": 2, "chars": 8, "finish_reason": "stop"}]
+    assert (rows[0]["format"], rows[0]["draw"], rows[0]["images"]) == (2, 0, [])
+
+
+PROMPT = Prompt("000017-3fa9", (), "2+2=", ModelInput.of((4, 5)), data_source="sums")
+ROUTES = Routes(b"experts" * 9, "uint8", layers=3, k=3)
+
+
+def episode(**changes: Any) -> Rollout:
+    """Two turns with an answer between them: 2 + 1 + 3 tokens."""
+    key = SampleKey(PROMPT.uid, 4, 1)
+    turn = Segment.turn(Completion(key, (7, 2), (-0.1, -0.3), (2, 2), "(2+2=", "stop", routes=ROUTES))
+    said = ({"role": "tool", "content": "4"},)
+    answer = Segment.answer(ModelInput.of((9,)), "4", said, version=2)
+    last = Segment.turn(Completion(key, (8, 8, 1), (-1.0, -2.0, -3.0), (2, 3, 3), ") 4", "length", routes=ROUTES))
+    return Rollout(key, (replace(turn, reward=0.5), answer, last), "length", **changes)
+
+
+def row_of(rollout: Rollout, credit: Credit = 0.25) -> TrajectoryRow:
+    batch = TrainingBatch((RolloutGroup(17, PROMPT, (rollout,)),), ((credit,),), (), {})
+    [row] = trajectory_rows(batch, step=9)
+    assert from_json(json.loads(json_line(to_json(row)))) == row
+    return row
+
+
+def test_a_row_has_turns_and_answers() -> None:
+    row = row_of(episode(reward=1.5, rewards={"r": 1.0}))
+    assert row.segments == (
+        SegmentRow("model", "(2+2=", 2, finish_reason="stop", reward=0.5),
+        SegmentRow("environment", "4", 1, messages=({"role": "tool", "content": "4"},)),
+        SegmentRow("model", ") 4", 3, finish_reason="length"),
+    )
+    assert (row.step, row.group, row.uid, row.draw, row.sample_index) == (9, 17, "000017-3fa9", 4, 1)
+    for name in ("token_ids", "logprobs", "policy_versions", "loss_mask"):
+        assert getattr(row, name) == getattr(episode(), name), name
+    assert (row.completion, row.completion_tokens) == ("(2+2=4) 4", 5)
+    assert to_json(row)["policy_versions"] == [[2, 4], [3, 2]]
+    assert row.loss_mask == (1, 1, 0, 1, 1, 1)
+
+
+def test_routes_are_in_no_row() -> None:
+    text = json_line(to_json(row_of(episode())))
+    assert "routes" not in text
+    assert "experts" not in text
+
+
+def test_credit_is_its_mean_and_where_it_varies_the_list() -> None:
+    assert (row_of(episode(), 0.1).advantage, row_of(episode(), 0.1).credit) == (0.1, None)
+    equal = row_of(episode(), (0.1,) * 6)
+    assert (equal.advantage, equal.credit) == (0.1, None), "to the bit, as a sum's share would not be"
+    varied = row_of(episode(), (3.0, 0.0, 0.0, 0.0, -0.5, -1.0))
+    assert (varied.advantage, varied.credit) == (0.25, (3.0, 0.0, 0.0, 0.0, -0.5, -1.0))
+    assert to_json(varied)["credit"] == [3.0, 0.0, 0.0, 0.0, -0.5, -1.0]
+    assert "credit" not in to_json(equal)
+
+
+def test_scores_are_by_name_where_there_are_any() -> None:
+    scores = {"reference": (-1.0,) * 6, "teacher": (-2.0,) * 6}
+    assert row_of(episode(scores=scores)).scores == scores
+    assert "scores" not in to_json(row_of(episode()))
+
+
+def test_a_prompt_that_an_environment_began_is_in_its_tokens() -> None:
+    assert (row_of(episode()).prompt_tokens, row_of(episode()).prompt_ids) == (2, None)
+    row = row_of(episode(prompt=ModelInput.of((4, 5, 6))))
+    assert (row.prompt, row.prompt_tokens, row.prompt_ids) == ("2+2=", 3, (4, 5, 6))
+
+
+def test_a_rollout_that_failed_before_its_first_turn() -> None:
+    key = SampleKey(PROMPT.uid, 0, 0)
+    row = row_of(Rollout(key, (), "error", status="failed", boundary="environment", cause="it hangs"), ())
+    assert (row.segments, row.token_ids, row.completion, row.policy_version) == ((), (), "", None)
+    assert (row.advantage, row.credit, row.status, row.boundary) == (0.0, None, "failed", "environment")
+
+
+def test_images_of_prompt_and_answers_are_named() -> None:
+    def image(digest: str) -> ImagePiece:
+        return ImagePiece((8, 9, 9), ((1, 2),), (1, 1, 2), digest, ImageSource("file", "a.png", 640, 480))
+
+    shown = ModelInput((image("b0"), TokenPiece((3,))))
+    rollout = episode(prompt=ModelInput((TokenPiece((4,)), image("a0"))))
+    answer = replace(rollout.segments[1], input=shown, logprobs=(0.0,) * 4, policy_versions=(2,) * 4)
+    row = row_of(replace(rollout, segments=(rollout.segments[0], answer)))
+    assert row.images == (ImageRow("a0", 640, 480, 3), ImageRow("b0", 640, 480, 3))
 
 
 def test_one_ledger_row_per_group(make_group: Any) -> None:
