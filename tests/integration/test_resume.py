@@ -150,3 +150,60 @@ def test_ctrl_c_once_saves_and_twice_stops_at_once(task: Any, tmp_path: Path, st
     assert "Traceback" not in errors
     assert not (twice / "checkpoints" / "latest").exists()
     assert main(["train", *task.flags(once, "--train.steps", str(steps + 1), "--resume")]) == 0
+
+
+ENVIRONMENT = '''
+from groupwise.types import Done, Reply
+
+class Echo:
+    """Says the turn's length back, once, and gives a reward for short turns."""
+    stop = ("e", "a")
+    def begin(self, prompt, key):
+        self.turns = 0
+    def answer(self, turn):
+        self.turns += 1
+        short = 1.0 / len(turn.token_ids)
+        return Done(reward=short) if self.turns == 2 else Reply(text=f"{len(turn.token_ids)} ", reward=short)
+    def close(self):
+        pass
+'''
+
+
+@pytest.mark.parametrize("rewarded", [True, False], ids=["with a reward", "by the environment alone"])
+def test_a_killed_run_with_an_environment_goes_on_to_the_same_bits(
+    task: Any, tmp_path: Path, start_cli: Start, read_jsonl: ReadRows, rewarded: bool
+) -> None:
+    file, whole, killed = tmp_path / "echo.py", tmp_path / "whole", tmp_path / "killed"
+    file.write_text(ENVIRONMENT)
+    more = ("--train.steps", "8", "--environment.name", f"{file}:Echo", "--rollout.max_completion_tokens", "24")
+    grouped = ("--rollout.group_size", "4", "--rollout.prompts_per_step", "4")
+
+    def flags(run: Path) -> list[str]:
+        if rewarded:
+            return [*task.flags(run), *more]
+        return [*task.supervised_flags(run), *grouped, *more]
+
+    assert main(["train", *flags(whole)]) == 0
+    process = start_cli("train", *flags(killed))
+    wait_for(killed / "ledger.jsonl", 4 * 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=20)
+    assert main(["train", "--resume", "--output", str(killed)]) == 0
+    same_run(whole, killed)
+    rows = read_jsonl(whole / "metrics.jsonl")
+    assert any(row.get("environment/answers_per_episode", 0) > 0 for row in rows)
+    assert all(row["sampling/sampling_logp_difference/max"] == 0.0 for row in rows)
+    assert all(row["rewards/environment/mean"] > 0 for row in rows)
+
+
+def test_changed_environment_code_is_refused(task: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, run = tmp_path / "echo.py", tmp_path / "run"
+    file.write_text(ENVIRONMENT)
+    environment = ("--environment.name", f"{file}:Echo")
+    assert main(["train", *task.flags(run, "--train.steps", "2", *environment)]) == 0
+    file.write_text(ENVIRONMENT.replace("1.0 /", "2.0 /"))
+    resume = ["train", "--resume", "--output", str(run), "--train.steps", "3"]
+    assert main(resume) == 2
+    assert "names code that would run here" in capsys.readouterr().err
+    assert main([*resume, "--trust-rewards"]) == 2
+    assert "environment code" in capsys.readouterr().err
