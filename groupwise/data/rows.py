@@ -212,22 +212,31 @@ def prompt_key(prompt: str | Sequence[Message]) -> str:
     return json.dumps(prompt, sort_keys=True, default=_key_of)
 
 
-def _key_of(value: Any) -> str:
-    """What stands for a value that JSON does not know: never its address in memory.
+def _key_of(value: Any) -> Any:
+    """What stands for a value that JSON does not know: its content, never its address in memory.
 
     Raises:
         DataError: nothing about the value but its address is known.
     """
     if isinstance(value, bytes | bytearray | memoryview):
-        return f"bytes {hashlib.blake2b(value, digest_size=16).hexdigest()}"
-    size, mode = getattr(value, "size", None), getattr(value, "mode", None)
-    if hasattr(value, "tobytes"):  # an image, or an array
-        form = f"{size}{mode}{getattr(value, 'shape', '')}{getattr(value, 'dtype', '')}"
-        return f"{type(value).__name__} {form} {hashlib.blake2b(value.tobytes(), digest_size=16).hexdigest()}"
+        return f"bytes {_digest(bytes(value))}"
+    if isinstance(value, set | frozenset):  # another order in every process
+        return sorted(map(prompt_key, value))
+    if hasattr(value, "tobytes") and hasattr(value, "mode"):  # an image, whatever file it came from
+        palette = bytes(getattr(value, "getpalette", lambda: None)() or ())
+        return f"image {value.size} {value.mode} {_digest(value.tobytes() + palette)}"
+    if hasattr(value, "tobytes") and hasattr(value, "dtype"):
+        if str(value.dtype) == "object":  # its bytes are addresses
+            return value.tolist()
+        return f"array {value.shape} {value.dtype} {_digest(value.tobytes())}"
     text = str(value)
-    if re.search(r" at 0x[0-9a-fA-F]+", text):
+    if re.search(r" at 0x[0-9a-fA-F]+", text) or f"{id(value):x}" in text.lower() or str(id(value)) in text:
         raise DataError(f"a message holds {text}, which no other process would know again; give text, or an image")
     return text
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _encoding_problem(text: str, name: str) -> str | None:
