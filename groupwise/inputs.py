@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,11 @@ def as_json(given: ModelInput) -> list[Any]:
 
 def from_json(pieces: Sequence[Any]) -> ModelInput:
     """What `as_json` made."""
-    return ModelInput(tuple(_image(piece) if isinstance(piece, dict) else TokenPiece(tuple(piece)) for piece in pieces))
+    return ModelInput(tuple(map(_piece, pieces)))
+
+
+def _piece(given: Any) -> Piece:
+    return _image(cast("dict[str, Any]", given)) if isinstance(given, dict) else TokenPiece(tuple(given))
 
 
 def _image(piece: Mapping[str, Any]) -> ImagePiece:

@@ -61,7 +61,7 @@ class Prompt:
     text: str
     input: ModelInput
     data_source: str = "default"
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -262,13 +262,13 @@ class Rollout:
     key: SampleKey
     segments: tuple[Segment, ...]
     finish_reason: FinishReason
-    rewards: Mapping[str, float | None] = field(default_factory=dict)
+    rewards: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
     reward: float | None = None
     status: RolloutStatus = "ok"
     boundary: Boundary | None = None
     cause: str = ""
     old_logprobs: tuple[float, ...] | None = None
-    scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
     prompt: ModelInput | None = None
 
     def __post_init__(self) -> None:

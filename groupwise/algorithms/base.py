@@ -26,6 +26,7 @@ from groupwise.algorithms.kl import KlEstimator, KlPlace, kl_penalty
 from groupwise.algorithms.reduce import Normaliser, token_weights
 from groupwise.algorithms.teacher import TeacherCredit
 from groupwise.metrics import Mean, Metric, Metrics
+from groupwise.tensors import floats
 from groupwise.types import REFERENCE, TEACHER, Denominators, Knobs
 
 
@@ -314,7 +315,7 @@ class _Sums:
 
     def metrics(self, policy_loss: Tensor, denominators: Denominators) -> Metrics:
         tokens = self._mask.sum().to(torch.float64)
-        numbers = torch.stack([tokens, policy_loss.detach().to(torch.float64), *self._totals]).tolist()
+        numbers = floats(torch.stack([tokens, policy_loss.detach().to(torch.float64), *self._totals]))
         result: dict[str, Metric] = {
             name: Mean(total, numbers[0]) for name, total in zip(self._names, numbers[2:], strict=True)
         }

@@ -227,7 +227,7 @@ class HttpEngine:
         if answer.is_success:
             return answer.json()
         said = answer.text.strip()[:500]
-        if answer.status_code == httpx.codes.CONFLICT and "other version" in said:
+        if answer.status_code == 409 and "other version" in said:
             raise _OtherVersion(said)
         kind = EngineLost if answer.status_code in (502, 503, 504) else EngineError
         raise kind(f"{self._url} refused it ({answer.status_code}): {said}")

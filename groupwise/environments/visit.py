@@ -38,7 +38,7 @@ class Environments:
 
     make: Callable[[], Environment] | None = None
     tokenizer: Tokenizer | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     name: str = "single-turn"
     max_turns: int = 1
     timeout: float = 60.0

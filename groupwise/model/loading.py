@@ -58,6 +58,11 @@ class LoadedModel:
         return self.scoring.model
 
     @property
+    def text_config(self) -> Any:
+        """The language model's own config; of one that also sees, a part of the whole."""
+        return self.model.config.get_text_config()
+
+    @property
     def head(self) -> LanguageHead:
         return self.scoring.head
 

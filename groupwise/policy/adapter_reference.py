@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ class AdapterReference(Reference):
             self._own = {name: p.detach().clone() for name, p in self._trained.items()}
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
+    def _in_place(self) -> Generator[None, None, None]:
         with self._swapped() if self._own else self._adapter_off():
             yield
 
@@ -61,7 +61,7 @@ class AdapterReference(Reference):
             self._has_moved = True
 
     @contextmanager
-    def _adapter_off(self) -> Iterator[None]:
+    def _adapter_off(self) -> Generator[None, None, None]:
         self.loaded.model.disable_adapters()
         try:
             yield
@@ -69,7 +69,7 @@ class AdapterReference(Reference):
             self.loaded.model.enable_adapters()
 
     @contextmanager
-    def _swapped(self) -> Iterator[None]:
+    def _swapped(self) -> Generator[None, None, None]:
         held = {name: p.data for name, p in self._trained.items()}
         try:
             for name, p in self._trained.items():

@@ -14,10 +14,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from groupwise.checkpoint import find_latest
@@ -160,7 +160,7 @@ def _row_as_json(row: TrainingRow) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
 
 
 def _from_json(content: Any) -> LearnedBatch:
@@ -176,6 +176,8 @@ def _row(content: Any) -> TrainingRow:
     values: dict[str, Any] = dict(content)
     if "prompt_ids" in values:  # as bundles were written before inputs had pieces
         values |= {"prompt": [values.pop("prompt_ids")], "follows": [values.pop("token_ids")]}
-    made: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+    made: dict[str, Any] = {
+        name: tuple(cast("list[Any]", x)) if isinstance(x, list) else x for name, x in values.items()
+    }
     made |= {name: from_json(values[name]) for name in ("prompt", "follows")}
     return TrainingRow(**made)

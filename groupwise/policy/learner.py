@@ -7,13 +7,13 @@ import itertools
 import logging
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from groupwise.algorithms.base import LossInputs, LossOutput
 from groupwise.config import OptimConfig, TrainConfig
@@ -216,7 +216,7 @@ class Learner:
             if one.batch.backward and apart:
                 gradients = self._optimizer.gradients_of(output.loss)
             elif one.batch.backward:
-                output.loss.backward()
+                output.loss.backward()  # pyright: ignore[reportUnknownMemberType]
         loss = float(output.loss.detach())
         metrics = dict(output.metrics)
         metrics["loss"] = Sum(loss)
@@ -227,7 +227,7 @@ class Learner:
         return _Passed(loss, metrics, gradients)
 
     @contextmanager
-    def _learning_mode(self, learning: bool) -> Iterator[None]:
+    def _learning_mode(self, learning: bool) -> Generator[None, None, None]:
         """Training mode as far as a gradient needs it, until its backward pass has recomputed what it recomputes."""
         self.loaded.model.train(learning and self._checkpointing)
         for layer in self._dropout:
@@ -238,14 +238,15 @@ class Learner:
             self.loaded.model.eval()
 
     @contextmanager
-    def _dropping(self, one: _Pass) -> Iterator[None]:
+    def _dropping(self, one: _Pass) -> Generator[None, None, None]:
         """Dropout is drawn from a key, not from a generator's state, so that a resumed run draws the same."""
         drops = one.batch.backward and bool(self._dropout)
         devices = [self.loaded.device] if self.loaded.device.type == "cuda" else []
-        with torch.random.fork_rng(devices, enabled=drops):
+        with torch.random.fork_rng(devices, enabled=drops):  # pyright: ignore[reportUnknownMemberType]
             if drops:
                 key = f"{self._seed}/{self._updates}/{one.number}"
-                torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest()))
+                number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest())
+                torch.manual_seed(number)  # pyright: ignore[reportUnknownMemberType]
             yield
 
     def _scores(self, packed: Packed, with_entropy: bool, routing: Routing | None = None) -> TokenScores:
@@ -401,5 +402,7 @@ class Learner:
 
 def _ends(loaded: LoadedModel) -> list[Tensor]:
     """The weights of embedding and head."""
-    layers = (loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings())
+    layers = cast(
+        "tuple[nn.Module | None, ...]", (loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings())
+    )
     return [weight for layer in layers if layer is not None for weight in layer.parameters()]

@@ -22,6 +22,7 @@ from groupwise.policy.microbatches import cut_batch, split_rows
 from groupwise.policy.reference import FrozenScorer, Reference
 from groupwise.policy.saving import write_model
 from groupwise.policy.worker import Worker
+from groupwise.tensors import floats
 from groupwise.types import REFERENCE, Knobs, MiniBatch, ScoreRequest, TrainingRow
 
 P = ParamSpec("P")
@@ -101,7 +102,7 @@ class LocalPolicy:
             found = scorer.logprobs([pack(batch).to(scorer.loaded.device) for batch in batches])
         by_row: dict[int, tuple[float, ...]] = {}
         for batch, logprobs in zip(batches, found, strict=True):
-            values = iter(logprobs.tolist())
+            values = iter(floats(logprobs))
             by_row.update({id(row): tuple(next(values) for _ in row.token_ids) for row in batch})
         return [by_row[id(row)] for row in rows]
 

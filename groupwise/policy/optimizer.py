@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,8 @@ class MasterOptimizer:
     def __init__(self, module: nn.Module, config: OptimConfig, *, ends: Collection[Tensor] = ()) -> None:
         self._weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._masters = {name: _master_of(p) for name, p in self._weights.items()}
-        self._hooks = [
-            weight.register_post_accumulate_grad_hook(self._collect(self._masters[name]))
+        self._hooks: list[Any] = [
+            cast(Any, weight).register_post_accumulate_grad_hook(self._collect(self._masters[name]))
             for name, weight in self._weights.items()
             if self._masters[name] is not weight
         ]
@@ -155,7 +155,8 @@ def _add(gradient: Tensor, master: Tensor) -> None:
 
 def _describe(grad: Tensor) -> Gradient:
     finite = grad.isfinite()
-    return Gradient(float(grad.where(finite, 0.0).norm()), int((~finite).sum()))
+    kept: Any = grad.where(finite, 0.0)
+    return Gradient(float(kept.norm()), int((~finite).sum()))
 
 
 def _master_of(weight: nn.Parameter) -> Tensor:

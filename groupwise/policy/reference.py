@@ -4,7 +4,7 @@ initial weights, frozen, or moved after it from time to time."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,7 @@ class FrozenScorer:
         return self.loaded.scoring(packed, temperature=self._temperature, chunk_tokens=self._chunk_tokens).logprobs
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
+    def _in_place(self) -> Generator[None, None, None]:
         """Inside, `self.loaded` computes what the scorer does."""
         yield
 

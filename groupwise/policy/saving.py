@@ -26,7 +26,7 @@ def write_model(loaded: LoadedModel, path: Path) -> None:
         refuse_link(path)
         make_anew(temporary)
         try:
-            loaded.model.save_pretrained(temporary)
+            loaded.model.save_pretrained(temporary)  # pyright: ignore[reportUnknownMemberType]
             loaded.tokenizer.save_pretrained(temporary)
             if loaded.adapter is None:
                 same = check_whole(loaded.model, temporary)

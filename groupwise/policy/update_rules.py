@@ -59,9 +59,10 @@ def _adamw(masters: Mapping[str, Tensor], config: OptimConfig) -> Rule:
 def _adamw_8bit(masters: Mapping[str, Tensor], config: OptimConfig) -> Rule:
     """AdamW with moments in 8 bits by blocks of 256 (Dettmers et al. 2022); tensors below 4,096 entries keep 32."""
     require_bitsandbytes("optim.name = 'adamw_8bit'")
-    from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    import bitsandbytes  # pyright: ignore[reportMissingImports]
 
-    optimizer = AdamW8bit(_groups(masters, config), lr=config.lr, betas=config.betas, eps=config.eps)
+    package: Any = bitsandbytes
+    optimizer = package.optim.AdamW8bit(_groups(masters, config), lr=config.lr, betas=config.betas, eps=config.eps)
     return Rule(optimizer, tuple(masters), 2 * _size(masters))
 
 

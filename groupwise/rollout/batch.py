@@ -16,6 +16,7 @@ from groupwise.empty_steps import Usable
 from groupwise.environments import ENVIRONMENT
 from groupwise.metrics import Max, Mean, Metric, Min, Sum
 from groupwise.rollout.credit import add_token_terms, credit_metrics
+from groupwise.tensors import floats
 from groupwise.types import (
     REFERENCE,
     Credit,
@@ -108,7 +109,7 @@ def _less_kl(rewards: Tensor, group: RolloutGroup, algorithm: Algorithm) -> Tens
 
 
 def _mean_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> Mean:
-    taken = [x for one, other in zip(before, after, strict=True) for x in (one - other).tolist() if not math.isnan(x)]
+    taken = [x for one, other in zip(before, after, strict=True) for x in floats(one - other) if not math.isnan(x)]
     return Mean(sum(taken), len(taken))
 
 
@@ -133,7 +134,7 @@ def _advantages(
         weights=tuple(weights.values()),
         lengths=tuple(torch.tensor([r.num_written for r in group.rollouts], dtype=torch.float64) for group in groups),
     )
-    return tuple(tuple(values.tolist()) for values in algorithm.advantages(inputs))
+    return tuple(tuple(floats(values)) for values in algorithm.advantages(inputs))
 
 
 def _rows(group: RolloutGroup, credit: Sequence[Credit], algorithm: Algorithm) -> list[TrainingRow]:

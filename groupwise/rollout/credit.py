@@ -9,6 +9,7 @@ import torch
 
 from groupwise.algorithms.base import Algorithm
 from groupwise.metrics import Mean, Metric
+from groupwise.tensors import floats
 from groupwise.types import TEACHER, Credit, Rollout, RolloutGroup
 
 
@@ -26,7 +27,7 @@ def _credit(rollout: Rollout, outcome: float, algorithm: Algorithm) -> Credit:
     if algorithm.teacher is None or TEACHER not in rollout.scores:
         return outcome
     term = algorithm.teacher.of(*_compared(rollout), torch.tensor(rollout.loss_mask))
-    return tuple((term + outcome).tolist())
+    return tuple(floats(term + outcome))
 
 
 def _compared(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +48,7 @@ def credit_metrics(groups: Sequence[RolloutGroup], algorithm: Algorithm) -> dict
         for rollout in (rollout for rollout in group.rollouts if TEACHER in rollout.scores):
             written = torch.tensor(rollout.loss_mask) > 0
             teacher, old = _compared(rollout)
-            found = term.of(teacher, old, written.long())[written].tolist()
+            found = floats(term.of(teacher, old, written.long())[written])
             values.setdefault(group.prompt.data_source, []).extend(found)
             cut += float((term.is_cut(teacher, old) & written).sum())
     every = [value for some in values.values() for value in some]

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from groupwise.metrics import Metrics, Sum
+from groupwise.metrics import Metric, Metrics, Sum
 from groupwise.rollout.buffer import Buffer
 from groupwise.rollout.producer import Producer
 from groupwise.types import RolloutGroup
@@ -20,7 +20,7 @@ class Selected:
 
     groups: tuple[RolloutGroup, ...]
     dropped: tuple[RolloutGroup, ...] = ()
-    metrics: Metrics = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict[str, Metric])
 
 
 @dataclass(frozen=True, slots=True)

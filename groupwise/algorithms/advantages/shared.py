@@ -22,7 +22,7 @@ GroupRule: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 def by_group(inputs: AdvantageInputs, rule: GroupRule) -> tuple[Tensor, ...]:
     """`rule` on each group's rollouts that have a reward; 0 for the others, and for a group of equal rewards."""
-    result = []
+    result: list[Tensor] = []
     for rewards, lengths in zip(inputs.rewards, inputs.lengths, strict=True):
         valid = ~torch.isnan(rewards)
         values = rewards[valid].clamp(-LIMIT, LIMIT)

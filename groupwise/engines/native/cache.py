@@ -154,7 +154,7 @@ class BlockCache:
             self.blocks.append(Block(*(torch.zeros(place + s, dtype=shape.dtype, device=shape.device) for s in sizes)))
 
     def fill(self, layer: int, lane: int, key: Tensor, value: Tensor) -> None:
-        keys, values = (x.transpose(0, 1).split(BLOCK, dim=1) for x in (key, value))
+        keys, values = (torch.split(x.transpose(0, 1), BLOCK, dim=1) for x in (key, value))
         for block, some_keys, some_values in zip(self.blocks, keys, values, strict=False):
             count = some_keys.shape[1]
             block.keys[layer, lane, :, :, :count] = some_keys.transpose(1, 2)
@@ -222,7 +222,7 @@ class ArenaCache:
 
     def __init__(self, shape: CacheShape, lanes: int = 0) -> None:
         self.shape = shape
-        self.lanes = lanes
+        self.lanes: int = lanes
         self.generation = next(_GENERATIONS)
         self.arena = self._empty(lanes, 0)
 

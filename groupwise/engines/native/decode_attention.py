@@ -160,7 +160,7 @@ class DecodeLayout:
             return x
         gathered = x.new_zeros(shape.prompts * shape.width + 1, *x.shape[1:])  # the last row takes the padding
         gathered[self._inputs.member] = x
-        return gathered[:-1].unflatten(0, (shape.prompts, shape.width))
+        return gathered[:-1].reshape(shape.prompts, shape.width, *x.shape[1:])
 
     def _to_lanes(self, x: Tensor) -> Tensor:
         """The inverse, in which padded lanes get some member's."""

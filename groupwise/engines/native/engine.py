@@ -78,7 +78,7 @@ class NativeEngine:
                 self._scheduler.remove(samples)
 
     def _check(self, request: SampleRequest) -> None:
-        vocabulary = self._model.config.get_text_config().vocab_size
+        vocabulary = self._loaded.text_config.vocab_size
         if not len(request.prompt):
             raise EngineError(f"prompt {request.key.uid} has no tokens")
         tokens = request.prompt.token_ids + request.continues.token_ids
@@ -194,7 +194,7 @@ def _failure_of(worker: asyncio.Task[None]) -> BaseException | None:
 
 
 def _cache_shape(loaded: LoadedModel) -> CacheShape:
-    config = loaded.model.config.get_text_config()
+    config = loaded.text_config
     settings = config.to_dict()
     heads = settings.get("num_key_value_heads") or config.num_attention_heads
     size = settings.get("head_dim") or config.hidden_size // config.num_attention_heads

@@ -12,6 +12,7 @@ from groupwise.engines.native.sampling import Forbidden, RowParams, choose
 from groupwise.engines.native.scheduler import Sample
 from groupwise.engines.native.stopping import find_finish
 from groupwise.model.loading import LoadedModel
+from groupwise.tensors import floats, ints
 from groupwise.types import FinishReason
 
 
@@ -37,7 +38,7 @@ class Draws:
         uniform = np.array([sample.uniform[len(sample.tokens)] for sample in samples])
         choice = choose(
             logits,
-            torch.from_numpy(uniform).to(device),
+            torch.from_numpy(uniform).to(device),  # pyright: ignore[reportUnknownMemberType]
             self._params,
             seen=self._seen,
             forbidden=self._forbidden,
@@ -46,7 +47,7 @@ class Draws:
         if self._seen is not None:
             self._seen.scatter_(1, choice.tokens[:, None], True)
         ended: list[tuple[Sample, FinishReason]] = []
-        for sample, token, logprob in zip(samples, choice.tokens.tolist(), choice.logprobs.tolist(), strict=True):
+        for sample, token, logprob in zip(samples, ints(choice.tokens), floats(choice.logprobs), strict=True):
             sample.tokens.append(token)
             sample.logprobs.append(logprob)
             reason = find_finish(sample, self._loaded)

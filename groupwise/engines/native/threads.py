@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import torch
@@ -37,7 +37,7 @@ class StepThreads:
         self._tried: list[float] = []
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self) -> Generator[None, None, None]:
         """One step runs inside; torch's number of threads is as before afterwards."""
         trying = self._left <= 0
         torch.set_num_threads(self._other if trying else self.count)
