@@ -25,7 +25,7 @@ DEADLINE = 25.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
     parser.add_argument("--inputs", type=int, default=3000, help="of all kinds together")
     parser.add_argument("--kind", choices=list(kinds.KINDS), action="append", help="only these; may repeat")
     parser.add_argument("--seed", type=int, default=0)

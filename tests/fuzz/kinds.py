@@ -51,13 +51,13 @@ def recipes(world: Path) -> st.SearchStrategy[Case]:
             value = draw(st.one_of(values, scalars))
             written = f"{key or name} = {_toml(value)}"
             head = "[[reward]]" if section.startswith("reward") else f"[{section}]"
-            place = lines.index(head) + 1 if head in lines else len(lines)
+            place = lines.index(head) + 1 if head in lines else len(lines)  # pyright: ignore[reportArgumentType]
             if head not in lines and section:
-                lines.append(head)
+                lines.append(head)  # pyright: ignore[reportArgumentType]
                 place = len(lines)
             lines = [line for line in lines if not line.startswith(f"{key} =")] if draw(st.booleans()) else lines
             place = min(place, len(lines))
-            lines.insert(place, written)
+            lines.insert(place, written)  # pyright: ignore[reportArgumentType]
         content = "\n".join(lines).encode("utf-8", "surrogatepass")
         if draw(st.integers(0, 3)) == 0:
             content = draw(damaged_bytes(content))
@@ -186,7 +186,7 @@ def cases_of(kind: str, world: Path, count: int, number: int) -> list[Case]:
         database=None,
         deadline=None,
         phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
     )
     @given(KINDS[kind](world))
     def collect(case: Case) -> None:

@@ -27,7 +27,7 @@ def load(dtype: torch.dtype, window: int | None, rank: int) -> LoadedModel:
         pad_token_id=None, layer_types=kinds, use_sliding_window=bool(window), sliding_window=window,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config).to("cuda", dtype)
+    model = Qwen3ForCausalLM(config).to("cuda", dtype)  # pyright: ignore[reportArgumentType]
     loaded = wrap_model(model, build_tokenizer(["one two"], 270), batch_invariant=True)  # type: ignore[arg-type]
     loaded = with_adapter(loaded, LoraConfig.model_validate({"rank": rank}))
     for name, parameter in loaded.model.named_parameters():
@@ -59,7 +59,7 @@ def test_no_mismatch(dtype: torch.dtype, window: int | None, rank: int) -> None:
         requests += [SampleRequest.of(prompt, i, param) for i, param in enumerate(params)]
     found = sample(loaded, requests)
     rows = [
-        TrainingRow(i // 4, r.prompt, ModelInput.of(c.token_ids), *[(0.0,) * len(c.token_ids)] * 3)
+        TrainingRow(i // 4, r.prompt, ModelInput.of(c.token_ids), *[(0.0,) * len(c.token_ids)] * 3)  # pyright: ignore[reportArgumentType]
         for i, (r, c) in enumerate(zip(requests, found, strict=True))
     ]
     scores = loaded.scoring(pack(rows).to(loaded.device), temperature=0.8)

@@ -147,7 +147,7 @@ def test_a_directory_with_a_live_run_is_left_alone(own: Any, flags: dict[str, bo
     run = own.model.parent / "run"
     run_training(own.config(run, train={"steps": 1}))
     with hold(run), pytest.raises(ConfigError, match="a live run writes: process "):
-        run_training(own.config(run), **flags)
+        run_training(own.config(run), **flags)  # pyright: ignore[reportArgumentType]
     assert (run / "final").exists()
 
 

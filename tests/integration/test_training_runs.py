@@ -118,7 +118,7 @@ def _same_greedy_text(folder: Path, texts: list[str]) -> None:
     answers = []
     for text in texts:
         ids = torch.tensor([tokenizer.encode(text)])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)  # pyright: ignore[reportAttributeAccessIssue]
         expected = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         answers.append(asyncio.run(answer(text)))
         assert answers[-1] == expected

@@ -95,7 +95,7 @@ def test_a_model_of_each_kind_is_trained_in_place_and_stays_a_model(kind: str, t
     said = trainer.model.generate(**asked, max_new_tokens=3, do_sample=False)
     trainer.save_model(tmp_path / "saved")
     again = TransformersModel.from_pretrained(tmp_path / "saved")
-    assert torch.equal(again.generate(**asked, max_new_tokens=3, do_sample=False), said)
+    assert torch.equal(again.generate(**asked, max_new_tokens=3, do_sample=False), said)  # pyright: ignore[reportAttributeAccessIssue]
     if kind in ("peft_config", "peft around it"):
         merged = trainer.model.merge_and_unload()
         merged.save_pretrained(tmp_path / "merged")
@@ -267,7 +267,7 @@ def test_rows_in_every_form_that_a_data_set_gives(task: Any, tmp_path: Path) -> 
         with pytest.raises(ConfigError, match="got several data sets"):
             trainer_of("never/loaded", tmp_path, eval_dataset=wrong)
     with pytest.raises(ConfigError, match="ignore_keys = "):
-        trainer.evaluate(plain, ["hidden_states"])
+        trainer.evaluate(plain, ["hidden_states"])  # pyright: ignore[reportArgumentType]
 
 
 def test_functions_that_take_all_columns_get_what_trl_adds(

@@ -214,7 +214,7 @@ def test_checkpoints_that_cannot_be_gone_on_from_are_a_sentence(task: Any, tmp_p
         trainer_of(task, tmp_path, 2).train(resume_from_checkpoint=tmp_path / "checkpoint-7")
     for place in (tmp_path / "checkpoint-3", 3, tmp_path.parent):
         with pytest.raises(ConfigError, match=r"expected True or a checkpoint of output_dir = .*checkpoint-1', '"):
-            trainer_of(task, tmp_path, 2).train(resume_from_checkpoint=place)
+            trainer_of(task, tmp_path, 2).train(resume_from_checkpoint=place)  # pyright: ignore[reportArgumentType]
     run = tmp_path / "run"
     for place in (run / "checkpoints" / "step_000002", str(run / "checkpoints"), run, str(tmp_path), True):
         assert trainer_of(task, tmp_path, 2).train(resume_from_checkpoint=place).global_step == 2
@@ -251,7 +251,7 @@ def test_ctrl_c_leaves_the_trained_model_and_a_checkpoint(
     trained = weights(trainer.model)
     trainer.save_model(tmp_path / "saved")
     for place in (last, tmp_path / "saved"):
-        assert same(weights(AutoModelForCausalLM.from_pretrained(place)), trained)
+        assert same(weights(AutoModelForCausalLM.from_pretrained(place)), trained)  # pyright: ignore[reportArgumentType]
     again = trainer_of(task, tmp_path / "out", 4)
     again.train(resume_from_checkpoint=last)
     assert same(weights(again.model), whole)

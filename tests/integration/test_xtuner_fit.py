@@ -28,7 +28,7 @@ def program(task: Any, folder: Path, **given: Any) -> xtuner.RLTrainer:
         "".join(json.dumps({"prompt": f"say {k}:", "reward_model": {"ground_truth": "x"}}) + "\n" for k in range(4))
     )
     judger = xtuner.JudgerConfig(judger_name="long", reward_handler=long_enough, extra_info={"weight": 0.5})
-    loss = xtuner.GRPOLossConfig(policy_loss_cfg={"cliprange_low": 0.2, "cliprange_high": 0.2})
+    loss = xtuner.GRPOLossConfig(policy_loss_cfg={"cliprange_low": 0.2, "cliprange_high": 0.2})  # pyright: ignore[reportArgumentType]
     parts: dict[str, Any] = {
         "resources": xtuner.AcceleratorResourcesConfig(accelerator="CPU", num_workers=1),
         "rollout_config": xtuner.RolloutConfig(model_path=task.model, dtype="float32"),
@@ -37,7 +37,8 @@ def program(task: Any, folder: Path, **given: Any) -> xtuner.RLTrainer:
         ),
         "judger_config": judger,
         "replay_buffer_config": xtuner.ReplayBufferConfig(
-            dataset_cfg=[{"dataset": xtuner.DatasetConfig(anno_path=rows)}], tokenizer=task.model
+            dataset_cfg=[{"dataset": xtuner.DatasetConfig(anno_path=rows)}],  # pyright: ignore[reportArgumentType]
+            tokenizer=task.model,  # pyright: ignore[reportArgumentType]
         ),
         "train_worker_cfg": xtuner.WorkerConfig(loss_cfg=loss, load_from=task.model, pack_max_length=256),
         "tokenizer_path": task.model,
@@ -68,7 +69,9 @@ def test_trajectories_have_xtuners_names_while_the_run_goes_on(task: Any, tmp_pa
 
     rows = [{"dataset": xtuner.DatasetConfig(anno_path=tmp_path / "rows.jsonl")}]
     evaluator = xtuner.EvaluatorConfig(
-        dataset_cfg=rows, evaluate_step=1, sample_params=xtuner.SampleParams(max_tokens=6)
+        dataset_cfg=rows,  # pyright: ignore[reportArgumentType]
+        evaluate_step=1,
+        sample_params=xtuner.SampleParams(max_tokens=6),  # pyright: ignore[reportArgumentType]
     )
     given = {"evaluator_config": evaluator, "enable_evaluate": True, "enable_initial_evaluate": True}
     program(task, tmp_path, judger_config=xtuner.JudgerConfig(reward_handler=watching), **given).fit()

@@ -119,10 +119,10 @@ def test_nan_and_a_real_optimiser(tmp_path: Path):
     optimiser = torch.optim.AdamW([weight], lr=0.1, betas=(0.8, 0.9))
     weight.sum().backward()
     optimiser.step()
-    path = save_checkpoint(tmp_path, 1, {"optim": optimiser, "x": Part({"loss": math.nan})}, keep=1)
+    path = save_checkpoint(tmp_path, 1, {"optim": optimiser, "x": Part({"loss": math.nan})}, keep=1)  # pyright: ignore[reportArgumentType]
     again = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))], lr=0.5)
     other = Part()
-    assert load_checkpoint(path, {"optim": again, "x": other}) == 1
+    assert load_checkpoint(path, {"optim": again, "x": other}) == 1  # pyright: ignore[reportArgumentType]
     assert repr(again.state_dict()) == repr(optimiser.state_dict())
     assert math.isnan(other.state["loss"])
     assert "NaN" not in (path / "x.json").read_text()
@@ -364,7 +364,7 @@ def test_killed_at_any_instant_the_old_or_the_new_state_is_there(tmp_path: Path,
         if code == 0:
             break
     assert deaths >= 8
-    assert code == 0, "the last round must have got through"
+    assert code == 0, "the last round must have got through"  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 @pytest.mark.parametrize(

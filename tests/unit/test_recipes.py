@@ -52,7 +52,7 @@ def test_a_recipe_is_trainable_with_its_files(recipe: Path, in_place: Path) -> N
         check_supervised(config)
     else:
         check_trainable(config)
-        check_engine(config.rollout.engine)
+        check_engine(config.rollout)
         RewardScorer(config.reward)
 
 

@@ -106,7 +106,7 @@ def segments(draw: st.DrawFn) -> SegmentRow:
         by=draw(st.sampled_from(["model", "environment"])),
         text=draw(texts),
         num_tokens=draw(st.integers(0, 4)),
-        finish_reason=draw(st.none() | reasons),
+        finish_reason=draw(st.none() | reasons),  # pyright: ignore[reportArgumentType]
         reward=draw(st.none() | numbers),
         messages=tuple(draw(st.lists(st.dictionaries(texts, plain, min_size=1, max_size=2), max_size=2))),
     )
@@ -122,7 +122,7 @@ def rows(draw: st.DrawFn) -> TrajectoryRow:
 
     prompt = draw(st.none() | st.lists(whole, max_size=3).map(tuple))
     return TrajectoryRow(
-        **{name: draw(whole) for name in ("step", "group", "sample_index")},
+        **{name: draw(whole) for name in ("step", "group", "sample_index")},  # pyright: ignore[reportArgumentType]
         **{name: draw(texts) for name in ("uid", "data_source", "prompt", "cause")},
         draw=draw(st.none() | whole),
         prompt_tokens=draw(whole) if prompt is None else len(prompt),
@@ -136,9 +136,9 @@ def rows(draw: st.DrawFn) -> TrajectoryRow:
         advantage=draw(numbers),
         credit=draw(st.none() | per_token(numbers)),
         scores=draw(st.dictionaries(texts, per_token(numbers), max_size=2)),
-        finish_reason=draw(reasons),
+        finish_reason=draw(reasons),  # pyright: ignore[reportArgumentType]
         status=draw(st.sampled_from(["ok", "failed"])),
-        boundary=draw(st.none() | st.sampled_from(["engine", "environment", "reward", "teacher"])),
+        boundary=draw(st.none() | st.sampled_from(["engine", "environment", "reward", "teacher"])),  # pyright: ignore[reportArgumentType]
         images=tuple(draw(st.lists(st.builds(ImageRow, texts, whole, whole, whole, st.none() | texts), max_size=2))),
     )
 

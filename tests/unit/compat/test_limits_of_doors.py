@@ -127,7 +127,7 @@ def test_a_stream_without_end_is_read_as_far_as_the_steps_go(make: Any, tiny_fol
         ("s", SFTTrainer, {"args": SFTConfig(str(tmp_path / "s"), max_steps=2, per_device_train_batch_size=1,
                                              gradient_accumulation_steps=1, use_cpu=True, report_to="none")}),
     ):  # fmt: skip
-        made = trainer(str(tiny_folder), train_dataset=make(), **options)
+        made = trainer(str(tiny_folder), train_dataset=make(), **options)  # pyright: ignore[reportArgumentType]
         made.train()
         assert (tmp_path / name / "run" / "final").is_dir()
         assert len(made._plan.rows) == 2

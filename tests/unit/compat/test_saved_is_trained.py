@@ -117,7 +117,7 @@ def test_added_tokens_go_into_a_gguf_file(widened: tuple[FastPeftModel, Any], tm
     model, tokenizer = widened
     (file,) = model.save_pretrained_gguf(tmp_path / "gguf", tokenizer, quantization_method="f32")
     found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
-    expected = model.base.get_input_embeddings().weight.detach()
+    expected = model.base.get_input_embeddings().weight.detach()  # pyright: ignore[reportCallIssue]
     assert torch.equal(torch.from_numpy(found["token_embd.weight"].copy()), expected)
 
 
@@ -158,7 +158,7 @@ def test_half_precision_is_no_other_base(tiny_folder: Path, tmp_path: Path) -> N
     for dtype in (torch.bfloat16, torch.float16):
         module = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=dtype)
         model, _ = FastLanguageModel.from_pretrained(str(tiny_folder), load_in_4bit=False, dtype=torch.float32)
-        model.load_state_dict(module.to(torch.float32).state_dict())
+        model.load_state_dict(module.to(torch.float32).state_dict())  # pyright: ignore[reportArgumentType]
         FastLanguageModel.get_peft_model(model, r=2).save_lora(tmp_path / str(dtype))
         assert not (tmp_path / str(dtype) / "base").exists()
 

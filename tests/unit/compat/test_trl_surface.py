@@ -100,7 +100,7 @@ def test_what_is_set_on_the_class_is_an_override(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match="GRPOTrainer overrides compute_loss"):
         GRPOTrainer.compute_loss = print
     with pytest.raises(ConfigError, match="a name that the trainer uses itself"):
-        GRPOTrainer._extras = print
+        GRPOTrainer._extras = print  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setattr(GRPOTrainer, "log", GRPOTrainer.log)
 
 
@@ -153,7 +153,7 @@ def test_arguments_that_had_their_effect_are_refused(tiny_folder: Path, tmp_path
     with pytest.raises(ConfigError, match="use_cpu differs, and the model was loaded by it"):
         trainer.args = GRPOConfig(str(tmp_path), num_generations=4, bf16=False)
     with pytest.raises(ConfigError, match="got a SFTConfig"):
-        trainer.args = SFTConfig(str(tmp_path))
+        trainer.args = SFTConfig(str(tmp_path))  # pyright: ignore[reportAttributeAccessIssue]
     assert trainer.args is args
 
 
@@ -233,11 +233,11 @@ def test_a_config_of_a_programs_own(caplog: pytest.LogCaptureFixture) -> None:
         learning_rate: float = 3e-6
         system_prompt: str | None = None
 
-    args = Mine("out", system_prompt="Be brief.", num_generations=4)
+    args = Mine("out", system_prompt="Be brief.", num_generations=4)  # pyright: ignore[reportCallIssue]
     assert (args.benchmarks, args.learning_rate, args.system_prompt) == (["sums"], 3e-6, "Be brief.")
     assert "learning_rate" in args.given
     args.benchmarks.append("other")
-    assert Mine("out").benchmarks == ["sums"]
+    assert Mine("out").benchmarks == ["sums"]  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="has no argument 'sytem_prompt'"):
         args.sytem_prompt = "x"
     with pytest.raises(ConfigError, match="Wrong overrides __post_init__"):

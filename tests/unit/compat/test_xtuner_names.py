@@ -35,7 +35,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def loss(**given: Any) -> door.GRPOLossConfig:
     policy = {"cliprange_low": 0.2, "cliprange_high": 0.3, **given.pop("policy", {})}
-    return door.GRPOLossConfig(policy_loss_cfg=policy, **given)
+    return door.GRPOLossConfig(policy_loss_cfg=policy, **given)  # pyright: ignore[reportArgumentType]
 
 
 def worker(**given: Any) -> door.WorkerConfig:
@@ -50,7 +50,8 @@ def first(**given: Any) -> door.RLTrainer:
         "dataflow_config": door.DataFlowConfig(prompt_repeat_k=5, global_batch_size=16),
         "judger_config": door.JudgerConfig(reward_judger_configs={"s": door.GSM8KJudgerConfig()}),
         "replay_buffer_config": door.ReplayBufferConfig(
-            dataset_cfg=[{"dataset": door.DatasetConfig(anno_path="train.jsonl")}], tokenizer="model"
+            dataset_cfg=[{"dataset": door.DatasetConfig(anno_path="train.jsonl")}],  # pyright: ignore[reportArgumentType]
+            tokenizer="model",  # pyright: ignore[reportArgumentType]
         ),
         "train_worker_cfg": worker(),
         "tokenizer_path": "model",
@@ -73,7 +74,7 @@ def task(file: str = "train.jsonl", *, judger: door.JudgerConfig | None = None, 
             ),
             judger_config=judger or door.GSM8KJudgerConfig(),
             sampler_config=door.SamplerConfig(
-                dataloader_cfg=door.DataloaderConfig(dataset_config_list=[dataset]),
+                dataloader_cfg=door.DataloaderConfig(dataset_config_list=[dataset]),  # pyright: ignore[reportArgumentType]
                 prompt_repeat_k=4 if file == "train.jsonl" else 1,
             ),
         )
@@ -154,7 +155,7 @@ def test_a_program_of_the_present_generation() -> None:
 
 def test_evaluation_acts_in_the_first_generation(caplog: pytest.LogCaptureFixture) -> None:
     evaluator = door.EvaluatorConfig(
-        dataset_cfg=[{"dataset": door.DatasetConfig(anno_path="test.jsonl")}],
+        dataset_cfg=[{"dataset": door.DatasetConfig(anno_path="test.jsonl")}],  # pyright: ignore[reportArgumentType]
         tokenizer="model",
         evaluate_step=10,
         eval_sample_ratio=1,
@@ -203,7 +204,7 @@ def test_the_resources_choose_the_device() -> None:
 def test_what_was_given_beats_a_default_and_two_that_were_given_must_agree() -> None:
     loader = door.DataloaderConfig(pack_max_length=4096)
     rows = [{"dataset": door.DatasetConfig(anno_path="train.jsonl")}]
-    buffer = door.ReplayBufferConfig(dataset_cfg=rows, dataloader_cfg=loader, tokenizer="./model")
+    buffer = door.ReplayBufferConfig(dataset_cfg=rows, dataloader_cfg=loader, tokenizer="./model")  # pyright: ignore[reportArgumentType]
     assert first(replay_buffer_config=buffer).to_config().config.train.micro_batch_tokens == 4096
     loader.pack_max_length = 100
     message = refused(first(replay_buffer_config=buffer))
@@ -325,7 +326,7 @@ def test_evaluation_that_cannot_be() -> None:
 
 def test_only_one_data_set_and_one_task() -> None:
     rows = {"dataset": door.DatasetConfig(anno_path="train.jsonl")}
-    two = door.ReplayBufferConfig(dataset_cfg=[rows, rows], tokenizer="model")
+    two = door.ReplayBufferConfig(dataset_cfg=[rows, rows], tokenizer="model")  # pyright: ignore[reportArgumentType]
     assert "put all rows into one file" in refused(first(replay_buffer_config=two))
     assert "expected one" in refused(
         present(agent_loop_manager_cfg=door.AgentLoopManagerConfig(tasks=[task().tasks, task().tasks]))
@@ -335,13 +336,13 @@ def test_only_one_data_set_and_one_task() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: door.RolloutConfig(tensor_paralel_size=2), "did you mean 'tensor_parallel_size'?"),
-        (lambda: door.SyncReplayBufferConfig(size=2), "there is no such argument; known here: none at all"),
-        (lambda: door.AdamWConfig(lr="fast"), "AdamWConfig.lr: got 'fast'; expected"),
-        (lambda: door.WorkerConfig(loss_cfg=loss()), "WorkerConfig.pack_max_length: it has no default"),
+        (lambda: door.RolloutConfig(tensor_paralel_size=2), "did you mean 'tensor_parallel_size'?"),  # pyright: ignore[reportCallIssue]
+        (lambda: door.SyncReplayBufferConfig(size=2), "there is no such argument; known here: none at all"),  # pyright: ignore[reportCallIssue]
+        (lambda: door.AdamWConfig(lr="fast"), "AdamWConfig.lr: got 'fast'; expected"),  # pyright: ignore[reportArgumentType]
+        (lambda: door.WorkerConfig(loss_cfg=loss()), "WorkerConfig.pack_max_length: it has no default"),  # pyright: ignore[reportCallIssue]
         (lambda: loss(policy={"clip_ratio": 3}), "PolicyLossConfig.clip_ratio: there is no such argument"),
         (lambda: loss(mode="liger"), "GRPOLossConfig.mode: got 'liger'; expected 'eager' or 'chunk'"),
-        (lambda: door.DatasetConfig(anno_path=3), "DatasetConfig.anno_path"),
+        (lambda: door.DatasetConfig(anno_path=3), "DatasetConfig.anno_path"),  # pyright: ignore[reportArgumentType]
     ],
 )
 def test_wrong_arguments_are_refused_where_they_are_given(make: Any, message: str) -> None:
@@ -400,7 +401,7 @@ def test_a_subclass_overrides_what_is_called_or_is_refused() -> None:
     class Mine(door.RLTrainer):
         label: str = "a field"
 
-        def fit(self) -> dict[str, Any]:
+        def fit(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
             return {"mine": self.helper()}
 
         def helper(self) -> int:

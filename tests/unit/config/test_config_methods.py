@@ -198,7 +198,7 @@ def test_training_an_adapter_takes_the_settings_that_it_was_made_with(adapter: P
 def test_a_run_whose_final_model_is_an_adapter_leads_to_it(adapter: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    (run / "config.json").write_text(config_json(Config()))
+    (run / "config.json").write_text(config_json(Config()))  # pyright: ignore[reportCallIssue]
     (run / "final").mkdir()
     (run / "final" / "adapter_config.json").write_text(json.dumps(ADAPTER))
     check_model_path(str(run))

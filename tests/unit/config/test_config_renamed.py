@@ -90,7 +90,7 @@ def beside(old: str, value: Any) -> dict[str, Any]:
 def test_each_acts_on_the_command_line_and_is_told_once(old: str, caplog: pytest.LogCaptureFixture) -> None:
     value = VALUES.get(old, 0.5)
     loaded = load_config(None, [f"--{name}={text}" for name, text in beside(old, value).items()])
-    assert settings(loaded.config)[RENAMED[old]] == value != settings(Config()).get(RENAMED[old])
+    assert settings(loaded.config)[RENAMED[old]] == value != settings(Config()).get(RENAMED[old])  # pyright: ignore[reportCallIssue]
     assert loaded.origins[RENAMED[old]] == "command line"
     assert [record.getMessage() for record in caplog.records] == [
         f"command line: {old} is now {RENAMED[old]}; the earlier name still acts"
@@ -175,7 +175,7 @@ def test_files_are_laid_over_each_other_key_by_key_within_a_part(tmp_path: Path)
 def test_a_run_of_an_earlier_version_is_read_without_a_word_and_is_the_same_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    values = {**Config().model_dump(mode="json"), "algorithm": FLAT_OF_GSPO}
+    values = {**Config().model_dump(mode="json"), "algorithm": FLAT_OF_GSPO}  # pyright: ignore[reportCallIssue]
     (tmp_path / "config.json").write_text(json.dumps(values))
     config = read_run_config(tmp_path)
     assert load_config(tmp_path / "config.json").config == config

@@ -124,8 +124,8 @@ def test_half_a_checkpoint_is_none() -> None:
 
 def test_a_relative_base_is_looked_for_where_the_run_was_started(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_model(Path("models/tiny"))
-    make_run(Path("runs/x"), 20, **{"model.path": "models/tiny", "train.output": "runs/x"})
-    make_run(Path("runs/y"), 5, **{"model.path": "runs/x@20", "train.output": "runs/y"})
+    make_run(Path("runs/x"), 20, **{"model.path": "models/tiny", "train.output": "runs/x"})  # pyright: ignore[reportArgumentType]
+    make_run(Path("runs/y"), 5, **{"model.path": "runs/x@20", "train.output": "runs/y"})  # pyright: ignore[reportArgumentType]
     for name in ("runs/x@20", "runs/y@5"):
         check_model_path(name)
     elsewhere = here / "elsewhere"
@@ -144,7 +144,7 @@ def test_a_relative_base_is_looked_for_where_the_run_was_started(here: Path, mon
 
 
 def test_a_base_that_is_nowhere_or_was_given_in_memory() -> None:
-    make_run(Path("runs/x"), 20, **{"model.path": "./models/gone", "train.output": "runs/x"})
+    make_run(Path("runs/x"), 20, **{"model.path": "./models/gone", "train.output": "runs/x"})  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match=r"'runs/x@20' is a checkpoint of a run that began with './models/gone'"):
         check_model_path("runs/x@20")
     make_run(Path("runs/memory"), 20)
@@ -153,9 +153,9 @@ def test_a_base_that_is_nowhere_or_was_given_in_memory() -> None:
 
 
 def test_bases_that_lead_to_one_another_end() -> None:
-    make_run(Path("a"), 1, **{"model.path": "b@1"})
-    make_run(Path("b"), 1, **{"model.path": "a@1"})
-    make_run(Path("own"), 1, **{"model.path": "own@1"})
+    make_run(Path("a"), 1, **{"model.path": "b@1"})  # pyright: ignore[reportArgumentType]
+    make_run(Path("b"), 1, **{"model.path": "a@1"})  # pyright: ignore[reportArgumentType]
+    make_run(Path("own"), 1, **{"model.path": "own@1"})  # pyright: ignore[reportArgumentType]
     Path("adapter").mkdir()
     adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
     (Path("adapter") / "adapter_config.json").write_text(json.dumps({**adapter, "base_model_name_or_path": "adapter"}))
@@ -193,4 +193,4 @@ def test_a_config_is_no_run_because_it_is_json(tmp_path: Path) -> None:
     for content in ("[]", "{", '{"model": {}}', "[" * 100_000):
         (tmp_path / "config.json").write_text(content)
         assert settled_model(str(tmp_path)) == str(tmp_path)
-    assert Config().model.path == ""
+    assert Config().model.path == ""  # pyright: ignore[reportCallIssue]

@@ -47,17 +47,17 @@ def adding(request: pytest.FixtureRequest, bare: PreTrainedTokenizerFast) -> tup
 def test_a_text_has_one_beginning_and_no_end(adding: tuple[PreTrainedTokenizerFast, list[int]]) -> None:
     tokenizer, start = adding
     plain = tokenizer.encode("what is two?", add_special_tokens=False)
-    assert list(encode_text("what is two?", tokenizer)) == [*start, *plain]
-    begun = tokenizer.decode(start) + "what is two?"
-    assert list(encode_text(begun, tokenizer)) == [*start, *plain]
+    assert list(encode_text("what is two?", tokenizer)) == [*start, *plain]  # pyright: ignore[reportArgumentType]
+    begun = tokenizer.decode(start) + "what is two?"  # pyright: ignore[reportOperatorIssue]
+    assert list(encode_text(begun, tokenizer)) == [*start, *plain]  # pyright: ignore[reportArgumentType]
 
 
 def test_special_tokens_that_the_text_itself_has_stay(adding: tuple[PreTrainedTokenizerFast, list[int]]) -> None:
     tokenizer, start = adding
     ended = "two<|im_end|><|im_end|>"
-    assert list(encode_text(ended, tokenizer)) == [*start, *tokenizer.encode(ended, add_special_tokens=False)]
-    twice = tokenizer.decode(start * 2) + "two"
-    assert list(encode_text(twice, tokenizer)) == tokenizer.encode(twice, add_special_tokens=False)
+    assert list(encode_text(ended, tokenizer)) == [*start, *tokenizer.encode(ended, add_special_tokens=False)]  # pyright: ignore[reportArgumentType]
+    twice = tokenizer.decode(start * 2) + "two"  # pyright: ignore[reportOperatorIssue]
+    assert list(encode_text(twice, tokenizer)) == tokenizer.encode(twice, add_special_tokens=False)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_chat_that_the_program_rendered_is_the_same_prompt(
@@ -68,7 +68,7 @@ def test_a_chat_that_the_program_rendered_is_the_same_prompt(
         pytest.skip("its beginning is longer than the template's")
     text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     config = DataConfig.model_validate({})
-    asked, rendered = (load_prompts([{"prompt": prompt}], config, tokenizer).prompts[0] for prompt in (CHAT, text))
+    asked, rendered = (load_prompts([{"prompt": prompt}], config, tokenizer).prompts[0] for prompt in (CHAT, text))  # pyright: ignore[reportArgumentType]
     assert asked.token_ids == rendered.token_ids
     assert asked.token_ids.count(0) == 1
 
@@ -81,10 +81,10 @@ def test_supervised_rows_have_one_beginning_too(adding: tuple[PreTrainedTokenize
     turns = {"prompt": CHAT, "completion": [{"role": "assistant", "content": "five"}]}
     config = DataConfig.model_validate({})
     rows = [{"prompt": text, "completion": "five<|im_end|>"}, turns]
-    written, said = (load_supervised([row], config, tokenizer, max_tokens=99).rows[0] for row in rows)
+    written, said = (load_supervised([row], config, tokenizer, max_tokens=99).rows[0] for row in rows)  # pyright: ignore[reportArgumentType]
     assert written.prompt_ids == said.prompt_ids
     assert written.token_ids == said.token_ids
-    whole = load_supervised([{"text": text}], config, tokenizer, max_tokens=99, text_column="text").rows[0]
+    whole = load_supervised([{"text": text}], config, tokenizer, max_tokens=99, text_column="text").rows[0]  # pyright: ignore[reportArgumentType]
     assert [*whole.prompt_ids, *whole.token_ids].count(0) == 1
 
 
@@ -93,12 +93,12 @@ def test_a_template_without_the_beginning_is_said(
 ) -> None:
     config = DataConfig.model_validate({})
     with caplog.at_level(logging.WARNING):
-        prompt = load_prompts([{"prompt": CHAT}] * 3, config, tokenizer).prompts[0]
+        prompt = load_prompts([{"prompt": CHAT}] * 3, config, tokenizer).prompts[0]  # pyright: ignore[reportArgumentType]
         assert 0 not in prompt.token_ids, "the template decides"
     assert caplog.text.count("the chat template begins without <|bos|>") == 1
     caplog.clear()
     tokenizer.chat_template = WITH_BOS
-    load_prompts([{"prompt": CHAT}, {"prompt": "a text"}], config, tokenizer)
+    load_prompts([{"prompt": CHAT}, {"prompt": "a text"}], config, tokenizer)  # pyright: ignore[reportArgumentType]
     assert not caplog.records
 
 
@@ -118,7 +118,7 @@ def test_a_template_without_the_beginning_is_said(
 def test_a_keyword_that_the_template_only_mentions_is_refused(template: Any, bare: PreTrainedTokenizerFast) -> None:
     bare.chat_template = template
     with pytest.raises(ConfigError, match=r"data\.chat_template_kwargs\.think has no effect"):
-        check_template(bare, {"think": True})
+        check_template(bare, {"think": True})  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -134,10 +134,10 @@ def test_a_keyword_that_the_template_only_mentions_is_refused(template: Any, bar
 )
 def test_a_keyword_that_the_template_reads_is_taken(template: Any, bare: PreTrainedTokenizerFast) -> None:
     bare.chat_template = template
-    check_template(bare, {"think": True})
+    check_template(bare, {"think": True})  # pyright: ignore[reportArgumentType]
 
 
 def test_a_template_of_the_folder_that_is_not_jinja_is_a_sentence(bare: PreTrainedTokenizerFast) -> None:
     bare.chat_template = "{% if %}"
     with pytest.raises(ConfigError, match="not valid Jinja: line 1"):
-        check_template(bare, {"think": True})
+        check_template(bare, {"think": True})  # pyright: ignore[reportArgumentType]

@@ -30,7 +30,7 @@ def test_quantiles_advice_and_drops_agree_with_loading(tokenizer: Any) -> None:
 
 @given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=150))
 def test_advice_is_the_smallest_multiple_of_64_that_keeps_99_percent(lengths: list[int]) -> None:
-    stats = data_stats([{"prompt": "x" * n} for n in lengths], config(), _Characters())
+    stats = data_stats([{"prompt": "x" * n} for n in lengths], config(), _Characters())  # pyright: ignore[reportArgumentType]
     advice = stats.advised_max_prompt_tokens
     assert advice is not None
     assert advice % 64 == 0

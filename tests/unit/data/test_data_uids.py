@@ -110,6 +110,6 @@ def test_rows_with_pictures_are_read_to_the_same_uids(tokenizer: Any) -> None:
         pictures = (Image.new("RGB", (4, 4), (0, 0, shade)) for shade in (1, 2))
         return [{"prompt": [{"role": "user", "content": "what is it?", "image": picture}]} for picture in pictures]
 
-    first, again = (load_prompts(rows(), DataConfig(), tokenizer).prompts for _ in range(2))
+    first, again = (load_prompts(rows(), DataConfig(), tokenizer).prompts for _ in range(2))  # pyright: ignore[reportCallIssue]
     assert [prompt.uid for prompt in first] == [prompt.uid for prompt in again]
     assert first[0].uid[7:] != first[1].uid[7:]

@@ -70,7 +70,7 @@ class Lab:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = model_class(config_class(**(shape | settings)))
-        return wrap_model(model.to(dtype), self.tokenizer)
+        return wrap_model(model.to(dtype), self.tokenizer)  # pyright: ignore[reportArgumentType]
 
     def engine(self, loaded: LoadedModel, **settings: object) -> NativeEngine:
         return NativeEngine(loaded, RolloutConfig(**settings))  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ def greedy_twin(loaded: LoadedModel, prompt: tuple[int, ...], count: int) -> lis
     twin.set_attn_implementation("eager")
     assert twin.generation_config is not None
     twin.generation_config.eos_token_id = None
-    out = twin.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=count, pad_token_id=0)
+    out = twin.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=count, pad_token_id=0)  # pyright: ignore[reportCallIssue]
     return out[0, len(prompt) :].tolist()
 
 

@@ -42,13 +42,13 @@ def grid(count: int) -> Tensor:
 def warped(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """Probabilities `[V]` of transformers' own chain of warpers."""
     ids = torch.zeros(1, 1, dtype=torch.int64)
-    scores = TemperatureLogitsWarper(sampling.temperature)(ids, logits)
+    scores = TemperatureLogitsWarper(sampling.temperature)(ids, logits)  # pyright: ignore[reportArgumentType]
     if sampling.top_k:
-        scores = TopKLogitsWarper(sampling.top_k)(ids, scores)
+        scores = TopKLogitsWarper(sampling.top_k)(ids, scores)  # pyright: ignore[reportArgumentType]
     if sampling.top_p < 1:
-        scores = TopPLogitsWarper(sampling.top_p)(ids, scores)
+        scores = TopPLogitsWarper(sampling.top_p)(ids, scores)  # pyright: ignore[reportArgumentType]
     if sampling.min_p:
-        scores = MinPLogitsWarper(sampling.min_p)(ids, scores)
+        scores = MinPLogitsWarper(sampling.min_p)(ids, scores)  # pyright: ignore[reportArgumentType]
     return scores.double().softmax(-1)[0]
 
 
@@ -131,13 +131,13 @@ def test_repetition_penalty_is_transformers() -> None:
     logits = random_logits(1)
     history = torch.tensor([[5, 5, 17, 200, 3]])
     sampling = replace(NEUTRAL, repetition_penalty=1.7)
-    wanted = RepetitionPenaltyLogitsProcessor(1.7)(history, logits.clone()).double().softmax(-1)[0]
+    wanted = RepetitionPenaltyLogitsProcessor(1.7)(history, logits.clone()).double().softmax(-1)[0]  # pyright: ignore[reportArgumentType]
     seen = torch.zeros(VOCABULARY, dtype=torch.bool)
     seen[history[0]] = True
     shares = torch.bincount(drawn(logits, sampling, grid(20_000), seen), minlength=VOCABULARY) / 20_000
     assert (shares - wanted).abs().max() <= 1.5 / 20_000
     greedy = drawn(logits, replace(sampling, temperature=0.0), grid(1), seen)
-    assert greedy.item() == RepetitionPenaltyLogitsProcessor(1.7)(history, logits.clone()).argmax()
+    assert greedy.item() == RepetitionPenaltyLogitsProcessor(1.7)(history, logits.clone()).argmax()  # pyright: ignore[reportArgumentType]
 
 
 def test_log_probs_are_the_policys_before_any_filter() -> None:

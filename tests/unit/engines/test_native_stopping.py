@@ -151,7 +151,7 @@ def test_repetition_penalty_counts_prompt_and_completion(lab: Lab, loaded: Loade
     assert twin.generation_config is not None
     twin.generation_config.eos_token_id = None
     prompt = lab.prompt("a", 5)
-    wanted = twin.generate(
+    wanted = twin.generate(  # pyright: ignore[reportCallIssue]
         torch.tensor([prompt.token_ids]), do_sample=False, repetition_penalty=1.3, max_new_tokens=25, pad_token_id=0
     )[0, 5:].tolist()
     got = sample(lab, loaded, SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=25))

@@ -96,7 +96,7 @@ def test_a_plain_function_has_a_thread_of_its_own() -> None:
 
 def test_what_makes_one_has_a_name_too() -> None:
     with pytest.raises(EnvironmentFailed, match="mine', dict: raised TypeError"):
-        call(functools.partial(dict, 3), 5)
+        call(functools.partial(dict, 3), 5)  # pyright: ignore[reportCallIssue]
 
 
 def test_too_many_that_hang_end_the_run() -> None:

@@ -44,17 +44,7 @@ class ScriptedEngine:
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None: ...
 
-    async def update_weights(self, version: int) -> None: ...
-
-    async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[float]:
-        return [0.0] * len(completion_ids)
-
-    async def sleep(self) -> None: ...
-
-    async def wake(self) -> None: ...
-
-    async def health(self) -> bool:
-        return True
+    async def close(self) -> None: ...
 
     async def generate(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Completion]:
         self.calls.append(list(requests))
@@ -193,7 +183,12 @@ def test_values_that_stand_for_errors_are_failures() -> None:
 
     config = EvalConfig.model_validate({"threshold": -1.0})
     work = evaluate(
-        sampled_by(ScriptedEngine()), [prompt("a", "x")], Zeros(), config=config, sampling=SAMPLING, version=0
+        sampled_by(ScriptedEngine()),
+        [prompt("a", "x")],
+        Zeros(),
+        config=config,
+        sampling=SAMPLING,
+        version=0,
     )
     report = asyncio.run(work)
     assert report.nothing_measured
@@ -315,7 +310,7 @@ def test_eval_sampling_takes_eval_settings_and_the_training_stops() -> None:
     )
     own = EvalConfig.model_validate({"temperature": 0.3, "top_p": 0.8, "max_completion_tokens": 20})
     train = TrainConfig.model_validate({"seed": 4})
-    assert eval_sampling(Config(rollout=rollout, eval=own, train=train)) == SamplingParams(
+    assert eval_sampling(Config(rollout=rollout, eval=own, train=train)) == SamplingParams(  # pyright: ignore[reportCallIssue]
         temperature=0.3,
         top_p=0.8,
         repetition_penalty=1.1,
@@ -325,7 +320,7 @@ def test_eval_sampling_takes_eval_settings_and_the_training_stops() -> None:
         stop_token_ids=(9,),
         seed=4,
     )
-    assert eval_sampling(Config(rollout=rollout)).max_tokens == 512
+    assert eval_sampling(Config(rollout=rollout)).max_tokens == 512  # pyright: ignore[reportCallIssue]
 
 
 def due_steps(

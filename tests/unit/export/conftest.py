@@ -182,5 +182,5 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
     )
-    tokenizer.add_tokens([AddedToken("\n\n", special=False, normalized=False)])
+    tokenizer.add_tokens([AddedToken("\n\n", special=False, normalized=False)])  # pyright: ignore[reportArgumentType]
     return tokenizer

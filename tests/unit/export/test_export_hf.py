@@ -55,7 +55,7 @@ def test_merged_logits_are_those_of_base_plus_adapter(adapter_folder: Callable[.
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bits(dtype: str, adapter_folder: Callable[..., Path], tmp_path: Path) -> None:
     source = find_source(adapter_folder("qwen3"))
-    record = export_hf(source, tmp_path / "out", dtype=dtype)
+    record = export_hf(source, tmp_path / "out", dtype=dtype)  # pyright: ignore[reportArgumentType]
     assert record.precision == dtype
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {
         getattr(torch, dtype)
@@ -186,4 +186,4 @@ def test_nothing_is_written_over(model_folder: Callable[[str], Path], tmp_path: 
 )
 def test_settings_that_do_not_fit(settings: dict[str, str], message: str, model_folder, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        export_hf(find_source(model_folder("qwen3")), tmp_path / "out", **settings)
+        export_hf(find_source(model_folder("qwen3")), tmp_path / "out", **settings)  # pyright: ignore[reportArgumentType]

@@ -127,7 +127,7 @@ def test_damaged_metrics_make_a_card(tmp_path: Path) -> None:
 
 def test_odd_configs_make_a_card(tmp_path: Path) -> None:
     for config in ({"reward": "x"}, {"reward": [1, None]}, {"model": 7}, {"data": [], "train": None}):
-        assert render_card(record(**config), is_adapter=False, has_curve=False)
+        assert render_card(record(**config), is_adapter=False, has_curve=False)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture

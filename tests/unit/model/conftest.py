@@ -96,7 +96,7 @@ def _widen_norms(model: PreTrainedModel) -> None:
         for name, child in module.named_children():
             if type(child).__name__.endswith("RMSNorm"):
                 offset = 1.0 if type(child).__name__.startswith("Gemma3") else 0.0
-                module.register_module(name, _Norm64(child.weight, offset, 1e-6))
+                module.register_module(name, _Norm64(child.weight, offset, 1e-6))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture

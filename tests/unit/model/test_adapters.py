@@ -97,7 +97,7 @@ def test_the_seed_decides_the_adapter_and_touches_no_other_draw(base: Path) -> N
 
 @pytest.mark.parametrize(("settings", "scale"), [({"alpha": 6}, 1.5), ({"alpha": 6, "rslora": True}, 3.0), ({}, 2.0)])
 def test_the_adapter_is_scaled_as_the_papers_say(base: Path, settings: dict[str, object], scale: float) -> None:
-    layer: Any = with_adapter(load(base), lora(**settings)).model.get_decoder().layers[0].self_attn.q_proj
+    layer: Any = with_adapter(load(base), lora(**settings)).model.get_decoder().layers[0].self_attn.q_proj  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
     layer.lora_B["default"].weight.data.normal_()
     x = torch.randn(8, 64)
     inner = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
@@ -193,9 +193,9 @@ def test_what_peft_saved_is_loaded(base: Path, make_model: MakeModel, tmp_path: 
     for name, p in theirs.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p)
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(tmp_path / "theirs")  # pyright: ignore[reportArgumentType]
     loaded = load(tmp_path / "theirs")
-    expected = logits(wrap_model(theirs.merge_and_unload(), loaded.tokenizer))
+    expected = logits(wrap_model(theirs.merge_and_unload(), loaded.tokenizer))  # pyright: ignore[reportArgumentType]
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-3, atol=1e-3)
     assert loaded.tokenizer.encode("one")  # the base's: the adapter's folder has none
 

@@ -24,7 +24,7 @@ def loaded(request: pytest.FixtureRequest, make_model: Any, tiny_tokenizer: Any,
 
 
 def first_layer(loaded: LoadedModel) -> Any:
-    return loaded.model.get_decoder().layers[0].self_attn.q_proj
+    return loaded.model.get_decoder().layers[0].self_attn.q_proj  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
 
 
 def unpacked(layer: Any) -> torch.Tensor:

@@ -204,7 +204,7 @@ def test_lora_adapts_attention_and_says_that_experts_are_left(
     weights = {name: weight for name, weight in adapted.model.named_parameters() if weight.requires_grad}
     assert weights
     assert all(".self_attn." in name for name in weights)
-    assert all(bool(weight.grad.any()) for name, weight in weights.items() if ".lora_B." in name)
+    assert all(bool(weight.grad.any()) for name, weight in weights.items() if ".lora_B." in name)  # pyright: ignore[reportOptionalMemberAccess]
     adapter = adapted.adapter
     assert adapter is not None
     assert adapter.target_modules == ["k_proj", "o_proj", "q_proj", "v_proj"]

@@ -102,8 +102,8 @@ def test_the_gradient_of_a_batch_is_a_function_of_the_batch(
     policy = Learner(
         make_model(torch.float64),
         objective,
-        optim=OptimConfig(),
-        train=TrainConfig(logprob_chunk_tokens=8),
+        optim=OptimConfig(),  # pyright: ignore[reportCallIssue]
+        train=TrainConfig(logprob_chunk_tokens=8),  # pyright: ignore[reportCallIssue]
         total_updates=1,
     )
     whole = minibatch(groups, objective)

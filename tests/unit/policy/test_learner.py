@@ -318,7 +318,7 @@ def test_mismatch_is_measured_only_while_both_have_the_same_weights(make_model: 
     assert not any(name in metrics for metrics in one_step(policy, groups, objective))
 
     async def publish() -> None:
-        await InProcessSync(policy, NativeEngine(loaded, RolloutConfig.model_validate({}))).publish(1)
+        await InProcessSync(policy, NativeEngine(loaded, RolloutConfig.model_validate({}))).publish(1)  # pyright: ignore[reportArgumentType]
 
     asyncio.run(publish())
     assert all(name in metrics for metrics in one_step(policy, groups, objective))

@@ -125,7 +125,7 @@ def test_only_a_reference_follows(make_model: Any) -> None:
     asked = [ScoreRequest(row(0).prompt, row(0).follows)]
     before = asyncio.run(policy.log_probs(asked, of=REFERENCE))
     with torch.no_grad():
-        held.loaded.model.get_input_embeddings().weight.mul_(1.5)
+        held.loaded.model.get_input_embeddings().weight.mul_(1.5)  # pyright: ignore[reportCallIssue]
     assert asyncio.run(policy.log_probs(asked, of=REFERENCE)) == before
     asyncio.run(policy.move_reference(REFERENCE, 1.0))
     assert asyncio.run(policy.log_probs(asked, of=REFERENCE)) == asyncio.run(policy.log_probs(asked)) != before

@@ -88,7 +88,7 @@ def test_small_steps_are_not_rounded_away_in_bfloat16(make_model: Any) -> None:
 def test_a_moved_reference_survives_a_checkpoint_bitwise(make_model: Any, tmp_path: Path, dtype: torch.dtype) -> None:
     def upkeep(loaded: Any) -> tuple[Reference, Upkeep]:
         held = reference(loaded)
-        return held, Upkeep(entropy=None, sync=ReferenceSync(Moves(held), held, every=1, alpha=0.3))
+        return held, Upkeep(entropy=None, sync=ReferenceSync(Moves(held), held, every=1, alpha=0.3))  # pyright: ignore[reportArgumentType]
 
     loaded = make_model(dtype)
     held, mine = upkeep(loaded)
@@ -109,7 +109,7 @@ def test_a_moved_reference_survives_a_checkpoint_bitwise(make_model: Any, tmp_pa
 def test_the_reference_follows_only_when_it_is_due(make_model: Any) -> None:
     loaded = make_model()
     held = reference(loaded)
-    upkeep = Upkeep(entropy=None, sync=ReferenceSync(Moves(held), held, every=3, alpha=1.0))
+    upkeep = Upkeep(entropy=None, sync=ReferenceSync(Moves(held), held, every=3, alpha=1.0))  # pyright: ignore[reportArgumentType]
     before = weights(held.loaded.model)
     shift(loaded, 0.5)
     for step in (1, 2):
@@ -150,7 +150,7 @@ def test_a_step_without_tokens_teaches_the_bonus_nothing() -> None:
 def test_the_bonus_that_acts_is_the_one_in_the_gradient(make_model: Any) -> None:
     def gradient(knobs: Knobs, **settings: float) -> torch.Tensor:
         objective = build_algorithm(AlgorithmConfig.model_validate({"entropy": settings}))
-        policy = Learner(make_model(), objective, optim=OptimConfig(), train=TrainConfig(), total_updates=1)
+        policy = Learner(make_model(), objective, optim=OptimConfig(), train=TrainConfig(), total_updates=1)  # pyright: ignore[reportCallIssue]
         policy.learn([MicroBatch((ROW,))], Denominators(3.0, 1.0, 16.0), knobs)
         grad = policy.loaded.model.get_input_embeddings().weight.grad
         assert isinstance(grad, torch.Tensor)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from conftest import tiny_model
+from conftest import tiny_model  # pyright: ignore[reportAttributeAccessIssue]
 from safetensors.torch import save_file
 
 from groupwise.algorithms import build_algorithm
@@ -46,7 +46,7 @@ def groups() -> list[RolloutGroup]:
 def gradients(settings: dict[str, Any], rank: int, ranks: int) -> dict[str, torch.Tensor]:
     objective = build_algorithm(AlgorithmConfig.model_validate(settings))
     loaded = tiny_model(build_tokenizer(["one"], 259), torch.float64, tied=True, seed=0)
-    policy = Learner(loaded, objective, optim=OptimConfig(), train=TrainConfig(), total_updates=1)
+    policy = Learner(loaded, objective, optim=OptimConfig(), train=TrainConfig(), total_updates=1)  # pyright: ignore[reportCallIssue]
     batch = build_batch(groups(), objective, shape=BatchShape(1, 16), reward_weights={"r": 1.0})
     (minibatch,) = batch.minibatches
     parts = cut_batch(minibatch, 20)

@@ -224,7 +224,7 @@ return [1.0]"""
     if not named:
         from groupwise.rewards import load_reward
 
-        scorer._entries[0].runner._call = _unnamed(scorer, load_reward(config).function)
+        scorer._entries[0].runner._call = _unnamed(scorer, load_reward(config).function)  # pyright: ignore[reportAttributeAccessIssue]
     assert score(scorer, "fine")[0].reward == 1.0
     started = time.perf_counter()
     failed = score(scorer, "hang")[0]

@@ -79,7 +79,7 @@ def test_equal_rewards_are_measured_without_backward_but_counted(make_group: Any
 
 @pytest.mark.parametrize("settings", [{"kl": {"coef": 0.1}}, {"entropy": {"coef": 0.01}}])
 def test_with_kl_or_entropy_every_row_learns(make_group: Any, settings: dict[str, float]) -> None:
-    batch = build([make_group(0, [1.0, 1.0])], **settings)
+    batch = build([make_group(0, [1.0, 1.0])], **settings)  # pyright: ignore[reportArgumentType]
     assert len(rows(batch, backward=True)) == 2
 
 

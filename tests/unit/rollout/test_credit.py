@@ -55,7 +55,7 @@ def test_terms_add_up(make_group: Any) -> None:
 
 def test_a_teacher_equal_to_the_sampler_has_nothing_to_teach(make_group: Any) -> None:
     batch = build([taught(make_group(0, [1.0, 0.0], [2, 3]), 0.0)], DISTILL)
-    assert [set(credit) for credit in batch.credit[0]] == [{0.0}, {0.0}]
+    assert [set(credit) for credit in batch.credit[0]] == [{0.0}, {0.0}]  # pyright: ignore[reportArgumentType]
     assert batch.minibatches[0].rows == ()  # no backward pass at all
     assert len(batch.minibatches[0].measured) == 2
 

@@ -99,7 +99,7 @@ def run(
     rewards: Sequence[Any] = (length,),
     **sampling: Any,
 ) -> RolloutGroup:
-    params = SamplingParams(**({"max_tokens": 100} | sampling))
+    params = SamplingParams(**({"max_tokens": 100} | sampling))  # pyright: ignore[reportArgumentType]
     keys = [SampleKey("p", 1, i) for i in range(count)]
     scorer = RewardScorer([], functions=rewards, required=False)
     return asyncio.run(run_group(sampler or Scripted(), scorer, held, prompt, keys=keys, sampling=params, version=5))

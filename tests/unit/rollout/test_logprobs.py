@@ -35,7 +35,7 @@ def make_policy(model: Path, **settings: Any) -> Learner:
     torch.set_num_threads(1)
     config = ModelConfig.model_validate({"path": str(model), "device": "cpu", "dtype": "float32"})
     objective = build_algorithm(AlgorithmConfig.model_validate(settings))
-    policy = Learner(load_model(config), objective, optim=OptimConfig(lr=0.01), train=TrainConfig(), total_updates=4)
+    policy = Learner(load_model(config), objective, optim=OptimConfig(lr=0.01), train=TrainConfig(), total_updates=4)  # pyright: ignore[reportCallIssue]
     policy.published()
     return policy
 
@@ -130,5 +130,5 @@ def test_the_proximal_policy_is_the_one_before_the_first_update(make_group: Any,
     for _ in range(4):
         policy.optim_step()
         found = learned(policy, groups, correction={"name": "decoupled"})
-    assert found["clip_ratio/region_mean"] > 0
-    assert found["correction/weight_mean"] == pytest.approx(1.2214, rel=1e-3)
+    assert found["clip_ratio/region_mean"] > 0  # pyright: ignore[reportPossiblyUnboundVariable]
+    assert found["correction/weight_mean"] == pytest.approx(1.2214, rel=1e-3)  # pyright: ignore[reportPossiblyUnboundVariable]

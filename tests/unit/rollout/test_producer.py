@@ -32,17 +32,7 @@ class ScriptedEngine:
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None: ...
 
-    async def update_weights(self, version: int) -> None: ...
-
-    async def score(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> list[float]:
-        return [0.0] * len(completion_ids)
-
-    async def sleep(self) -> None: ...
-
-    async def wake(self) -> None: ...
-
-    async def health(self) -> bool:
-        return True
+    async def close(self) -> None: ...
 
     async def generate(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Completion]:
         self.asked += requests

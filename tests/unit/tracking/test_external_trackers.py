@@ -119,7 +119,7 @@ def test_wandb_offline(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     # Two starts within one second have one name, and wandb puts a number behind the second one's.
     assert {folder.name.split("-")[3] for folder in folders} == {identity}, "one run, for `wandb sync`"
     rows = [row for folder in folders for row in wandb_history(folder)]
-    seen = [(json.loads(row["step"]), json.loads(row["reward"])) for row in rows if "reward" in row]
+    seen = [(json.loads(row["step"]), json.loads(row["reward"])) for row in rows if "reward" in row]  # pyright: ignore[reportArgumentType]
     assert sorted(seen) == [(1, 0.25), (2, 0.5), (3, 0.75), (3, 0.75), (4, 1.0)]
     tables = sorted((run_dir / "tracking").rglob("*.table.json"))
     assert tables

@@ -209,18 +209,18 @@ def test_an_interrupt_is_not_swallowed():
 
 
 def test_backends_by_name(tmp_path: Path):
-    trackers = build_trackers(TrackingConfig(backends=("jsonl",)), run_name="one", total_steps=3)
+    trackers = build_trackers(TrackingConfig(backends=("jsonl",)), run_name="one", total_steps=3)  # pyright: ignore[reportCallIssue]
     trackers.start({}, tmp_path)
     trackers.log(1, {"reward": 1.0})
     trackers.close()
     assert rows(tmp_path) == [{"step": 1, "reward": 1.0}]
-    assert build_trackers(TrackingConfig(backends=()), run_name="one").names == ()
-    assert build_trackers(TrackingConfig(), run_name="one").names == ("console", "jsonl", "tensorboard")
+    assert build_trackers(TrackingConfig(backends=()), run_name="one").names == ()  # pyright: ignore[reportCallIssue]
+    assert build_trackers(TrackingConfig(), run_name="one").names == ("console", "jsonl", "tensorboard")  # pyright: ignore[reportCallIssue]
 
 
 def test_project_and_run_name_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for name, shown in (("mine", "p/mine"), (None, "p/folder")):
-        config = TrackingConfig(backends=("console",), project="p", run_name=name)
+        config = TrackingConfig(backends=("console",), project="p", run_name=name)  # pyright: ignore[reportCallIssue]
         build_trackers(config, run_name="folder").start({}, tmp_path)
         assert f"{shown}: " in capsys.readouterr().err
 
@@ -230,12 +230,12 @@ def test_project_and_run_name_are_shown(tmp_path: Path, capsys: pytest.CaptureFi
 )
 def test_unknown_backend(name: str, hint: str):
     with pytest.raises(ConfigError, match=hint):
-        build_trackers(TrackingConfig(backends=("console", name)), run_name="one")
+        build_trackers(TrackingConfig(backends=("console", name)), run_name="one")  # pyright: ignore[reportCallIssue]
 
 
 def test_backend_named_twice():
     with pytest.raises(ConfigError, match="twice"):
-        build_trackers(TrackingConfig(backends=("jsonl", "jsonl")), run_name="one")
+        build_trackers(TrackingConfig(backends=("jsonl", "jsonl")), run_name="one")  # pyright: ignore[reportCallIssue]
 
 
 ACTING = "\x1b[2J\x00\udcff\u202e"

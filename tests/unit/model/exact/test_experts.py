@@ -62,8 +62,8 @@ def by_hand(experts: Qwen3MoeExperts, hidden: Tensor, chosen: Tensor, weights: T
     for x, ids, shares in zip(hidden.double(), chosen, weights.double(), strict=True):
         total = torch.zeros_like(x)
         for e, share in zip(ids.tolist(), shares, strict=True):
-            gate, up = (experts.gate_up_proj[e].double() @ x).chunk(2)
-            total = total + share * (experts.down_proj[e].double() @ (silu(gate) * up))
+            gate, up = (experts.gate_up_proj[e].double() @ x).chunk(2)  # pyright: ignore[reportIndexIssue]
+            total = total + share * (experts.down_proj[e].double() @ (silu(gate) * up))  # pyright: ignore[reportIndexIssue]
         rows.append(total)
     return torch.stack(rows)
 

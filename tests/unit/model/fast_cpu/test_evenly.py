@@ -83,7 +83,7 @@ def test_activations_are_wrapped_once_and_weights_keep_their_names(
     model = make_model(architecture)
     names = list(model.state_dict())
     for _ in range(2):
-        model = wrap_model(model, tiny_tokenizer).model
+        model = wrap_model(model, tiny_tokenizer).model  # pyright: ignore[reportArgumentType]
     wrapped = [m for m in model.modules() if isinstance(m, EvenActivation)]
     assert len(wrapped) == model.config.num_hidden_layers
     assert not any(isinstance(m.activation, EvenActivation) for m in wrapped)

@@ -51,7 +51,7 @@ def test_gradients_of_rotation_and_gate_are_finite_differences() -> None:
     x = torch.randn(1, 3, 2, 8, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: rotate(x, rotation), (x,))
     gate, up = (torch.randn(1, 3, 20, dtype=torch.float64).requires_grad_() for _ in range(2))
-    assert torch.autograd.gradcheck(gated, (silu, gate, up))
+    assert torch.autograd.gradcheck(gated, (silu, gate, up))  # pyright: ignore[reportArgumentType]
     torch.testing.assert_close(gated(silu, gate, up), silu(gate) * up)
 
 
@@ -82,7 +82,7 @@ def prepared(model: PreTrainedModel, *, lean: bool) -> PreTrainedModel:
 def test_lean_layers_have_the_bits_of_transformers(
     name: str, dtype: torch.dtype, make_model: Callable[..., PreTrainedModel]
 ) -> None:
-    model = make_model(name).to(dtype)
+    model = make_model(name).to(dtype)  # pyright: ignore[reportArgumentType]
     plain, lean = (prepared(model, lean=lean) for lean in (False, True))
     assert list(lean.state_dict()) == list(plain.state_dict())
     assert any(isinstance(module, LeanLayer) for module in lean.modules())
@@ -94,7 +94,7 @@ def test_lean_layers_have_the_bits_of_transformers(
             decoder = lean.get_decoder()
             assert isinstance(decoder, LeanDecoder)
             assert decoder.flat is not None
-            assert not any(m.ordered for layer in decoder.layers for m in layer.modules() if isinstance(m, DnnLinear))
+            assert not any(m.ordered for layer in decoder.layers for m in layer.modules() if isinstance(m, DnnLinear))  # pyright: ignore[reportGeneralTypeIssues]
             assert torch.equal(packed_hidden_states(lean, rows), wanted)
         assert decoder.flat is None
     found: list[dict[str, Tensor]] = []

@@ -43,6 +43,6 @@ def test_rows_have_their_bits_in_any_company(threads: int) -> None:
 
 @needs_amx
 def test_what_comes_too_late_or_is_asked_otherwise_is_said() -> None:
-    for said, warning in (run("rows_are_exact()"), run(**{LIMIT: "AVX512_CORE_AMX"})):
+    for said, warning in (run("rows_are_exact()"), run(**{LIMIT: "AVX512_CORE_AMX"})):  # pyright: ignore[reportArgumentType]
         assert said == "False"
         assert f"start the program with {LIMIT}={EXACT}" in warning

@@ -74,7 +74,7 @@ def test_log_probs_and_entropy_are_the_distributions(temperature: float, make_mo
     hidden = states(20)
     with torch.no_grad():
         result = scores(model, hidden, temperature=temperature)
-        law = torch.distributions.Categorical(logits=model.get_output_embeddings()(hidden) / temperature)
+        law = torch.distributions.Categorical(logits=model.get_output_embeddings()(hidden) / temperature)  # pyright: ignore[reportOptionalCall]
     torch.testing.assert_close(result.logprobs, law.log_prob(targets_of(20)), rtol=1e-4, atol=1e-5)
     assert result.entropy is not None
     torch.testing.assert_close(result.entropy, law.entropy(), rtol=1e-4, atol=1e-4)
@@ -134,11 +134,11 @@ def test_softcap_and_scale_are_the_architectures_own(make_model: MakeModel) -> N
     model = make_model("gemma3", final_logit_softcapping=3.0)
     hidden = states(9)
     with torch.no_grad():
-        plain = model.get_output_embeddings()(hidden)
+        plain = model.get_output_embeddings()(hidden)  # pyright: ignore[reportOptionalCall]
         torch.testing.assert_close(LanguageHead(model).logits(hidden), torch.tanh(plain / 3.0) * 3.0)
         for setting, number, factor in (("logit_scale", 0.5, 0.5), ("logits_scaling", 4.0, 0.25)):
             scaled = make_model("llama")
-            bare = scaled.get_output_embeddings()(hidden)
+            bare = scaled.get_output_embeddings()(hidden)  # pyright: ignore[reportOptionalCall]
             scaled.config.update({setting: number})
             torch.testing.assert_close(LanguageHead(scaled).logits(hidden), bare * factor)
 

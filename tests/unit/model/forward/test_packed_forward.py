@@ -80,7 +80,7 @@ def test_scores_and_gradients_equal_the_unpacked_eager_forward(
 ) -> None:
     model = make_model(architecture, dtype=dtype)
     twin = eager(model)
-    model = wrap_model(model, tiny_tokenizer).model
+    model = wrap_model(model, tiny_tokenizer).model  # pyright: ignore[reportArgumentType]
     rows = make_rows(SHAPE)
     mine, theirs = packed_scores(model, rows), eager_scores(twin, rows)
     assert mine.entropy is not None
@@ -102,7 +102,7 @@ def test_scores_and_gradients_equal_the_unpacked_eager_forward(
 def test_no_split_or_order_of_the_batch_changes_the_gradient(
     architecture: str, make_model: MakeModel, make_rows: MakeRows, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    model = wrap_model(make_model(architecture, dtype=torch.float64), tiny_tokenizer).model
+    model = wrap_model(make_model(architecture, dtype=torch.float64), tiny_tokenizer).model  # pyright: ignore[reportArgumentType]
     rows = make_rows([(3, [5, 1, 30]), (70, [2, 66]), (1, [1]), (20, [9, 9])])
 
     def gradient_of(batches: list[list[TrainingRow]]) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ def test_no_split_or_order_of_the_batch_changes_the_gradient(
 def test_a_rows_log_probs_have_the_same_bits_in_any_company(
     architecture: str, make_model: MakeModel, make_rows: MakeRows, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    model = wrap_model(make_model(architecture), tiny_tokenizer).model
+    model = wrap_model(make_model(architecture), tiny_tokenizer).model  # pyright: ignore[reportArgumentType]
     rows = make_rows([(3, [5, 1, 30]), (70, [2, 66]), (1, [1]), (129, [9, 65])])
     with torch.no_grad():
         alone = [packed_scores(model, [r]).logprobs for r in rows]
@@ -140,7 +140,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     rows = make_rows([(3, [5, 1]), (66, [2, 20])])
     found: list[dict[str, Tensor]] = []
     for checkpointing in (False, True):
-        model = wrap_model(make_model(architecture), tiny_tokenizer).model
+        model = wrap_model(make_model(architecture), tiny_tokenizer).model  # pyright: ignore[reportArgumentType]
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train(checkpointing)
@@ -154,7 +154,7 @@ def test_padding_rows_get_no_gradient_and_give_none(
     make_model: MakeModel, make_rows: MakeRows, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Padding repeats token 0; if it took part, the embedding of token 0 would have a gradient."""
-    model = wrap_model(make_model("qwen3", tie_word_embeddings=False), tiny_tokenizer).model
+    model = wrap_model(make_model("qwen3", tie_word_embeddings=False), tiny_tokenizer).model  # pyright: ignore[reportArgumentType]
     rows = [TrainingRow(0, ModelInput.of((5, 6, 7)), ModelInput.of((8, 9)), (1, 1), (1.0, 1.0), (0.0, 0.0))]
     loss_of(packed_scores(model, rows)).backward()
     grad = model.get_input_embeddings().weight.grad
@@ -166,7 +166,7 @@ def test_padding_rows_get_no_gradient_and_give_none(
 def test_without_gradients_the_scores_are_the_same_bits(
     make_model: MakeModel, make_rows: MakeRows, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    model = wrap_model(make_model("qwen3"), tiny_tokenizer).model
+    model = wrap_model(make_model("qwen3"), tiny_tokenizer).model  # pyright: ignore[reportArgumentType]
     rows = make_rows([(3, [5, 40]), (66, [2])])
     training = packed_scores(model, rows).logprobs.detach()
     with torch.no_grad():

@@ -58,7 +58,7 @@ def mismatch(
             names.index(r.key.uid),
             r.prompt,
             ModelInput.of(c.token_ids),
-            *[(0.0,) * len(c.token_ids)] * 3,
+            *[(0.0,) * len(c.token_ids)] * 3,  # pyright: ignore[reportArgumentType]
         )
         for r, c in zip(requests, found, strict=True)
     ]

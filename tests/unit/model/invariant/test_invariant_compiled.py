@@ -66,7 +66,7 @@ def test_attention(repeat: int, size: int, window: int | None, dtype: torch.dtyp
     from groupwise.model.invariant.attention_kernel import attention_kernel, constants_of, options_of
 
     constants = constants_of(8, repeat, size, scale=size**-0.5, window=window)
-    types = {name: "i32" for name in attention_kernel.arg_names if name not in constants}
+    types = {name: "i32" for name in attention_kernel.arg_names if name not in constants}  # pyright: ignore[reportFunctionMemberAccess]
     types |= {name: f"*{NAMES[dtype]}" for name in types if name.endswith("_ptr")}
     types |= {"tiles_ptr": "*i64", "log_mass_ptr": "*fp32"}
     built = compiled(attention_kernel, types, constants, **options_of(dtype, size))
@@ -107,7 +107,7 @@ def test_the_number_of_rows_compiles_nothing_again() -> None:
     numbers = [
         parameter
         for kernel in (attention_kernel, product_kernel, norm_kernel, sum_kernel)
-        for parameter in kernel.params
+        for parameter in kernel.params  # pyright: ignore[reportFunctionMemberAccess]
         if not parameter.is_constexpr and not parameter.name.endswith("_ptr")
     ]
     assert [number.name for number in numbers] == [
