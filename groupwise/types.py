@@ -105,6 +105,7 @@ class SampleRequest:
             stretch for the sampler as for the trainer: the number that decides the next token is that of position C.
         resumed: the last so many tokens of `continues` began the very answer that goes on here, as after an abort:
             they count for `max_tokens`, `min_tokens` and stop strings.
+        keeps: the sample may go on after this turn: what it computed is kept while there is room.
         wants_routes: the completion is to bring the experts that were chosen (`EngineCaps.routes`).
 
     Example:
@@ -117,6 +118,7 @@ class SampleRequest:
     continues: ModelInput = field(default_factory=ModelInput)
     resumed: int = 0
     policy_version: int = 0
+    keeps: bool = False
     wants_routes: bool = False
 
     def __post_init__(self) -> None:

@@ -277,5 +277,6 @@ def _body(request: SampleRequest) -> wire.GenerateBody:
             continues=len(request.continues),
             resumed=request.resumed,
             policy_version=request.policy_version,
+            keeps=request.keeps,
         ),
     )

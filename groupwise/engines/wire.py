@@ -47,6 +47,7 @@ class OwnKey(_Body):
         continues: so many of `token_ids`, the last ones, follow the prompt already.
         resumed: the last so many of these began the very answer that goes on here.
         policy_version: which the server must hold.
+        keeps: the sample may go on after this turn.
     """
 
     uid: str
@@ -55,6 +56,7 @@ class OwnKey(_Body):
     continues: int = Field(default=0, ge=0)
     resumed: int = Field(default=0, ge=0)
     policy_version: int = 0
+    keeps: bool = False
 
 
 class GenerateBody(_Body):

@@ -187,7 +187,14 @@ class _Episode:
             stop=(*self.sampling.stop, *(each for each in self.environments.stop if each not in self.sampling.stop)),
         )
         follows = ModelInput(tuple(piece for segment in self.segments for piece in segment.input.pieces))
-        return SampleRequest(self.key, prompt.input, sampling, continues=follows, policy_version=self.version)
+        return SampleRequest(
+            self.key,
+            prompt.input,
+            sampling,
+            continues=follows,
+            policy_version=self.version,
+            keeps=self._num_turns + 1 < self.environments.max_turns,
+        )
 
     def _answer(self, said: Reply, prompt: Prompt) -> Segment:
         given, text = self.environments.render(said, prompt, self.segments)

@@ -158,6 +158,7 @@ class Server:
             continues=ModelInput.of(body.token_ids[place:]),
             resumed=min(own.resumed, own.continues),
             policy_version=own.policy_version,
+            keeps=own.keeps,
         )
 
     async def _sampled(self, asked: SampleRequest, request: Request) -> Completion | None:

@@ -109,6 +109,14 @@ class KeyCache(Protocol):
         """Copy one lane's first `tokens` over another's."""
         ...
 
+    def read(self, lane: int, tokens: int) -> list[Tensor]:
+        """A copy of one lane's first `tokens`, for `write`."""
+        ...
+
+    def write(self, lane: int, kept: Sequence[Tensor]) -> None:
+        """Put back what `read` gave."""
+        ...
+
     def spans(self, lanes: int, tokens: int) -> list[Span]:
         """The first `lanes` lanes' first `tokens` keys, or a few more."""
         ...
@@ -164,6 +172,15 @@ class BlockCache:
         for block in self.blocks[: -(-tokens // BLOCK)]:
             for x in (block.keys, block.values):
                 x[:, target] = x[:, source]
+
+    def read(self, lane: int, tokens: int) -> list[Tensor]:
+        blocks = self.blocks[: -(-tokens // BLOCK)]
+        return [x[:, lane].clone() for block in blocks for x in (block.keys, block.values)]
+
+    def write(self, lane: int, kept: Sequence[Tensor]) -> None:
+        for block, keys, values in zip(self.blocks, kept[::2], kept[1::2], strict=False):
+            block.keys[:, lane] = keys
+            block.values[:, lane] = values
 
     def spans(self, lanes: int, tokens: int) -> list[Span]:
         spans: list[Span] = []
@@ -250,6 +267,12 @@ class ArenaCache:
 
     def move(self, source: int, target: int, tokens: int) -> None:
         self.arena[:, :, target, :, :tokens] = self.arena[:, :, source, :, :tokens]
+
+    def read(self, lane: int, tokens: int) -> list[Tensor]:
+        return [self.arena[:, :, lane, :, :tokens].clone()]
+
+    def write(self, lane: int, kept: Sequence[Tensor]) -> None:
+        self.arena[:, :, lane, :, : kept[0].shape[3]] = kept[0]
 
     def spans(self, lanes: int, tokens: int) -> list[Span]:
         length = min(round_up(tokens, ARENA_SPAN), self.arena.shape[4])

@@ -136,8 +136,10 @@ class NativeEngine:
     def _prefill(self, admitted: list[Sample]) -> None:
         """Compute what the admitted samples begin with, and draw the first token of each."""
         beginnings = self._steps.prefill(admitted, self._scheduler.running, self._scheduler.prompts)
+        if beginnings.hidden is None:
+            return
         logits = self._loaded.head.logits(beginnings.hidden)
-        self._release(Draws(admitted, self._loaded).next(logits[beginnings.of_sample]))
+        self._release(Draws(beginnings.samples, self._loaded).next(logits[beginnings.of_sample]))
 
     def _decode(self, running: list[Sample]) -> None:
         """Feed every running sample's last token, and draw its next."""
@@ -177,6 +179,7 @@ class NativeEngine:
         """
         if self._scheduler.busy:
             raise EngineError("weights changed while samples were running; abort them or wait first")
+        self._scheduler.kept.clear()
         self._version = version
 
     async def close(self) -> None:

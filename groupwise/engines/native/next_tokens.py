@@ -26,6 +26,7 @@ class Draws:
         self._seen: Tensor | None = None
         self._forbidden: Forbidden | None = None
         self._holds = 0  # draws for which the forbidden tokens stay the same
+        self._feeds = any(sample.fed for sample in samples)
 
     def next(self, logits: Tensor) -> list[tuple[Sample, FinishReason]]:
         """Give each sample a token from `logits [B, V]`; returns those that it ends, and why."""
@@ -44,16 +45,27 @@ class Draws:
             forbidden=self._forbidden,
             sums=self._loaded.head.row_sums,
         )
+        tokens = self._with_fed(choice.tokens) if self._feeds else choice.tokens
         if self._seen is not None:
-            self._seen.scatter_(1, choice.tokens[:, None], True)
+            self._seen.scatter_(1, tokens[:, None], True)
         ended: list[tuple[Sample, FinishReason]] = []
-        for sample, token, logprob in zip(samples, ints(choice.tokens), floats(choice.logprobs), strict=True):
+        for sample, token, logprob in zip(samples, ints(tokens), floats(choice.logprobs), strict=True):
             sample.tokens.append(token)
+            if sample.fed:
+                sample.fed.popleft()
+                continue
             sample.logprobs.append(logprob)
             reason = find_finish(sample, self._loaded)
             if reason is not None:
                 ended.append((sample, reason))
+        self._feeds = self._feeds and any(sample.fed for sample in samples)
         return ended
+
+    def _with_fed(self, drawn: Tensor) -> Tensor:
+        """`[B]`, with the token that is given where one is."""
+        fed = [sample.fed[0] if sample.fed else -1 for sample in self._samples]
+        given = torch.tensor(fed, device=drawn.device, dtype=drawn.dtype)
+        return torch.where(given >= 0, given, drawn)
 
     def _forbid(self, logits: Tensor) -> None:
         """Stop tokens cannot be drawn until a sample has its `min_tokens`."""

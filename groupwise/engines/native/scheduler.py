@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from groupwise.engines.native.cache import CacheShape, KeyCache, make_cache
+from groupwise.engines.native.kept import KeptKeys, KeptPrompt, KeptSample
 from groupwise.engines.native.uniforms import uniforms
 from groupwise.errors import EngineError
 from groupwise.inputs import ModelInput
@@ -27,12 +28,14 @@ Outbox = asyncio.Queue[Completion | BaseException]
 
 @dataclass(slots=True)
 class PromptLane:
-    """A prompt in the cache. `hidden [H]` is its last hidden state, from which every sample's first token is drawn."""
+    """A prompt in the cache. `hidden [H]` is its last hidden state, from which every sample's first token is drawn.
+    `kept` are keys that are to be put into its lane first."""
 
     input: ModelInput
     hidden: Tensor | None = None
     members: int = 0
     running: int = 0
+    kept: KeptPrompt | None = None
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -47,6 +50,8 @@ class Sample:
         tokens: what follows the prompt, given and drawn; `logprobs` are those of the drawn ones.
         num_given: how many of `tokens` the request brought.
         begun: where in `tokens` the answer begins that is being drawn.
+        kept: keys of an earlier turn, which are to be put into its lane first.
+        fed: given tokens that follow `tokens`, and are fed one by one in place of drawn ones.
     """
 
     request: SampleRequest
@@ -59,12 +64,19 @@ class Sample:
     prompt: PromptLane | None = None
     member: int = 0
     seen: Tensor | None = None
+    kept: KeptSample | None = None
+    fed: deque[int] = field(default_factory=deque[int])
 
     def __post_init__(self) -> None:
         self.tokens.extend(self.request.continues.token_ids)
         self.num_given = len(self.tokens)
         self.begun = self.num_given - self.request.resumed
         self.uniform = uniforms(self.request.sampling.seed, self.request.key, self.most_tokens)
+
+    def take_back(self, kept: KeptSample) -> None:
+        """Go on from these keys: the next given token is fed first."""
+        given, size = self.tokens, len(kept.tokens)
+        self.kept, self.tokens, self.fed = kept, given[: size + 1], deque(given[size + 1 :])
 
     @property
     def drawn(self) -> list[int]:
@@ -107,12 +119,14 @@ class Scheduler:
         self.running: list[Sample] = []
         self.prompts: list[PromptLane] = []
         self.changes = 0
+        self.kept = KeptKeys()
         self.drop_caches()
 
     def drop_caches(self) -> None:
         """Release all memory; only when nothing runs."""
         assert not self.running, "caches of running samples cannot be dropped"
         self.prompts.clear()
+        self.kept.clear()
         self.prompt_cache = make_cache(self.shape)
         self.sample_cache = make_cache(self.shape)
 
@@ -134,9 +148,14 @@ class Scheduler:
         while self.waiting and len(self.running) < self._max_samples and self._fits(self.waiting[0], live=live):
             sample = self.waiting.popleft()
             lane = self._lane_of(sample)
+            back = self.kept.take(sample.request) if sample.num_given else None
             if lane is None:
                 lane = PromptLane(sample.request.prompt)
                 self.prompts.append(lane)
+                if back is not None:
+                    lane.kept, lane.hidden = back[1], back[1].hidden
+            if back is not None:
+                sample.take_back(back[0])
             sample.prompt, sample.member = lane, lane.members
             lane.members += 1
             lane.running += 1
@@ -158,6 +177,7 @@ class Scheduler:
             # A cache that keeps its address is made long enough from the start.
             given = max(sample.num_given for sample in admitted)
             self.make_room(needed[1].tokens if self.shape.fixed else given)
+            self.kept.give_way(self._max_tokens - self._held)
         return admitted
 
     def _lane_of(self, sample: Sample) -> PromptLane | None:
@@ -226,6 +246,8 @@ class Scheduler:
         """Free a finished sample's lane, and its prompt's if it was the last one and none waits."""
         self.changes += 1
         lane = self.running.index(sample)
+        if sample.request.keeps:
+            self._keep(sample, lane)
         last = self.running.pop()
         if last is not sample:
             self.running[lane] = last
@@ -235,6 +257,25 @@ class Scheduler:
         prompt.running -= 1
         if prompt.running == 0 and not self._waits_for(prompt):
             self._release_prompt(prompt)
+
+    def _keep(self, sample: Sample, lane: int) -> None:
+        """Copy what was computed of the sample: all but its newest token, which was drawn and not fed."""
+        prompt, tokens = sample.prompt, tuple(sample.tokens[:-1])
+        if prompt is None or prompt.hidden is None or not tokens:
+            return
+        length = len(prompt.token_ids)
+        own, shared = self.shape.capacity(len(tokens)), self.shape.capacity(length)
+        room = self._max_tokens - self._held
+        if own + shared > room:
+            return
+        given = sample.request.prompt
+        keys: list[Tensor] = []
+        if not self.kept.has_prompt(given):
+            place = next(index for index, known in enumerate(self.prompts) if known is prompt)
+            keys = self.prompt_cache.read(place, length)
+        kept = KeptSample(given, tokens, self.sample_cache.read(lane, len(tokens)), own)
+        self.kept.put(sample.request.key, kept, KeptPrompt(keys, prompt.hidden, shared))
+        self.kept.give_way(room)
 
     def _waits_for(self, prompt: PromptLane) -> bool:
         return bool(self.waiting) and self._lane_of(self.waiting[0]) is prompt

@@ -7,7 +7,7 @@ and graphs are thrown away when a cache is replaced. The model's weights change 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,6 +47,7 @@ class DecodeSteps:
         """
         lane_of = {id(prompt): lane for lane, prompt in enumerate(prompts)}
         place_of = {id(sample): lane for lane, sample in enumerate(running)}
+        self._take_back(admitted, lane_of, place_of)
         parts = [
             _Part(prompt, lane_of[id(prompt)])
             for prompt in {id(sample.prompt): sample.prompt for sample in admitted}.values()
@@ -55,17 +56,30 @@ class DecodeSteps:
         going_on = [
             _Part(sample.prompt, lane_of[id(sample.prompt)], sample, place_of[id(sample)])
             for sample in admitted
-            if sample.num_given and sample.prompt is not None
+            if sample.num_given and sample.kept is None and sample.prompt is not None
         ]
         last = {id(part.sample): row for part, row in self._compute([*parts, *going_on]) if part.sample is not None}
         rows: dict[int, Tensor] = {}
+        drawing = [sample for sample in admitted if sample.kept is None]
         for sample in admitted:
+            sample.kept = None
+        for sample in drawing:
             assert sample.prompt is not None and sample.prompt.hidden is not None, "admitted samples have a prompt"
             name = id(sample) if sample.num_given else id(sample.prompt)
             rows[name] = last[id(sample)] if sample.num_given else sample.prompt.hidden
         order = {name: index for index, name in enumerate(rows)}
-        of_sample = [order[id(sample) if sample.num_given else id(sample.prompt)] for sample in admitted]
-        return Beginnings(torch.stack(list(rows.values())), of_sample)
+        of_sample = [order[id(sample) if sample.num_given else id(sample.prompt)] for sample in drawing]
+        return Beginnings(torch.stack(list(rows.values())) if rows else None, of_sample, drawing)
+
+    def _take_back(self, admitted: Sequence[Sample], lane_of: Mapping[int, int], place_of: Mapping[int, int]) -> None:
+        """Put kept keys into the lanes of the samples that go on from them."""
+        for prompt in {id(sample.prompt): sample.prompt for sample in admitted}.values():
+            if prompt is not None and prompt.kept is not None:
+                self._scheduler.prompt_cache.write(lane_of[id(prompt)], prompt.kept.keys)
+                prompt.kept = None
+        for sample in admitted:
+            if sample.kept is not None:
+                self._scheduler.sample_cache.write(place_of[id(sample)], sample.kept.keys)
 
     def _compute(self, parts: Sequence[_Part]) -> Iterator[tuple[_Part, Tensor]]:
         """Each part with the hidden state `[H]` of its last token; keys and values go into the caches."""
@@ -178,12 +192,14 @@ class Beginnings:
     """What admitted samples draw their first tokens from.
 
     Attributes:
-        hidden: `[U, H]`, one row for each prompt and for each sample that goes on.
-        of_sample: `[admitted]`, the row of each.
+        hidden: `[U, H]`, one row for each prompt and for each sample that goes on; None where there are none.
+        of_sample: the row of each in `samples`.
+        samples: those that draw now; those with kept keys feed first what is new.
     """
 
-    hidden: Tensor
+    hidden: Tensor | None
     of_sample: list[int]
+    samples: list[Sample]
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,3 +205,105 @@ def test_equal_tokens_and_other_images_are_other_inputs() -> None:
     assert one == ModelInput((text, replace(images[0], source=replace(source, place="b.png"))))
     assert ModelInput((text, TokenPiece((9, 9)))) == ModelInput.of((1, 2, 9, 9)) != one
     assert ModelInput.of((12,)) != ModelInput.of((1, 2))
+
+
+def counting(engine: NativeEngine) -> list[int]:
+    """Tokens of each packed pass that the engine makes from now on."""
+    passes: list[int] = []
+    compute = engine._steps._compute
+
+    def counted(parts: Any) -> Any:
+        passes.append(sum(part.num_tokens for part in parts))
+        return compute(parts)
+
+    engine._steps._compute = counted  # type: ignore[method-assign]
+    return passes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("limit", [1, 3, 64])
+def test_turns_that_take_their_keys_back_have_the_bits_of_those_that_do_not(
+    lab: Lab, architecture: str, dtype: torch.dtype, limit: int
+) -> None:
+    loaded = without_stops(lab.model(architecture, dtype=dtype))
+    prompts = [lab.prompt("a", 5), lab.prompt("b", 66)]
+    requests = lab.requests(prompts, [SamplingParams(max_tokens=count) for count in (9, 3, 12)])
+    keeping = [replace(request, keeps=True) for request in requests]
+    expected = turns(lab, lab.engine(loaded, max_concurrent_samples=limit), requests, 3)
+    engine = lab.engine(loaded, max_concurrent_samples=limit)
+    found = turns(lab, engine, keeping, 3)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.tokens, one.logprobs) == (other.tokens, other.logprobs)
+    assert_no_mismatch(loaded, found)
+
+
+def test_what_is_kept_is_not_computed_again(lab: Lab) -> None:
+    loaded = without_stops(lab.model())
+    request = replace(SampleRequest.of(lab.prompt("a", 200), 0, SamplingParams(max_tokens=50)), keeps=True)
+    engine = lab.engine(loaded)
+    passes = counting(engine)
+    rollout = Rollout(request)
+    for _ in range(3):
+        rollout.takes(lab.run(engine, [rollout.request])[request.id], (11, 12, 13))
+    assert passes == [200, 0, 0]
+    assert engine._scheduler.kept.size > 0
+    asyncio.run(engine.update_weights(0))
+    assert engine._scheduler.kept.size == 0
+    lab.run(engine, [rollout.request])
+    assert passes[3:] == [200 + 200 + len(rollout.tokens)]  # the prompt for its lane, and once more before the sample
+
+
+@pytest.mark.parametrize("change", ["other tokens", "other prompt", "shorter", "a long answer"])
+def test_keys_of_another_text_are_not_taken(lab: Lab, change: str) -> None:
+    loaded = without_stops(lab.model())
+    request = replace(SampleRequest.of(lab.prompt("a", 30), 0, SamplingParams(max_tokens=20)), keeps=True)
+    engine = lab.engine(loaded)
+    first = lab.run(engine, [request])[request.id].token_ids
+    said = {
+        "other tokens": ((5, *first[1:]), (9,)),
+        "other prompt": (first, (9,)),
+        "shorter": (first[:7], ()),
+        "a long answer": (first, tuple(range(20, 100))),
+    }[change]
+    later = going_on(request, *said)
+    if change == "other prompt":
+        later = replace(later, prompt=lab.prompt("b", 30).input)
+    passes = counting(engine)
+    assert lab.run(engine, [later]) == lab.run(lab.engine(loaded), [later])
+    assert passes[0] > 30
+    assert engine._scheduler.kept.size > 0  # of the later turn
+
+
+def test_kept_keys_give_way_to_samples_that_run(lab: Lab) -> None:
+    """The oldest first, within the bound of memory; nobody waits for them."""
+    loaded = without_stops(lab.model())
+    shape = lab.engine(loaded)._scheduler.shape
+    gib = 1000 * shape.bytes_per_token / 2**30
+    engine = lab.engine(loaded, kv_cache_gib=gib)
+    scheduler = engine._scheduler
+    for index in range(12):
+        request = SampleRequest.of(lab.prompt("a", 60), index, SamplingParams(max_tokens=60))
+        lab.run(engine, [replace(request, keeps=True)])
+        assert scheduler._held + scheduler.kept.size <= 1000
+    kept = scheduler.kept
+    assert [key.sample_index for key in kept._samples] == list(range(12 - len(kept._samples), 12))
+    many = lab.requests([lab.prompt("c", 60)], [SamplingParams(max_tokens=60)] * 12)
+    assert lab.run(engine, many) == lab.run(lab.engine(loaded), many)
+    assert scheduler._held + kept.size <= 1000
+
+
+def test_min_tokens_penalty_and_stops_after_kept_keys(lab: Lab) -> None:
+    loaded = without_stops(lab.model())
+    sampling = SamplingParams(
+        max_tokens=12, min_tokens=6, repetition_penalty=1.3, stop_token_ids=tuple(range(20, 90)), temperature=0.9
+    )
+    request = SampleRequest.of(lab.prompt("a", 30), 0, sampling)
+    found: list[list[int]] = []
+    for keeps in (False, True):
+        engine, rollout = lab.engine(loaded), Rollout(replace(request, keeps=keeps))
+        others = lab.requests([lab.prompt("b", 40)], [SamplingParams(max_tokens=30)] * 3)
+        for _ in range(3):
+            asked = [rollout.request, *others]
+            rollout.takes(lab.run(engine, asked)[request.id], (11, 12, 13))
+        found.append(rollout.tokens)
+    assert found[0] == found[1]
