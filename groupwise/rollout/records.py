@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from groupwise.inputs import ModelInput
-from groupwise.trajectories import ImageRow, SegmentRow, TrajectoryRow
-from groupwise.types import Credit, Rollout, RolloutGroup, Segment, TrainingBatch, mean_credit
+from groupwise.trajectories import ImageRow, SegmentRow, TrajectoryRow, split_credit
+from groupwise.types import Credit, Rollout, RolloutGroup, Segment, TrainingBatch
 
 
 def trajectory_rows(batch: TrainingBatch, *, step: int) -> Iterator[TrajectoryRow]:
@@ -21,7 +21,7 @@ def trajectory_rows(batch: TrainingBatch, *, step: int) -> Iterator[TrajectoryRo
 
 def _trajectory_row(group: RolloutGroup, rollout: Rollout, given: Credit, *, step: int) -> TrajectoryRow:
     prompt = rollout.prompt or group.prompt.input
-    mean, credit = _split(given)
+    mean, credit = split_credit(given)
     return TrajectoryRow(
         step=step,
         group=group.index,
@@ -47,15 +47,6 @@ def _trajectory_row(group: RolloutGroup, rollout: Rollout, given: Credit, *, ste
         cause=rollout.cause,
         images=_image_rows(prompt, rollout.input),
     )
-
-
-def _split(given: Credit) -> tuple[float, tuple[float, ...] | None]:
-    """The mean, and each token's where they differ; of equal ones the mean is the one, to the bit."""
-    if not isinstance(given, tuple):
-        return given, None
-    if len(set(given)) == 1:
-        return given[0], None
-    return mean_credit(given), given or None
 
 
 def _segment_row(segment: Segment) -> SegmentRow:

@@ -20,7 +20,7 @@ from groupwise.trajectories.reading import (
     read_trajectories,
     read_trajectory_file,
 )
-from groupwise.trajectories.rows import EvalTrajectoryRow, ImageRow, SegmentRow, TrajectoryRow
+from groupwise.trajectories.rows import EvalTrajectoryRow, ImageRow, SegmentRow, TrajectoryRow, split_credit
 from groupwise.trajectories.writing import FORMAT, eval_to_json, to_json
 
 __all__ = [
@@ -39,5 +39,6 @@ __all__ = [
     "read_eval_trajectories",
     "read_trajectories",
     "read_trajectory_file",
+    "split_credit",
     "to_json",
 ]

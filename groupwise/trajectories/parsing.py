@@ -8,7 +8,7 @@ from types import NoneType
 from typing import Any
 
 from groupwise.trajectories.fields import Fields, number
-from groupwise.trajectories.rows import EvalTrajectoryRow, ImageRow, SegmentRow, TrajectoryRow, Writer
+from groupwise.trajectories.rows import EvalTrajectoryRow, ImageRow, SegmentRow, TrajectoryRow, Writer, split_credit
 from groupwise.trajectories.writing import FORMAT
 from groupwise.types import Boundary, FinishReason, RolloutStatus
 
@@ -21,6 +21,7 @@ def from_json(values: Mapping[str, Any]) -> TrajectoryRow:
     """
     old, row = _format_of(values) == 1, Fields(values)
     token_ids = tuple(row.list_of("token_ids", int))
+    advantage, credit = _old_credit(row, len(token_ids)) if old else _credit(row)
     return TrajectoryRow(
         step=row.get("step", int),
         group=row.get("group", int),
@@ -37,8 +38,8 @@ def from_json(values: Mapping[str, Any]) -> TrajectoryRow:
         policy_versions=_versions(row, len(token_ids)),
         rewards=row.rewards(),
         reward=row.get("reward", float, int, NoneType),
-        advantage=number(row.get("advantage", float, int, NoneType)),
-        credit=row.numbers("credit") if row.has("credit") else None,
+        advantage=advantage,
+        credit=credit,
         scores=_scores(row),
         finish_reason=row.word("finish_reason", FinishReason),
         status=row.word("status", RolloutStatus),
@@ -46,6 +47,26 @@ def from_json(values: Mapping[str, Any]) -> TrajectoryRow:
         cause=row.get("cause", str),
         images=() if old else tuple(_image(Fields(image)) for image in row.list_of("images", dict)),
     )
+
+
+def _credit(row: Fields) -> tuple[float, tuple[float, ...] | None]:
+    advantage = number(row.get("advantage", float, int, NoneType))
+    return advantage, row.numbers("credit") if row.has("credit") else None
+
+
+def _old_credit(row: Fields, num_tokens: int) -> tuple[float, tuple[float, ...] | None]:
+    """Format 1: one advantage, or a list of the tokens' own."""
+    if not isinstance(row.get("advantage", float, int, NoneType, list), list):
+        return _credit(row)
+    given = row.numbers("advantage")
+    if len(given) != num_tokens:
+        raise ValueError(
+            f'got "advantage" of {len(given)} values; expected one, or one for each of {num_tokens} tokens'
+        )
+    try:
+        return split_credit(given)
+    except OverflowError:
+        raise ValueError('got "advantage" with numbers too large to add') from None
 
 
 def _only_segment(row: Fields, num_tokens: int) -> tuple[SegmentRow, ...]:

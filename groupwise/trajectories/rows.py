@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, TypeAlias
 
-from groupwise.types import Boundary, FinishReason, Message, RolloutStatus
+from groupwise.types import Boundary, Credit, FinishReason, Message, RolloutStatus, mean_credit
 
 Writer: TypeAlias = Literal["model", "environment"]
 
@@ -157,6 +157,16 @@ class TrajectoryRow:
     def advantages(self) -> tuple[float, ...]:
         """`[T]`, what each token was credited with."""
         return (self.advantage,) * len(self.token_ids) if self.credit is None else self.credit
+
+
+def split_credit(given: Credit) -> tuple[float, tuple[float, ...] | None]:
+    """A row's `advantage` and `credit`: the mean, and each token's where they differ; of equal ones the mean is the
+    one, to the bit."""
+    if not isinstance(given, tuple):
+        return given, None
+    if len(set(given)) == 1:
+        return given[0], None
+    return mean_credit(given), given or None
 
 
 @dataclass(frozen=True, slots=True)

@@ -230,6 +230,37 @@ def test_an_old_run_is_read_into_the_same_type(run: Path) -> None:
     assert from_json({**failed, "token_ids": [], "logprobs": []}).policy_versions == ()
 
 
+@pytest.mark.parametrize(
+    ("given", "advantage", "credit"),
+    [([0.5, -0.25], 0.125, (0.5, -0.25)), ([0.1, 0.1], 0.1, None), ([0, 1], 0.5, (0, 1))],
+)
+def test_an_old_row_s_advantage_may_be_of_each_token(
+    given: list[float], advantage: float, credit: tuple[float, ...] | None
+) -> None:
+    row = from_json({**OLD, "advantage": given})
+    assert (row.advantage, row.credit) == (advantage, credit)
+    assert row.advantages == tuple(given)
+    written = json.loads(line(row))
+    assert (written["advantage"], written.get("credit")) == (advantage, credit and list(credit))
+
+
+def test_an_old_row_s_advantages_are_checked() -> None:
+    none = from_json({**OLD, "advantage": [], "token_ids": [], "logprobs": []})
+    assert (none.advantage, none.credit) == (0.0, None)
+    damaged = from_json({**OLD, "advantage": [0.5, None]})
+    assert math.isnan(damaged.advantage)
+    assert math.isnan(damaged.advantages[1])
+    for wrong, words in (
+        ([0.5], "of 1 values; expected one, or one for each of 2 tokens"),
+        ([0.5, "a"], 'got "advantage" with text in it'),
+        ([1.7e308, 1.6e308], "too large to add"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            from_json({**OLD, "advantage": wrong})
+    with pytest.raises(ValueError, match='got "advantage" as a list'):
+        from_json({**json.loads(line(ROW)), "advantage": [0.2] * 5})
+
+
 def test_a_half_line_at_the_end_is_passed_over(run: Path) -> None:
     file = write(run, 1, ROW, FAILED)
     whole = file.read_bytes()
