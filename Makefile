@@ -69,7 +69,7 @@ $(VENV_EXTRAS)/.installed: $(VENV_EXTRAS)/.python pyproject.toml constraints-ext
 	@echo "== installing torch into $(VENV_EXTRAS)"
 	@$(PIP_EXTRAS) torch
 	@echo "== installing groupwise with all trackers, and triton"
-	@$(PIP_EXTRAS) -e '.[trackers,gguf]' swanboard 'triton>=3.6' pytest pytest-timeout hypothesis
+	@$(PIP_EXTRAS) -e '.[trackers,gguf,serve]' swanboard 'triton>=3.6' pytest pytest-timeout hypothesis
 	@touch $@
 
 test-extras: $(VENV_EXTRAS)/.installed
@@ -90,7 +90,7 @@ test-newest:
 	@$(MAKE) --no-print-directory $(VENV_NEWEST)/.python
 	@echo "== installing the newest releases"
 	@$(BIN_NEWEST)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) torch
-	@$(BIN_NEWEST)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e . pytest pytest-timeout hypothesis gguf matplotlib
+	@$(BIN_NEWEST)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[serve]' pytest pytest-timeout hypothesis gguf matplotlib
 	@$(BIN_NEWEST)/python -m pip check --disable-pip-version-check
 	@$(BIN_NEWEST)/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|peft|tokenizers|datasets|numpy|pydantic) '
 	@$(BIN_NEWEST)/python -m pytest -q -m "$(FAST)" $(PYTEST_ARGS)
