@@ -30,6 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from vs_trl import versions, write_inputs
 from vs_trl_sides import Figure, Stopwatch
 
+from groupwise.batches import TrainingRow
 from groupwise.config import Config
 from groupwise.data import load_prompts, read_rows
 from groupwise.engines.native import NativeEngine
@@ -41,7 +42,7 @@ from groupwise.model.forward.attention import AttentionCall
 from groupwise.model.forward.hidden_states import hidden_states
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, load_model
-from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams, TrainingRow
+from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams
 
 INEXACT = ("sdpa", "products")
 SIDES = ("exact", *INEXACT)

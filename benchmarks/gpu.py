@@ -26,6 +26,7 @@ from gpu_models import SHAPES, ModelShape, build_model
 from torch import Tensor
 
 from groupwise.algorithms import build_algorithm
+from groupwise.batches import Denominators, TrainingRow
 from groupwise.config import AlgorithmConfig, OptimConfig, RolloutConfig, TrainConfig
 from groupwise.engines.native import NativeEngine
 from groupwise.inputs import ModelInput
@@ -36,7 +37,7 @@ from groupwise.model.invariant.use import require_gpu
 from groupwise.model.loading import LoadedModel, resolve_device, resolve_dtype
 from groupwise.policy import Learner
 from groupwise.policy.microbatches import MicroBatch, split_rows
-from groupwise.types import Completion, Denominators, Prompt, SampleRequest, SamplingParams, TrainingRow
+from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams
 
 GROUP_SIZE = 8
 ENTROPY = 1.0

@@ -27,7 +27,9 @@ from groupwise.config.model_name import settled_model
 if TYPE_CHECKING:
     from torch import nn
 
-    from groupwise.types import Prompt, Tokenizer, TrainingRow
+    from groupwise.batches import TrainingRow
+    from groupwise.protocols import Tokenizer
+    from groupwise.types import Prompt
 
 WHOLE_FILE = 256 << 20
 WHOLE_MODEL = 1 << 30

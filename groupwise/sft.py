@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from groupwise.algorithms.base import LossInputs, LossOutput, with_balance
+from groupwise.batches import Denominators, Knobs, MiniBatch, TrainingBatch, TrainingRow
 from groupwise.clock import Clock
 from groupwise.config import Config
 from groupwise.data.sampler import epoch_order
 from groupwise.empty_steps import Usable
 from groupwise.metrics import Last, Metrics
-from groupwise.types import Denominators, Knobs, MiniBatch, TrainingBatch, TrainingRow
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from groupwise import metrics
+from groupwise.batches import TrainingBatch
 from groupwise.checkpoint.saver import Saver
 from groupwise.clock import Clock
 from groupwise.config import Config
@@ -23,11 +24,11 @@ from groupwise.files import append_rows
 from groupwise.interrupt import StopRequest, interrupted
 from groupwise.metrics import Last, Metric, Metrics
 from groupwise.policy.upkeep import Upkeep
+from groupwise.protocols import Policy, WeightSync
 from groupwise.rollout.records import ledger_rows, trajectory_rows
 from groupwise.rundir import RunDirectory
 from groupwise.tracking import Trackers
 from groupwise.trajectories import to_json
-from groupwise.types import Policy, TrainingBatch, WeightSync
 from groupwise.watching import Watcher, Wish
 
 

@@ -1,4 +1,4 @@
-"""The nouns: Prompt, Completion, Rollout, RolloutGroup, TrainingBatch; and the Protocols Engine, Policy, Stateful.
+"""The nouns of sampling: Prompt, SampleRequest, Completion, Segment, Rollout, RolloutGroup.
 
 Shapes are in brackets: `[P]` prompt tokens, `[T]` completion tokens, `[G]` rollouts of one group.
 Nothing here imports torch, so data and rewards stay light.
@@ -6,20 +6,12 @@ Nothing here imports torch, so data and rewards stay light.
 
 from __future__ import annotations
 
-import math
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, TypeAlias
 
 from groupwise.inputs import ModelInput, SampleKey
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import Tensor
-
-    from groupwise.metrics import Metrics
 
 Message: TypeAlias = Mapping[str, Any]
 """One chat message: `{"role": "user", "content": "…"}`."""
@@ -357,111 +349,6 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingRow:
-    """One sequence as the trainer sees it; all per-token arrays are `[T]`, checked here.
-
-    Attributes:
-        prompt: `[P]`; neighbours in a micro-batch with one `group` and equal prompts have it computed once.
-        follows: `[T]`, what follows the prompt.
-        loss_mask: `[T]`, 1 where the loss counts.
-        advantages: `[T]`, the credit of each token.
-        logprobs: `[T]`, the sampler's log-probs; zeros in supervised training.
-        old_logprobs: `[T]`, by the policy before the step's first update; None: the sampler's are these.
-        ref_logprobs: `[T]`, by the reference; None: the policy asks it when it needs them.
-    """
-
-    group: int
-    prompt: ModelInput
-    follows: ModelInput
-    loss_mask: tuple[int, ...]
-    advantages: tuple[float, ...]
-    logprobs: tuple[float, ...]
-    old_logprobs: tuple[float, ...] | None = None
-    ref_logprobs: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        computed = [values for values in (self.old_logprobs, self.ref_logprobs) if values is not None]
-        arrays = (self.token_ids, self.loss_mask, self.advantages, self.logprobs, *computed)
-        lengths = {len(values) for values in arrays}
-        assert len(lengths) == 1, f"per-token arrays of one row differ in length: {sorted(lengths)}"
-        assert self.prompt_ids and self.token_ids, "a training row needs at least one prompt and one completion token"
-
-    @property
-    def prompt_ids(self) -> tuple[int, ...]:
-        """`[P]`."""
-        return self.prompt.token_ids
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """`[T]`."""
-        return self.follows.token_ids
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt) + len(self.follows)
-
-
-@dataclass(frozen=True, slots=True)
-class Denominators:
-    """What sums are divided by, counted over the whole optimiser batch, so that no split of it changes the gradient.
-
-    Attributes:
-        tokens: tokens with `loss_mask = 1`.
-        sequences: rows with at least one such token.
-        max_tokens: the completion cap, the constant of Dr. GRPO's normaliser.
-        expert_counts: `[layers][experts]`, how often the loss tokens chose each expert of a mixture; for a balance loss
-            alone, whose policy counts them where they are None.
-    """
-
-    tokens: float
-    sequences: float
-    max_tokens: float
-    expert_counts: tuple[tuple[int, ...], ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class MiniBatch:
-    """One optimiser step, however it is cut.
-
-    Attributes:
-        rows: those that are learned.
-        denominators: counted over all rows, those that are only measured included.
-        measured: rows whose gradient is known to be zero.
-    """
-
-    rows: tuple[TrainingRow, ...]
-    denominators: Denominators
-    measured: tuple[TrainingRow, ...] = ()
-
-
-Credit: TypeAlias = float | tuple[float, ...]
-"""What a rollout is credited with: one number for all of its tokens, or one for each, `[T]`."""
-
-
-def mean_credit(credit: Credit) -> float:
-    """Over its tokens; 0 without one."""
-    return (math.fsum(credit) / max(len(credit), 1)) if isinstance(credit, tuple) else credit
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingBatch:
-    """Groups packed for the trainer: `steps_per_batch` mini-batches, each one optimiser step, and again in each further
-    pass.
-
-    Attributes:
-        groups: the groups it was built from, in index order.
-        credit: `[groups][G]`, of one number per rollout or of one per token `[T]`, for trajectories.
-        dropped: groups that were sampled for it and teach nothing: measured and recorded, not learned.
-    """
-
-    groups: tuple[RolloutGroup, ...]
-    credit: tuple[tuple[Credit, ...], ...]
-    minibatches: tuple[MiniBatch, ...]
-    metrics: Metrics
-    dropped: tuple[RolloutGroup, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class EngineCaps:
     """What an engine can promise. The trainer refuses a configuration that these cannot make exact.
 
@@ -479,113 +366,6 @@ class EngineCaps:
     routes: bool = False
     scores: bool = False
     images: bool = False
-
-
-class Engine(Protocol):
-    """Turns prompts into completions; knows nothing of rewards or training."""
-
-    @property
-    def caps(self) -> EngineCaps: ...
-
-    def generate(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Completion]:
-        """Yield one completion per request, as each finishes. Concurrent calls share the engine."""
-        ...
-
-    async def abort(self, request_ids: Sequence[str] | None = None) -> None:
-        """End these requests (or all) now; each yields what it has with finish reason `abort`."""
-        ...
-
-    async def close(self) -> None:
-        """Release what is held: caches, connections. A later call of `generate` takes it again."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Knobs:
-    """Numbers that change from step to step, given with each call.
-
-    Attributes:
-        entropy_coef: weight of the entropy bonus; None is the objective's own.
-    """
-
-    entropy_coef: float | None = None
-
-
-NO_KNOBS = Knobs()
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreRequest:
-    """Log-probs asked for: of `follows` `[T]`, after `prompt` `[P]`."""
-
-    prompt: ModelInput
-    follows: ModelInput
-
-
-class Policy(Protocol):
-    """The model being trained. It cuts its own batches, and is awaited: the event loop answers engines meanwhile."""
-
-    async def learn(self, batch: MiniBatch, knobs: Knobs) -> list[Metrics]:
-        """Add the gradient of the batch, in as many passes as it takes; the metrics of each."""
-        ...
-
-    async def optim_step(self) -> Metrics:
-        """Clip, update, forget the gradients.
-
-        Raises:
-            TrainingError: the third gradient in a row that is not finite.
-        """
-        ...
-
-    async def log_probs(self, requests: Sequence[ScoreRequest], *, of: str = "policy") -> list[tuple[float, ...]]:
-        """`[T]` each, at the sampling temperature, by the policy or by the scorer of that name.
-
-        Raises:
-            ConfigError: there is no such scorer.
-        """
-        ...
-
-    async def move_reference(self, name: str, alpha: float) -> None:
-        """The scorer becomes `alpha` x policy + (1 - `alpha`) x scorer."""
-        ...
-
-    def published(self) -> None:
-        """The engines sample from these weights from now on."""
-        ...
-
-    def source(self) -> Iterable[tuple[str, Tensor]]:
-        """What an engine's module needs to become this policy, by name: all that training changes."""
-        ...
-
-    async def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder, whole or not at all."""
-        ...
-
-    async def close(self) -> None:
-        """Leave the model as a model, which may be trained by another policy."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class WeightSync(Protocol):
-    """A policy version into an engine: pause, transfer, verify, resume are its own."""
-
-    async def publish(self, version: int) -> None:
-        """The policy as it is now is `version`, and what the engine serves from now on.
-
-        Raises:
-            EngineError: samples of the old version are still running, or the engine did not take it.
-        """
-        ...
-
-    async def wait(self) -> None:
-        """Until the last `publish` has read all that it reads: then weights may change."""
-        ...
-
-    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -615,52 +395,3 @@ class Done:
     """The episode is over. `reward` is for its last turn."""
 
     reward: float | None = None
-
-
-class Environment(Protocol):
-    """What answers the turns of one sample; there is one object for each. Methods may also be plain functions, which
-    then run in a thread.
-
-    Its answers should be a function of prompt, key and turns: then a resumed run is the run that was never stopped.
-
-    Attributes:
-        stop: strings that end a turn, beside `rollout.stop`; may be left out.
-    """
-
-    async def begin(self, prompt: Prompt, key: SampleKey) -> Sequence[Message] | None:
-        """Called first. Messages are put after the prompt's own; None leaves it as it is."""
-        ...
-
-    async def answer(self, turn: Segment) -> Reply | Done:
-        """Answer what the model just wrote."""
-        ...
-
-    async def close(self) -> None:
-        """Called last, also after a failure."""
-        ...
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """Anything whose state belongs in a checkpoint: JSON values and tensors, nested in dicts and lists."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that Groupwise calls."""
-
-    eos_token_id: int | None
-    chat_template: Any
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
-
-    def get_vocab(self) -> dict[str, int]: ...
-
-    def apply_chat_template(self, conversation: Sequence[Message], **kwargs: Any) -> Any: ...
-
-    def save_pretrained(self, save_directory: Any) -> Any: ...

@@ -25,9 +25,10 @@ from groupwise.algorithms.entropy import EntropyControl, top_entropy_mask
 from groupwise.algorithms.kl import KlEstimator, KlPlace, kl_penalty
 from groupwise.algorithms.reduce import Normaliser, token_weights
 from groupwise.algorithms.teacher import TeacherCredit
+from groupwise.batches import Denominators, Knobs
 from groupwise.metrics import Mean, Metric, Metrics
 from groupwise.tensors import floats
-from groupwise.types import REFERENCE, TEACHER, Denominators, Knobs
+from groupwise.types import REFERENCE, TEACHER
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from groupwise.types import Denominators
+from groupwise.batches import Denominators
 
 Normaliser: TypeAlias = Literal["token", "sequence", "constant"]
 

@@ -24,11 +24,11 @@ from groupwise.model.checkpoints import settle_model
 from groupwise.model.limits import check_run, find_limits
 from groupwise.model.loading import LoadedModel, load_tokenizer, prepare_device, resolve_device, resolve_dtype
 from groupwise.model.outline import check_model
+from groupwise.protocols import Tokenizer
 from groupwise.resume import Identity
 from groupwise.rewards import RewardScorer
 from groupwise.rundir import check_place, describe_place
 from groupwise.tracking import check_backends, missing_packages
-from groupwise.types import Tokenizer
 from groupwise.watching import Watcher
 
 

@@ -20,20 +20,12 @@ from groupwise.evaluation import EvalReport, evaluate
 from groupwise.inputs import ModelInput, SampleKey
 from groupwise.model.limits import check_evaluation, check_run, find_limits
 from groupwise.model.loading import LoadedModel, load_model, load_tokenizer
+from groupwise.protocols import Engine, Tokenizer
 from groupwise.rewards import RewardScorer
 from groupwise.rollout.episode import Sample, run_group, sampled_by
 from groupwise.rollout.sampling import eval_sampling, training_sampling
 from groupwise.texts import encodable
-from groupwise.types import (
-    Completion,
-    Engine,
-    Message,
-    Prompt,
-    RolloutGroup,
-    SampleRequest,
-    SamplingParams,
-    Tokenizer,
-)
+from groupwise.types import Completion, Message, Prompt, RolloutGroup, SampleRequest, SamplingParams
 
 
 class Session:

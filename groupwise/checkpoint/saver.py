@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from groupwise.checkpoint.store import save_checkpoint
 from groupwise.config.train import TrainConfig
-from groupwise.types import Stateful
+from groupwise.protocols import Stateful
 
 _PRICE = 0.05
 

@@ -37,7 +37,7 @@ from groupwise.checkpoint.folders import (
 )
 from groupwise.errors import CheckpointError
 from groupwise.files import leads_outside, sync_folder, use_umask, write_json_atomic, write_text_atomic
-from groupwise.types import Stateful
+from groupwise.protocols import Stateful
 
 FORMAT = 2
 _READABLE = (1, 2)  # a manifest of format 1 has no checksum of its own

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.errors import ConfigError, DataError, nearest
+from groupwise.protocols import Tokenizer
 from groupwise.templates import TemplateFault, apply_template
 from groupwise.texts import one_line
-from groupwise.types import Message, Tokenizer
+from groupwise.types import Message
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from groupwise.data.rows import (
 from groupwise.errors import DataError
 from groupwise.inputs import ModelInput
 from groupwise.metrics import Last, Metric
-from groupwise.types import Prompt, Tokenizer
+from groupwise.protocols import Tokenizer
+from groupwise.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from groupwise.data.rows import (
     with_context,
 )
 from groupwise.errors import DataError
-from groupwise.types import Tokenizer
+from groupwise.protocols import Tokenizer
 
 _SHOWN_PROBLEMS = 5
 _CAP_STEP = 64

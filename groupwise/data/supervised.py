@@ -8,6 +8,7 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+from groupwise.batches import TrainingRow
 from groupwise.config.data import DataConfig
 from groupwise.data.chat import (
     EncodedConversation,
@@ -35,7 +36,8 @@ from groupwise.data.rows import (
 from groupwise.errors import DataError
 from groupwise.inputs import ModelInput
 from groupwise.metrics import Last, Metric
-from groupwise.types import Message, Tokenizer, TrainingRow
+from groupwise.protocols import Tokenizer
+from groupwise.types import Message
 
 
 @dataclass(frozen=True, slots=True)

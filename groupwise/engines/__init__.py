@@ -1,4 +1,4 @@
-"""Engines: prompts in, completions out, behind one protocol (`groupwise.types.Engine`). Adapters are loaded by name."""
+"""Engines: prompts in, completions out, behind one Protocol (`groupwise/protocols.py`); loaded by name."""
 
 from __future__ import annotations
 

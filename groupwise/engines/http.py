@@ -30,7 +30,7 @@ _START_SECONDS = 10.0
 
 
 class HttpEngine:
-    """Implements `groupwise.types.Engine` over a server at `rollout.url`.
+    """Implements `groupwise.protocols.Engine` over a server at `rollout.url`.
 
     Args:
         decode: token ids to text, special tokens left out.

@@ -12,7 +12,7 @@ from groupwise.environments.calculator import Calculator
 from groupwise.environments.visit import SINGLE_TURN, Environments
 from groupwise.errors import ConfigError, GroupwiseError, nearest
 from groupwise.process_state import guarded
-from groupwise.types import Environment, Tokenizer
+from groupwise.protocols import Environment, Tokenizer
 from groupwise.user_code import load_named
 
 _BUILT_IN: Mapping[str, Callable[..., Environment]] = {"calculator": Calculator}

@@ -15,7 +15,8 @@ from groupwise.data.rows import message_problem
 from groupwise.environments.calls import Calls, EnvironmentFailed
 from groupwise.errors import DataError
 from groupwise.inputs import ModelInput, SampleKey
-from groupwise.types import Done, Environment, Message, Prompt, Reply, Segment, Tokenizer
+from groupwise.protocols import Environment, Tokenizer
+from groupwise.types import Done, Message, Prompt, Reply, Segment
 
 ENVIRONMENT = "environment"
 """The name of what environments give, among a rollout's rewards."""

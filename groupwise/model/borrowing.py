@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from groupwise.model.adapters import adopt_adapter, has_adapter_layers
 from groupwise.model.forward.recompute import recompute_layers, recomputes_layers
 from groupwise.model.loading import LoadedModel, wrap_model
-from groupwise.types import Tokenizer
+from groupwise.protocols import Tokenizer
 
 
 @contextmanager

@@ -30,8 +30,8 @@ from groupwise.config.model_name import (
 )
 from groupwise.errors import ConfigError
 from groupwise.model.loading import LoadedModel, load_model, resolve_device, resolve_dtype, with_adapter
+from groupwise.protocols import Tokenizer
 from groupwise.rundir import read_run_config
-from groupwise.types import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

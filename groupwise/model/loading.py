@@ -32,7 +32,7 @@ from groupwise.model.forward.head import LanguageHead
 from groupwise.model.forward.scoring import ScoringModel
 from groupwise.model.invariant.use import is_batch_invariant, make_batch_invariant, require_gpu
 from groupwise.model.quantized import nf4_settings, unpack_before_products
-from groupwise.types import Tokenizer
+from groupwise.protocols import Tokenizer
 
 if TYPE_CHECKING:
     import peft

@@ -28,7 +28,7 @@ from groupwise.export.source import name_own_base
 from groupwise.model.adapters import require_apart
 from groupwise.model.quantized import is_packed
 from groupwise.model.stored import StoredWeights
-from groupwise.types import Tokenizer
+from groupwise.protocols import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from groupwise.model.loading import LoadedModel
 from groupwise.policy import Learner, LocalPolicy, Objective
 from groupwise.policy.bundle import BundleWriter
 from groupwise.policy.reference import FrozenScorer
+from groupwise.protocols import Engine, Policy, WeightSync
 from groupwise.rundir import RunDirectory
-from groupwise.types import TEACHER, Engine, Policy, WeightSync
+from groupwise.types import TEACHER
 from groupwise.weight_sync import InProcessSync
 
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
+from groupwise.batches import Denominators
 from groupwise.model.forward.hidden_states import packed_hidden_states
 from groupwise.model.forward.packing import Packed
 from groupwise.model.forward.routing import ExpertCounts, Routing, sum_counts
 from groupwise.policy.microbatches import MicroBatch
 from groupwise.policy.streams import Streams
-from groupwise.types import Denominators
 
 
 def routing_of(batch: MicroBatch, packed: Packed, *, keeps_logits: bool = False) -> Routing:

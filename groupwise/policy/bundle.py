@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
+from groupwise.batches import NO_KNOBS, Denominators, Knobs, TrainingRow
 from groupwise.checkpoint import find_latest
 from groupwise.checkpoint.codec import decode_state, encode_state
 from groupwise.config import Config
@@ -30,7 +31,6 @@ from groupwise.inputs import ModelInput, as_json, from_json
 from groupwise.policy.microbatches import MicroBatch
 from groupwise.policy.optimizer import Gradient
 from groupwise.rundir import RunDirectory, versions
-from groupwise.types import NO_KNOBS, Denominators, Knobs, TrainingRow
 
 KEPT = 3
 MOST_WEIGHT_BYTES = 2**30

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from groupwise.algorithms.base import LossInputs, LossOutput
+from groupwise.batches import NO_KNOBS, Denominators, Knobs, TrainingRow
 from groupwise.config import OptimConfig, TrainConfig
 from groupwise.errors import TrainingError
-from groupwise.metrics import Last, Max, Mean, Metrics, Sum
+from groupwise.metrics import Last, Mean, Metrics, Sum
 from groupwise.model.adapters import dropout_layers
 from groupwise.model.exact.experts import experts_of
 from groupwise.model.forward.head import TokenScores
@@ -30,11 +31,11 @@ from groupwise.policy.adapter_reference import make_reference
 from groupwise.policy.balance import routing_of, with_expert_counts
 from groupwise.policy.bundle import BundleWriter, LearnedBatch
 from groupwise.policy.microbatches import MicroBatch
+from groupwise.policy.mismatch import mismatch_metrics
 from groupwise.policy.optimizer import Gradient, MasterOptimizer
 from groupwise.policy.reference import Reference
 from groupwise.policy.schedule import learning_rate
 from groupwise.policy.streams import Streams
-from groupwise.types import NO_KNOBS, Denominators, Knobs, TrainingRow
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,11 @@ class Learner:
         self._stopped = threading.Event()
 
     @property
+    def _is_exact(self) -> bool:
+        """Whether sampler and trainer have the same bits where nothing is wrong."""
+        return self.loaded.device.type == "cpu" and not self._dropout
+
+    @property
     def bytes_to_come(self) -> int:
         """Memory that training will take beside activations, and has not taken yet."""
         return self._optimizer.bytes_to_come
@@ -223,7 +229,7 @@ class Learner:
         if routing is not None:
             metrics.update(routing.metrics())
         if self._is_sampler:
-            metrics.update(self._mismatch(one.batch.rows, inputs))
+            metrics.update(mismatch_metrics(one.batch.rows, inputs, exact=self._is_exact))
         return _Passed(loss, metrics, gradients)
 
     @contextmanager
@@ -288,27 +294,6 @@ class Learner:
             denominators=denominators,
             sampler_logprobs=sampled if recomputed else None,
         )
-
-    def _mismatch(self, rows: Sequence[TrainingRow], inputs: LossInputs) -> dict[str, Mean | Max]:
-        """How far the sampler's log-probs are from the trainer's, while both have the same weights."""
-        sampled = inputs.old_logprobs if inputs.sampler_logprobs is None else inputs.sampler_logprobs
-        drift = ((inputs.logprobs.detach() - sampled) * inputs.mask).abs()
-        largest = float(drift.max())
-        if largest > 0 and self.loaded.device.type == "cpu" and not self._dropout:
-            first = int((drift > 0).nonzero()[0])
-            row = int(inputs.row[first])
-            place = first - sum(len(r.token_ids) for r in rows[:row])
-            logger.warning(
-                "sampler and trainer differ by up to %.3g; first at token %d of a completion of group %d",
-                largest,
-                place,
-                rows[row].group,
-            )
-        count = float(inputs.mask.sum())
-        return {
-            "sampling/sampling_logp_difference/mean": Mean(float(drift.sum()), count),
-            "sampling/sampling_logp_difference/max": Max(largest),
-        }
 
     @torch.no_grad()
     def log_probs(self, rows: Sequence[TrainingRow]) -> Tensor:

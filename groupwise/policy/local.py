@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
+from groupwise.batches import Knobs, MiniBatch, ScoreRequest, TrainingRow
 from groupwise.errors import ConfigError
 from groupwise.metrics import Metrics
 from groupwise.model.forward.packing import pack
@@ -23,7 +24,7 @@ from groupwise.policy.reference import FrozenScorer, Reference
 from groupwise.policy.saving import write_model
 from groupwise.policy.worker import Worker
 from groupwise.tensors import floats
-from groupwise.types import REFERENCE, Knobs, MiniBatch, ScoreRequest, TrainingRow
+from groupwise.types import REFERENCE
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,7 +34,7 @@ POLICY = "policy"
 
 
 class LocalPolicy:
-    """Implements `groupwise.types.Policy` over one module.
+    """Implements `groupwise.protocols.Policy` over one module.
 
     Args:
         micro_batch_tokens: most tokens of one forward and backward pass.

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from groupwise.batches import MiniBatch, TrainingRow
 from groupwise.inputs import ModelInput
-from groupwise.types import MiniBatch, TrainingRow
 
 
 @dataclass(frozen=True, slots=True)

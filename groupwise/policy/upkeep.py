@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from groupwise.algorithms.entropy import EntropyControl
+from groupwise.batches import Knobs
 from groupwise.metrics import Last, Mean, Metrics, merge
-from groupwise.types import Knobs, Policy
+from groupwise.protocols import Policy
 
 
 class AdaptiveEntropy:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from groupwise.errors import ConfigError, DataError
+from groupwise.protocols import Tokenizer
 from groupwise.rewards.format import CLOSE, GSM8K_PATTERN, OPEN, thoughts_are
 from groupwise.rewards.gsm8k import MARKER
-from groupwise.types import Prompt, Tokenizer
+from groupwise.types import Prompt
 
 PromptCheck: TypeAlias = Callable[[Prompt, Sequence[str]], None]
 """Raises ConfigError or DataError where no answer to the prompt, under these stop strings, can earn the reward."""

@@ -12,6 +12,7 @@ from typing import Any
 from groupwise.config.reward import RewardConfig
 from groupwise.errors import ConfigError, DataError, RewardError
 from groupwise.metrics import Last, Metric, Metrics
+from groupwise.protocols import Tokenizer
 from groupwise.rewards.arguments import finite_number
 from groupwise.rewards.calls import Failed, RewardCall, Runner, shortened
 from groupwise.rewards.earnable import check_marks, check_tokens
@@ -20,7 +21,7 @@ from groupwise.rewards.placement import make_runner
 from groupwise.rewards.signature import function_name, group_arguments, read_signature, require_columns
 from groupwise.rewards.tally import Tally
 from groupwise.rewards.values import Graded
-from groupwise.types import Prompt, Rollout, Tokenizer
+from groupwise.types import Prompt, Rollout
 
 MAX_ABANDONED_THREADS = 8
 _KINDS_LOGGED = 20

@@ -12,21 +12,13 @@ from torch import Tensor
 
 from groupwise.algorithms.base import AdvantageInputs, Algorithm
 from groupwise.algorithms.kl import kl_in_reward, kl_penalty
+from groupwise.batches import Credit, Denominators, MiniBatch, TrainingBatch, TrainingRow
 from groupwise.empty_steps import Usable
 from groupwise.environments import ENVIRONMENT
 from groupwise.metrics import Max, Mean, Metric, Min, Sum
 from groupwise.rollout.credit import add_token_terms, credit_metrics
 from groupwise.tensors import floats
-from groupwise.types import (
-    REFERENCE,
-    Credit,
-    Denominators,
-    MiniBatch,
-    Rollout,
-    RolloutGroup,
-    TrainingBatch,
-    TrainingRow,
-)
+from groupwise.types import REFERENCE, Rollout, RolloutGroup
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from groupwise.algorithms.base import Algorithm
+from groupwise.batches import Credit
 from groupwise.metrics import Mean, Metric
 from groupwise.tensors import floats
-from groupwise.types import TEACHER, Credit, Rollout, RolloutGroup
+from groupwise.types import TEACHER, Rollout, RolloutGroup
 
 
 def add_token_terms(

@@ -17,11 +17,11 @@ from typing import Protocol, TypeAlias
 from groupwise.environments import ENVIRONMENT, EnvironmentFailed, Environments, Visit
 from groupwise.errors import EngineError
 from groupwise.inputs import ModelInput, SampleKey
+from groupwise.protocols import Engine
 from groupwise.types import (
     Boundary,
     Completion,
     Done,
-    Engine,
     FinishReason,
     Prompt,
     Reply,

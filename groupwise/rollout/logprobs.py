@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from groupwise.algorithms import Algorithm
+from groupwise.batches import ScoreRequest
+from groupwise.protocols import Policy
 from groupwise.rollout.batch import is_learnable
-from groupwise.types import Policy, Rollout, RolloutGroup, ScoreRequest
+from groupwise.types import Rollout, RolloutGroup
 
 
 @dataclass(frozen=True, slots=True)

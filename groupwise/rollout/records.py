@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from groupwise.batches import Credit, TrainingBatch
 from groupwise.inputs import ModelInput
 from groupwise.trajectories import ImageRow, SegmentRow, TrajectoryRow, split_credit
-from groupwise.types import Credit, Rollout, RolloutGroup, Segment, TrainingBatch
+from groupwise.types import Rollout, RolloutGroup, Segment
 
 
 def trajectory_rows(batch: TrainingBatch, *, step: int) -> Iterator[TrajectoryRow]:

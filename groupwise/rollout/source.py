@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from groupwise.algorithms import Algorithm
+from groupwise.batches import TrainingBatch
 from groupwise.clock import Clock
 from groupwise.empty_steps import Usable
 from groupwise.metrics import Metrics, merge
@@ -15,7 +16,6 @@ from groupwise.rollout.buffer import Buffer
 from groupwise.rollout.logprobs import LogprobPass
 from groupwise.rollout.producer import Producer
 from groupwise.rollout.selection import Selection
-from groupwise.types import TrainingBatch
 
 
 @dataclass(frozen=True, slots=True)

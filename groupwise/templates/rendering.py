@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from groupwise.protocols import Tokenizer
 from groupwise.templates.bounded import TemplateLimitError, limited
 from groupwise.texts import encodable, one_line
-from groupwise.types import Message, Tokenizer
+from groupwise.types import Message
 
 
 class TemplateFault(ValueError):

@@ -8,12 +8,12 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from groupwise.batches import TrainingBatch, mean_credit
 from groupwise.errors import FileError
 from groupwise.files import json_safe
 from groupwise.texts import one_line
 from groupwise.tracking.background import Background
 from groupwise.tracking.base import Sample, Tracker
-from groupwise.types import TrainingBatch, mean_credit
 
 logger = logging.getLogger("groupwise.tracking")
 

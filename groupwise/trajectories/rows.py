@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, TypeAlias
 
-from groupwise.types import Boundary, Credit, FinishReason, Message, RolloutStatus, mean_credit
+from groupwise.batches import Credit, mean_credit
+from groupwise.types import Boundary, FinishReason, Message, RolloutStatus
 
 Writer: TypeAlias = Literal["model", "environment"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from groupwise.engines.http import HttpEngine
 from groupwise.metrics import Last, Metrics
-from groupwise.types import Policy
+from groupwise.protocols import Policy
 from groupwise.weight_sync.folder import write_weights
 
 KEPT = 2

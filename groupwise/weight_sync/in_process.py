@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from groupwise.types import Policy
+from groupwise.protocols import Policy
 
 
 class VersionedEngine(Protocol):

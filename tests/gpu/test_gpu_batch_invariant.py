@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from groupwise.batches import TrainingRow
 from groupwise.config import LoraConfig, RolloutConfig
 from groupwise.engines.native import NativeEngine
 from groupwise.inputs import ModelInput
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, with_adapter, wrap_model
 from groupwise.quickstart.tiny_model import build_tokenizer
-from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams, TrainingRow
+from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.extras(package="triton")]
 

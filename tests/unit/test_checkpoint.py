@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from groupwise.checkpoint import find_latest, list_checkpoints, load_checkpoint, read_manifest, save_checkpoint
 from groupwise.checkpoint.codec import CodecError, decode_state, encode_state
 from groupwise.errors import CheckpointError
-from groupwise.types import Stateful
+from groupwise.protocols import Stateful
 
 
 class Part:

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from groupwise import fingerprint
+from groupwise.batches import TrainingRow
 from groupwise.fingerprint import code_facts, file_digest, prompt_facts, supervised_facts, value_digest
 from groupwise.inputs import ModelInput
-from groupwise.types import Prompt, TrainingRow
+from groupwise.types import Prompt
 
 
 def prompt(uid: str = "a", **values: Any) -> Prompt:

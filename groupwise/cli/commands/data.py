@@ -11,7 +11,7 @@ from groupwise.cli.parsing import Command, Parser, set_key
 from groupwise.errors import ConfigError
 
 if TYPE_CHECKING:
-    from groupwise.types import Tokenizer
+    from groupwise.protocols import Tokenizer
 
 
 def _gsm8k_arguments(parser: Parser) -> None:

@@ -29,7 +29,7 @@ from groupwise.model.borrowing import borrow
 from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, resolve_device
 from groupwise.model.quantized import is_packed
 from groupwise.model.saving import check_savable, check_whole, complete_adapter
-from groupwise.types import Tokenizer
+from groupwise.protocols import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from groupwise.data.chat import render
 from groupwise.data.files import SourceRow
 from groupwise.errors import ConfigError
 from groupwise.launch import run_sft
-from groupwise.types import Tokenizer
+from groupwise.protocols import Tokenizer
 
 _OPTIONS = ("processing_class", "tokenizer", "peft_config", "quantization_config", "callbacks", "formatting_func")
 _TEXT = "text"

@@ -23,7 +23,7 @@ from groupwise.errors import ConfigError
 from groupwise.model.adapters import settle_adapters
 from groupwise.model.borrowing import borrow
 from groupwise.model.saving import check_savable, complete_adapter
-from groupwise.types import Tokenizer
+from groupwise.protocols import Tokenizer
 
 _REQUESTED = "requested"
 

@@ -25,7 +25,7 @@ from groupwise.export.llama_quantize import K_QUANTS, find_llama_quantize
 from groupwise.export.push import check_repo, plan_push, push, require_token
 from groupwise.export.record import ExportRecord, record_file
 from groupwise.export.source import Source, find_source, name_own_base
-from groupwise.types import Tokenizer
+from groupwise.protocols import Tokenizer
 
 IN_MEMORY = "the model that was in memory"
 """What the record of an export names as its source, which is no folder."""

@@ -27,7 +27,7 @@ from groupwise.types import Completion, EngineCaps, FinishReason, SampleRequest
 
 
 class NativeEngine:
-    """Samples from `loaded.model` as it is at each moment; see `groupwise.types.Engine` for the methods' contract.
+    """Samples from `loaded.model` as it is at each moment; see `groupwise.protocols.Engine` for the methods' contract.
 
     Example:
         engine = NativeEngine(load_model(config.model), config.rollout)

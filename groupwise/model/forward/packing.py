@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from groupwise.batches import TrainingRow
 from groupwise.inputs import ModelInput
-from groupwise.types import TrainingRow
 
 ROW_MULTIPLE = 16
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupwise.algorithms import LossInputs, build_algorithm
+from groupwise.batches import Denominators
 from groupwise.config import AlgorithmConfig
 from groupwise.metrics import Mean, merge, resolve
-from groupwise.types import Denominators
 
 Row = dict[str, torch.Tensor]
 TENSORS = ("logprobs", "old_logprobs", "ref_logprobs", "entropy", "advantages", "mask", "sampler_logprobs")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from groupwise.algorithms import LossInputs, build_algorithm
+from groupwise.batches import Denominators
 from groupwise.config import AlgorithmConfig
-from groupwise.types import Denominators
 
 MAX_TOKENS = 16
 

@@ -11,7 +11,7 @@ from groupwise.algorithms.corrections import masked, mismatch, truncated, veto_m
 from groupwise.algorithms.entropy import EntropyControl, top_entropy_mask
 from groupwise.algorithms.kl import kl_in_reward, kl_penalty
 from groupwise.algorithms.reduce import row_mean, row_sum, token_weights
-from groupwise.types import Denominators
+from groupwise.batches import Denominators
 
 ROW = torch.tensor([0, 0, 1, 2, 2, 2])
 MASK = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from groupwise.data import PromptSampler
 from groupwise.errors import CheckpointError, DataError
 from groupwise.inputs import ModelInput
-from groupwise.types import Prompt, Stateful
+from groupwise.protocols import Stateful
+from groupwise.types import Prompt
 
 
 def prompts(n: int, *, tag: str = "") -> tuple[Prompt, ...]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from groupwise.batches import TrainingRow
 from groupwise.config.data import DataConfig
 from groupwise.data import check_supervised_rows, load_supervised, read_rows
 from groupwise.errors import ConfigError, DataError
-from groupwise.types import TrainingRow
 
 USER = {"role": "user", "content": "2+2?"}
 FOUR = {"role": "assistant", "content": "four"}

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from groupwise.batches import TrainingRow
 from groupwise.config import RolloutConfig
 from groupwise.engines.native import NativeEngine
 from groupwise.inputs import ModelInput
@@ -29,7 +30,7 @@ from groupwise.model.forward.hidden_states import packed_hidden_states
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, wrap_model
 from groupwise.quickstart.tiny_model import build_tokenizer
-from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams, TrainingRow
+from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams
 
 CLASSES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from groupwise.batches import TrainingRow
 from groupwise.engines.native import NativeEngine
 from groupwise.errors import EngineError
 from groupwise.inputs import ImagePiece, ImageSource, ModelInput, TokenPiece
@@ -16,7 +17,7 @@ from groupwise.model.forward.head import token_scores
 from groupwise.model.forward.hidden_states import packed_hidden_states
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel
-from groupwise.types import Completion, SampleRequest, SamplingParams, TrainingRow
+from groupwise.types import Completion, SampleRequest, SamplingParams
 
 Lab = Any
 

@@ -14,7 +14,8 @@ from groupwise.engines.native import NativeEngine
 from groupwise.errors import EngineError
 from groupwise.inputs import ModelInput
 from groupwise.model.loading import LoadedModel
-from groupwise.types import Completion, Engine, SampleRequest, SamplingParams
+from groupwise.protocols import Engine
+from groupwise.types import Completion, SampleRequest, SamplingParams
 
 Lab = Any
 LONG = SamplingParams(max_tokens=40)

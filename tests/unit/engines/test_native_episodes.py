@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from groupwise.algorithms import build_algorithm
+from groupwise.batches import MiniBatch
 from groupwise.config import AlgorithmConfig, LoraConfig, OptimConfig, TrainConfig
 from groupwise.environments import Environments
 from groupwise.inputs import ModelInput, SampleKey
@@ -20,7 +21,7 @@ from groupwise.policy.microbatches import cut_batch
 from groupwise.rewards import RewardScorer
 from groupwise.rollout.batch import BatchShape, build_batch
 from groupwise.rollout.episode import run_group, sampled_by
-from groupwise.types import Done, MiniBatch, Reply, RolloutGroup, SamplingParams, Segment
+from groupwise.types import Done, Reply, RolloutGroup, SamplingParams, Segment
 
 Lab = Any
 

@@ -21,9 +21,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from groupwise.batches import TrainingRow
 from groupwise.inputs import ModelInput
 from groupwise.quickstart.tiny_model import build_tokenizer
-from groupwise.types import TrainingRow
 
 ARCHITECTURES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from groupwise.batches import TrainingRow
 from groupwise.config import LoraConfig, ModelConfig
 from groupwise.errors import ConfigError
 from groupwise.inputs import ModelInput
@@ -18,7 +19,6 @@ from groupwise.model.adapters import FullTileLinear, adds_nothing, dropout_layer
 from groupwise.model.forward.hidden_states import packed_hidden_states
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, load_model, with_adapter, wrap_model
-from groupwise.types import TrainingRow
 
 MakeModel = Any
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from groupwise.algorithms import Algorithm, build_algorithm
+from groupwise.batches import Denominators, TrainingRow
 from groupwise.checkpoint import load_checkpoint, save_checkpoint
 from groupwise.config import AlgorithmConfig, LoraConfig, OptimConfig, RolloutConfig, TrainConfig
 from groupwise.engines.native import NativeEngine
@@ -22,7 +23,7 @@ from groupwise.policy import Learner
 from groupwise.policy.adapter_reference import AdapterReference
 from groupwise.policy.microbatches import MicroBatch
 from groupwise.policy.reference import Reference
-from groupwise.types import Denominators, Prompt, SampleRequest, SamplingParams, TrainingRow
+from groupwise.types import Prompt, SampleRequest, SamplingParams
 
 DENOMINATORS = Denominators(12.0, 2.0, 16.0)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from groupwise.algorithms import build_algorithm
+from groupwise.batches import Denominators, TrainingRow
 from groupwise.config import AlgorithmConfig, LoraConfig, OptimConfig, TrainConfig
 from groupwise.errors import ConfigError
 from groupwise.inputs import ModelInput
@@ -20,7 +21,6 @@ from groupwise.metrics import Load, Mean, merge, resolve
 from groupwise.model.loading import LoadedModel, with_adapter, wrap_model
 from groupwise.policy import Learner
 from groupwise.policy.microbatches import MicroBatch, split_rows
-from groupwise.types import Denominators, TrainingRow
 
 MakeMixture = Callable[..., PreTrainedModel]
 COEF = 0.3

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from groupwise.algorithms import build_algorithm
+from groupwise.batches import Denominators, TrainingRow
 from groupwise.config import AlgorithmConfig, Config, LoraConfig, OptimConfig, TrainConfig
 from groupwise.errors import DataError, TrainingError
 from groupwise.inputs import ModelInput
@@ -21,7 +22,6 @@ from groupwise.policy import Learner
 from groupwise.policy.bundle import BundleWriter, load_bundle
 from groupwise.policy.microbatches import MicroBatch
 from groupwise.rundir import RunDirectory
-from groupwise.types import Denominators, TrainingRow
 
 DENOMINATORS = Denominators(6.0, 2.0, 16.0, ((3, 1), (0, 4)))
 ROW = TrainingRow(

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from groupwise.algorithms import Algorithm, build_algorithm
+from groupwise.batches import MiniBatch, TrainingRow
 from groupwise.config import AlgorithmConfig, OptimConfig, TrainConfig
 from groupwise.inputs import ModelInput, SampleKey
 from groupwise.policy import Learner
 from groupwise.policy.microbatches import MicroBatch, cut_batch
 from groupwise.rollout.batch import BatchShape, build_batch
-from groupwise.types import Completion, MiniBatch, Prompt, Rollout, RolloutGroup, TrainingRow
+from groupwise.types import Completion, Prompt, Rollout, RolloutGroup
 
 ROUND_OFF = 1e-11
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from groupwise.algorithms import Algorithm, build_algorithm
+from groupwise.batches import Denominators, TrainingRow
 from groupwise.checkpoint import load_checkpoint, save_checkpoint
 from groupwise.config import AlgorithmConfig, OptimConfig, RolloutConfig, TrainConfig
 from groupwise.engines.native import NativeEngine
@@ -24,16 +25,7 @@ from groupwise.model.loading import LoadedModel
 from groupwise.policy import Learner
 from groupwise.policy.microbatches import MicroBatch, cut_batch
 from groupwise.rollout.batch import BatchShape, build_batch
-from groupwise.types import (
-    Completion,
-    Denominators,
-    Prompt,
-    Rollout,
-    RolloutGroup,
-    SampleRequest,
-    SamplingParams,
-    TrainingRow,
-)
+from groupwise.types import Completion, Prompt, Rollout, RolloutGroup, SampleRequest, SamplingParams
 from groupwise.weight_sync import InProcessSync
 
 NEAR = 1e-5  # the norms inside the float64 model are computed in float32

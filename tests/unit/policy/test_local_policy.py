@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from groupwise.algorithms import build_algorithm
+from groupwise.batches import Denominators, Knobs, MiniBatch, ScoreRequest, TrainingRow
 from groupwise.config import AlgorithmConfig, OptimConfig, TrainConfig
 from groupwise.errors import ConfigError
 from groupwise.inputs import ModelInput
@@ -18,7 +19,7 @@ from groupwise.policy import Learner, LocalPolicy
 from groupwise.policy.learner import LearningStopped
 from groupwise.policy.microbatches import MicroBatch, cut_batch
 from groupwise.policy.reference import FrozenScorer
-from groupwise.types import REFERENCE, Denominators, Knobs, MiniBatch, ScoreRequest, TrainingRow
+from groupwise.types import REFERENCE
 
 SIZE = 40
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from groupwise.batches import TrainingRow
 from groupwise.inputs import ModelInput
 from groupwise.model.forward.packing import pack
 from groupwise.policy.microbatches import MicroBatch, split_rows
-from groupwise.types import TrainingRow
 
 
 def row(group: int, prompt: int, length: int, name: int = 0) -> TrainingRow:

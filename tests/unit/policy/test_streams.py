@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from groupwise.algorithms import build_algorithm
+from groupwise.batches import Denominators, TrainingRow
 from groupwise.config import AlgorithmConfig, LoraConfig, OptimConfig, TrainConfig
 from groupwise.inputs import ModelInput
 from groupwise.metrics import resolve
@@ -19,7 +20,6 @@ from groupwise.model.loading import LoadedModel, with_adapter
 from groupwise.policy import Learner, streams
 from groupwise.policy.microbatches import MicroBatch
 from groupwise.policy.streams import Streams
-from groupwise.types import Denominators, TrainingRow
 
 Threads = Callable[[int], None]
 

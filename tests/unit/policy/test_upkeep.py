@@ -12,6 +12,7 @@ import torch
 
 from groupwise.algorithms import build_algorithm
 from groupwise.algorithms.entropy import EntropyControl
+from groupwise.batches import Denominators, Knobs, TrainingRow
 from groupwise.checkpoint import load_checkpoint, save_checkpoint
 from groupwise.config import AlgorithmConfig, OptimConfig, TrainConfig
 from groupwise.inputs import ModelInput
@@ -21,7 +22,6 @@ from groupwise.policy import Learner
 from groupwise.policy.microbatches import MicroBatch
 from groupwise.policy.reference import Reference
 from groupwise.policy.upkeep import AdaptiveEntropy, ReferenceSync, Upkeep
-from groupwise.types import Denominators, Knobs, TrainingRow
 
 ROW = TrainingRow(0, ModelInput.of((3, 4)), ModelInput.of((5, 6, 7)), (1, 1, 1), (0.0,) * 3, (-4.0,) * 3)
 

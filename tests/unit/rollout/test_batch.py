@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from groupwise.algorithms import build_algorithm
+from groupwise.batches import TrainingBatch, TrainingRow
 from groupwise.config import AlgorithmConfig
 from groupwise.metrics import Mean, resolve
 from groupwise.rollout.batch import BatchShape, build_batch, teaches, usable_samples
 from groupwise.rollout.records import ledger_rows, trajectory_rows
-from groupwise.types import REFERENCE, RolloutGroup, TrainingBatch, TrainingRow
+from groupwise.types import REFERENCE, RolloutGroup
 
 
 def build(groups: list[RolloutGroup], *, steps: int = 1, **settings: Any) -> TrainingBatch:

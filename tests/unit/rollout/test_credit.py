@@ -11,11 +11,12 @@ import torch
 
 from groupwise.algorithms import build_algorithm
 from groupwise.algorithms.teacher import TeacherCredit
+from groupwise.batches import TrainingBatch, mean_credit
 from groupwise.config import AlgorithmConfig
 from groupwise.inputs import ModelInput
 from groupwise.metrics import resolve
 from groupwise.rollout.batch import BatchShape, build_batch, is_learnable, teaches, usable_samples
-from groupwise.types import TEACHER, RolloutGroup, Segment, TrainingBatch, mean_credit
+from groupwise.types import TEACHER, RolloutGroup, Segment
 
 DISTILL: dict[str, Any] = {"name": "distill", "teacher": {"path": "somewhere"}}
 BOTH: dict[str, Any] = {"name": "dr_grpo", "teacher": {"path": "somewhere", "coef": 0.5}}

@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from groupwise.algorithms import build_algorithm
+from groupwise.batches import Credit, TrainingBatch
 from groupwise.config import AlgorithmConfig
 from groupwise.files import json_line
 from groupwise.inputs import ImagePiece, ImageSource, ModelInput, SampleKey, TokenPiece
 from groupwise.rollout.batch import BatchShape, build_batch
 from groupwise.rollout.records import ledger_rows, trajectory_rows
 from groupwise.trajectories import ImageRow, SegmentRow, TrajectoryRow, from_json, to_json
-from groupwise.types import Completion, Credit, Prompt, Rollout, RolloutGroup, Routes, Segment, TrainingBatch
+from groupwise.types import Completion, Prompt, Rollout, RolloutGroup, Routes, Segment
 
 
 def digest(group: RolloutGroup) -> str:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from groupwise.batches import TrainingBatch
 from groupwise.inputs import ModelInput, SampleKey
 from groupwise.metrics import Last
 from groupwise.tracking import Trackers
 from groupwise.tracking.background import Background
 from groupwise.tracking.base import Sample, SampleTable
 from groupwise.tracking.composite import choose_samples
-from groupwise.types import Completion, Prompt, Rollout, RolloutGroup, TrainingBatch
+from groupwise.types import Completion, Prompt, Rollout, RolloutGroup
 
 
 class Recorder:

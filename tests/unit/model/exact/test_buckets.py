@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from groupwise.batches import TrainingRow
 from groupwise.inputs import ModelInput
 from groupwise.model.exact import buckets
 from groupwise.model.exact.buckets import Pool, Run, make_buckets
 from groupwise.model.forward.attention import AttentionCall
 from groupwise.model.forward.packed_attention import PackedLayout
 from groupwise.model.forward.packing import Segment, pack
-from groupwise.types import TrainingRow
 
 
 def rows(group: int, prompt: int, lengths: Sequence[int]) -> list[TrainingRow]:

@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 from transformers import PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from groupwise.batches import TrainingRow
 from groupwise.inputs import ModelInput
 from groupwise.model.fast_cpu import lean_layers
 from groupwise.model.fast_cpu.evenly import make_activations_even
@@ -22,7 +23,6 @@ from groupwise.model.forward.attention import ATTENTION_NAME
 from groupwise.model.forward.hidden_states import packed_hidden_states
 from groupwise.model.forward.packing import Packed, pack
 from groupwise.model.invariant.norms import InvariantNorm
-from groupwise.types import TrainingRow
 
 
 def angles(tokens: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

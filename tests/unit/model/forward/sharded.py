@@ -13,12 +13,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from groupwise.batches import TrainingRow
 from groupwise.inputs import ModelInput
 from groupwise.model.forward.packing import pack
 from groupwise.model.forward.scoring import ScoringModel
 from groupwise.model.loading import LoadedModel, wrap_model
 from groupwise.quickstart.tiny_model import build_tokenizer
-from groupwise.types import TrainingRow
 
 
 def model() -> Qwen3ForCausalLM:

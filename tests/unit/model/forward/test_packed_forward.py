@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from groupwise.batches import TrainingRow
 from groupwise.inputs import ModelInput
 from groupwise.model.exact import buckets
 from groupwise.model.forward.head import LanguageHead, TokenScores, token_scores
 from groupwise.model.forward.hidden_states import packed_hidden_states
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import wrap_model
-from groupwise.types import TrainingRow
 
 MakeModel = Callable[..., PreTrainedModel]
 MakeRows = Callable[..., list[TrainingRow]]

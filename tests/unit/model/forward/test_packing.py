@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from groupwise.batches import TrainingRow
 from groupwise.inputs import ModelInput
 from groupwise.model.forward.packed_attention import make_plan
 from groupwise.model.forward.packing import ROW_MULTIPLE, Packed, Segment, pack, pack_sequences, pad_rows
-from groupwise.types import TrainingRow
 
 TOKEN = st.integers(1, 50)
 TOKENS = st.lists(TOKEN, min_size=1, max_size=9)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from groupwise.batches import TrainingRow
 from groupwise.inputs import ModelInput
 from groupwise.model.forward.attention import AttentionCall
 from groupwise.model.forward.packing import Packed, pack
-from groupwise.types import TrainingRow
 
 SHAPE = [(1, [2, 64]), (63, [2]), (64, [65, 3, 2]), (65, [66]), (5, [131]), (129, [4, 66])]
 

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from groupwise.batches import TrainingRow
 from groupwise.config import LoraConfig, RolloutConfig
 from groupwise.engines.native import NativeEngine
 from groupwise.errors import ConfigError
 from groupwise.inputs import ModelInput
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, with_adapter, wrap_model
-from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams, TrainingRow
+from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams
 
 MakeModel = Callable[..., PreTrainedModel]
 MakeRows = Callable[..., list[TrainingRow]]
