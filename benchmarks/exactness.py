@@ -82,7 +82,9 @@ class DenseSteps:
         self._cache = torch.zeros(2, shape.layers, len(running), shape.heads, most, shape.size, dtype=shape.dtype)
         self._cache[:, :, :, :, :width] = self._prompt[:, :, owner]
         self._mask = _bias(torch.arange(most) >= missing[owner][:, None], shape.dtype)[:, None, None]
-        return Beginnings(last, [next(i for i, lane in enumerate(prompts) if lane is s.prompt) for s in admitted])
+        return Beginnings(
+            last, [next(i for i, lane in enumerate(prompts) if lane is s.prompt) for s in admitted], list(admitted)
+        )
 
     def forget(self) -> None:
         """Nothing to let go: what the next prompts need takes the place of the old."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from groupwise.engines.native.budget import CacheBudget, Demand
 from groupwise.engines.native.cache import CacheShape, KeyCache, make_cache
 from groupwise.engines.native.kept import KeptKeys, KeptPrompt, KeptSample
 from groupwise.engines.native.uniforms import uniforms
@@ -88,18 +89,6 @@ class Sample:
         return self.begun + self.request.sampling.max_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class _Demand:
-    """Lanes that a cache needs, and tokens of each."""
-
-    lanes: int
-    tokens: int
-
-    @property
-    def size(self) -> int:
-        return self.lanes * self.tokens
-
-
 class Scheduler:
     """Owns the caches and the lists of waiting and running samples; `running[lane]` and `prompts[lane]` are dense.
 
@@ -114,7 +103,7 @@ class Scheduler:
     def __init__(self, shape: CacheShape, *, max_samples: int, max_bytes: int) -> None:
         self.shape = shape
         self._max_samples = max_samples
-        self._max_tokens = max_bytes // shape.bytes_per_token
+        self._budget = CacheBudget(shape, max_bytes // shape.bytes_per_token)
         self.waiting: deque[Sample] = deque()
         self.running: list[Sample] = []
         self.prompts: list[PromptLane] = []
@@ -143,6 +132,7 @@ class Scheduler:
 
     def admit(self) -> list[Sample]:
         """Move waiting samples to lanes, in order, as far as memory goes; returns those that were admitted."""
+        # 1. As many waiting samples as there are lanes and memory for, in their order.
         admitted: list[Sample] = []
         live = any(prompt.hidden is not None for prompt in self.prompts)
         while self.waiting and len(self.running) < self._max_samples and self._fits(self.waiting[0], live=live):
@@ -161,6 +151,7 @@ class Scheduler:
             lane.running += 1
             self.running.append(sample)
             admitted.append(sample)
+        # 2. Nobody runs and nobody fits: the first one never will, or what is kept stands in its way.
         if self.waiting and not self.running:
             if not live:
                 self._refuse(self.waiting[0])
@@ -168,64 +159,36 @@ class Scheduler:
             self.prompts.clear()
             self.changes += 1
             return self.admit()
+        # 3. The caches grow to what was admitted, and copies of earlier turns give way.
         if admitted:
             self.changes += 1
             needed = self._needed()
-            grown = sum(self._grown(cache, demand).size for cache, demand in zip(self._caches, needed, strict=True))
-            if not live and (grown > self._max_tokens or (self.shape.fixed and grown > self._held)):
+            if not live and self._budget.begins_anew(self._caches, needed):
                 self.prompt_cache, self.sample_cache = make_cache(self.shape), make_cache(self.shape)
             # A cache that keeps its address is made long enough from the start.
             given = max(sample.num_given for sample in admitted)
             self.make_room(needed[1].tokens if self.shape.fixed else given)
-            self.kept.give_way(self._max_tokens - self._held)
+            self.kept.give_way(self._budget.room(self._caches))
         return admitted
 
     def _lane_of(self, sample: Sample) -> PromptLane | None:
         return next((lane for lane in reversed(self.prompts) if lane.input == sample.request.prompt), None)
 
     def _fits(self, sample: Sample, *, live: bool) -> bool:
-        """Whether the caches would stay under the bound with this sample.
+        """Whether the caches would stay under the bound with this sample."""
+        return self._budget.fits(self._caches, self._needed(sample), live=live)
 
-        Args:
-            live: they hold something, so they cannot begin anew. An arena that grows then exists twice for a moment.
-        """
-        needed = self._needed(sample)
-        if not live:
-            return sum(demand.size for demand in needed) <= self._max_tokens
-        grown = [self._grown(cache, demand) for cache, demand in zip(self._caches, needed, strict=True)]
-        total = sum(demand.size for demand in grown)
-        if self.shape.fixed and total > self._held:
-            total = self._held + sum(
-                demand.size
-                for cache, demand in zip(self._caches, grown, strict=True)
-                if demand.size > cache.lanes * cache.tokens
-            )
-        return total <= self._max_tokens
-
-    def _needed(self, sample: Sample | None = None) -> tuple[_Demand, _Demand]:
+    def _needed(self, sample: Sample | None = None) -> tuple[Demand, Demand]:
         """What prompts and samples need of their caches, with `sample` among them."""
         samples = self.running if sample is None else [*self.running, sample]
         prompts = [len(lane.token_ids) for lane in self.prompts]
         if sample is not None and self._lane_of(sample) is None:
             prompts.append(len(sample.request.prompt))
-        longest = max(sample.most_tokens for sample in samples)
-        return (
-            _Demand(self.shape.prompts_for(len(prompts)), self.shape.capacity(max(prompts))),
-            _Demand(self.shape.lanes_for(len(samples)), self.shape.capacity(longest)),
-        )
+        return self._budget.needed(prompts=prompts, samples=[sample.most_tokens for sample in samples])
 
     @property
     def _caches(self) -> tuple[KeyCache, KeyCache]:
         return self.prompt_cache, self.sample_cache
-
-    @property
-    def _held(self) -> int:
-        """Tokens of both caches."""
-        return sum(cache.lanes * cache.tokens for cache in self._caches)
-
-    def _grown(self, cache: KeyCache, demand: _Demand) -> _Demand:
-        """What the cache would hold: it never shrinks."""
-        return _Demand(max(cache.lanes, demand.lanes), max(cache.tokens, demand.tokens))
 
     def _refuse(self, sample: Sample) -> None:
         request, gib = sample.request, self.shape.bytes_per_token / 2**30
@@ -233,7 +196,7 @@ class Scheduler:
         raise EngineError(
             f"one sample of {len(request.prompt)} prompt and {sample.most_tokens} completion tokens "
             f"needs {tokens * gib:.2f} GiB of keys and values, but rollout.kv_cache_gib allows "
-            f"{self._max_tokens * gib:.2f}; raise it, or lower rollout.max_completion_tokens"
+            f"{self._budget.most * gib:.2f}; raise it, or lower rollout.max_completion_tokens"
         )
 
     def make_room(self, tokens: int) -> None:
@@ -265,7 +228,7 @@ class Scheduler:
             return
         length = len(prompt.token_ids)
         own, shared = self.shape.capacity(len(tokens)), self.shape.capacity(length)
-        room = self._max_tokens - self._held
+        room = self._budget.room(self._caches)
         if own + shared > room:
             return
         given = sample.request.prompt

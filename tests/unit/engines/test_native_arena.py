@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from groupwise.engines.native import NativeEngine
+from groupwise.engines.native.budget import CacheBudget
 from groupwise.engines.native.cache import ArenaCache, CacheShape
 from groupwise.engines.native.scheduler import Sample, Scheduler
 from groupwise.errors import EngineError
@@ -155,7 +156,7 @@ def test_blocks_stay_under_the_bound_while_something_lives() -> None:
         for prompt in scheduler.prompts:
             prompt.hidden = torch.zeros(1)
         scheduler.make_room(max(s.request.sampling.max_tokens for s in scheduler.running))
-        assert scheduler._held <= 40 * 64
+        assert scheduler._budget.held(scheduler._caches) <= 40 * 64
         scheduler.release(scheduler.running[-1])
         if len(scheduler.running) > 1:
             scheduler.release(scheduler.running[-1])
@@ -169,7 +170,8 @@ def test_old_caches_are_free_before_new_ones_are_made(fixed: bool, lab: Any, mon
     prompt = lab.prompt("a", 5)
     # An arena that is too small, and blocks whose many lanes would all be too long.
     first, then = ((16, 64), (17, 64)) if fixed else ((60, 64), (4, 300))
-    engine._scheduler._max_tokens = 32 * 256 if fixed else 61 * 64
+    scheduler = engine._scheduler
+    scheduler._budget = CacheBudget(scheduler.shape, 32 * 256 if fixed else 61 * 64)
     lab.run(engine, lab.requests([prompt], [SamplingParams(max_tokens=first[1], min_tokens=first[1])] * first[0]))
     old = [weakref.ref(cache) for cache in engine._scheduler._caches]
     storages = [

@@ -285,12 +285,12 @@ def test_kept_keys_give_way_to_samples_that_run(lab: Lab) -> None:
     for index in range(12):
         request = SampleRequest.of(lab.prompt("a", 60), index, SamplingParams(max_tokens=60))
         lab.run(engine, [replace(request, keeps=True)])
-        assert scheduler._held + scheduler.kept.size <= 1000
+        assert scheduler._budget.held(scheduler._caches) + scheduler.kept.size <= 1000
     kept = scheduler.kept
     assert [key.sample_index for key in kept._samples] == list(range(12 - len(kept._samples), 12))
     many = lab.requests([lab.prompt("c", 60)], [SamplingParams(max_tokens=60)] * 12)
     assert lab.run(engine, many) == lab.run(lab.engine(loaded), many)
-    assert scheduler._held + kept.size <= 1000
+    assert scheduler._budget.held(scheduler._caches) + kept.size <= 1000
 
 
 def test_min_tokens_penalty_and_stops_after_kept_keys(lab: Lab) -> None:
