@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from groupwise.inputs import ModelInput, SampleKey
+
+T = TypeVar("T")
 
 Message: TypeAlias = Mapping[str, Any]
 """One chat message: `{"role": "user", "content": "…"}`."""
@@ -274,11 +276,7 @@ class Rollout:
     def one_turn(
         completion: Completion, *, rewards: Mapping[str, float | None] | None = None, reward: float | None = None
     ) -> Rollout:
-        """An episode of one turn.
-
-        Example:
-            asyncio.run(scorer.score(prompt, [Rollout.one_turn(completion)]))
-        """
+        """An episode of one turn, as rewards take it: `scorer.score(prompt, [Rollout.one_turn(completion)])`."""
         turn = Segment.turn(completion)
         return Rollout(completion.key, (turn,), completion.finish_reason, rewards=rewards or {}, reward=reward)
 
@@ -301,18 +299,18 @@ class Rollout:
     @cached_property
     def loss_mask(self) -> tuple[int, ...]:
         """`[T]`, 1 where the model wrote the token; 0 everywhere in a failed rollout."""
-        failed = self.status == "failed"
-        return tuple(int(s.by == "model" and not failed) for s in self.segments for _ in s.token_ids)
+        ok = self.status != "failed"
+        return _joined([(int(ok and s.by == "model"),) * len(s.token_ids) for s in self.segments])
 
     @cached_property
     def logprobs(self) -> tuple[float, ...]:
         """`[T]`, the sampler's."""
-        return tuple(value for segment in self.segments for value in segment.logprobs)
+        return _joined([segment.logprobs for segment in self.segments])
 
     @cached_property
     def policy_versions(self) -> tuple[int, ...]:
         """`[T]`."""
-        return tuple(version for segment in self.segments for version in segment.policy_versions)
+        return _joined([segment.policy_versions for segment in self.segments])
 
     @property
     def num_written(self) -> int:
@@ -332,6 +330,11 @@ class Rollout:
     def text(self) -> str:
         """All that follows the prompt, answers of the environment included."""
         return "".join(segment.text for segment in self.segments)
+
+
+def _joined(parts: Sequence[tuple[T, ...]]) -> tuple[T, ...]:
+    """One after the other; a single one as it is, as of most rollouts."""
+    return parts[0] if len(parts) == 1 else tuple(value for part in parts for value in part)
 
 
 @dataclass(frozen=True, slots=True)
