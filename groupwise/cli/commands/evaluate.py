@@ -83,7 +83,7 @@ def _config(args: argparse.Namespace) -> Config:
     config = loaded.config
     if not config.data.eval:
         raise ConfigError("no data to evaluate on; give --data FILE")
-    if not config.reward:
+    if not config.reward and config.environment.name is None:
         raise ConfigError("no reward to judge answers by; give --reward NAME, such as --reward gsm8k")
     if config.eval.samples > 1 and config.eval.temperature == 0:
         raise ConfigError(
@@ -101,7 +101,7 @@ def _evaluate(config: Config, *, quiet: bool) -> EvalReport:
     from groupwise.rewards import RewardScorer
 
     require_in_process(config.rollout, "groupwise eval")
-    scorer = RewardScorer(config.reward)
+    scorer = RewardScorer(config.reward, required=False)  # an environment may judge alone
     check_rows(read_rows(config.data.eval, limit=config.eval.limit), config.data)
     if not quiet:
         tell(f"evaluating {config.model.path} on {config.data.eval}")
