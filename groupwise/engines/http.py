@@ -254,22 +254,10 @@ def _served(answer: Any, url: str) -> wire.ServedModel:
 
 
 def _body(request: SampleRequest) -> wire.GenerateBody:
-    sampling = request.sampling
     return wire.GenerateBody(
         request_id=request.id,
         token_ids=request.prompt.token_ids + request.continues.token_ids,
-        sampling_params=wire.SamplingBody(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            max_tokens=sampling.max_tokens,
-            min_tokens=sampling.min_tokens,
-            stop=sampling.stop,
-            stop_token_ids=sampling.stop_token_ids,
-            seed=sampling.seed,
-        ),
+        sampling_params=wire.SamplingBody.of(request.sampling),
         groupwise=wire.OwnKey(
             uid=request.key.uid,
             draw=request.key.draw,

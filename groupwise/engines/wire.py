@@ -5,9 +5,12 @@ What is Groupwise's own travels in an object of that name, which other servers a
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from groupwise.types import SamplingParams
 
 GENERATE = "/inference/v1/generate"
 MODELS = "/v1/models"
@@ -38,6 +41,17 @@ class SamplingBody(_Body):
     logprobs: Literal[0, 1] = 1
     skip_special_tokens: bool = False
     detokenize: bool = False
+
+    @staticmethod
+    def of(params: SamplingParams) -> SamplingBody:
+        """The same, for the wire."""
+        return SamplingBody(**asdict(params))
+
+    @property
+    def params(self) -> SamplingParams:
+        """What the engine takes; vLLM's -1 for `top_k` keeps all tokens, as 0 does."""
+        named: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
+        return SamplingParams(**(named | {"top_k": max(0, self.top_k)}))
 
 
 class OwnKey(_Body):

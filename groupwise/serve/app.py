@@ -25,7 +25,7 @@ from groupwise.engines.native import NativeEngine
 from groupwise.errors import DataError, EngineError, nearest
 from groupwise.inputs import ModelInput, SampleKey
 from groupwise.model.loading import LoadedModel
-from groupwise.types import Completion, SampleRequest, SamplingParams
+from groupwise.types import Completion, SampleRequest
 from groupwise.weight_sync.folder import check_fits, read_weights
 
 logger = logging.getLogger(__name__)
@@ -134,19 +134,6 @@ class Server:
         return Response(reply.model_dump_json(), media_type="application/json")
 
     def _asked(self, body: wire.GenerateBody) -> SampleRequest:
-        sampling = body.sampling_params
-        params = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=max(0, sampling.top_k),
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            max_tokens=sampling.max_tokens,
-            min_tokens=sampling.min_tokens,
-            stop=sampling.stop,
-            stop_token_ids=sampling.stop_token_ids,
-            seed=sampling.seed,
-        )
         own = body.groupwise or wire.OwnKey(
             uid=body.request_id or "request", draw=0, sample_index=0, policy_version=self._version
         )
@@ -154,7 +141,7 @@ class Server:
         return SampleRequest(
             SampleKey(own.uid, own.draw, own.sample_index),
             ModelInput.of(body.token_ids[:place]),
-            params,
+            body.sampling_params.params,
             continues=ModelInput.of(body.token_ids[place:]),
             resumed=min(own.resumed, own.continues),
             policy_version=own.policy_version,
