@@ -51,7 +51,8 @@ class SamplingBody(_Body):
     def params(self) -> SamplingParams:
         """What the engine takes; vLLM's -1 for `top_k` keeps all tokens, as 0 does."""
         named: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
-        return SamplingParams(**(named | {"top_k": max(0, self.top_k)}))
+        named["top_k"] = max(0, self.top_k)
+        return SamplingParams(**named)
 
 
 class OwnKey(_Body):
