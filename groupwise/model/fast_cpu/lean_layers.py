@@ -1,7 +1,7 @@
 """Decoder layers of the Llama family in fewer operations: the same bits, less time and memory.
 
 transformers' layers walk through many small operations, each with a node of its own in the gradient's graph. Here a
-rotation (Su et al. 2021, "RoFormer", equation 34) and a gated activation (SwiGLU and its like) (Shazeer 2020, "GLU variants", equation 6)
+rotation (Su et al. 2021, "RoFormer", equation 34) and a gated activation (SwiGLU; Shazeer 2020, "GLU variants", eq. 6)
 are one node each; while samples are drawn (`ordered_weights`) the layers are functions, see `flat_layers`. The module
 tree, its names and its weights stay as they are; without one of our layouts the attention and the layers are
 transformers' own.
