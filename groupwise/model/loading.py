@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,7 +32,7 @@ from groupwise.model.forward.attention import ATTENTION_NAME
 from groupwise.model.forward.head import LanguageHead
 from groupwise.model.forward.scoring import ScoringModel
 from groupwise.model.invariant.use import is_batch_invariant, make_batch_invariant, require_gpu
-from groupwise.model.quantized import nf4_settings, unpack_before_products
+from groupwise.model.quantized import is_packed, nf4_settings, unpack_before_products
 from groupwise.protocols import Tokenizer
 
 if TYPE_CHECKING:
@@ -170,13 +171,14 @@ def load_model(config: ModelConfig, *, tokenizer: Tokenizer | None = None) -> Lo
     adapter = read_adapter_file(Path(config.path))
     require_versions()
     if adapter is None:
-        model = _load_weights(config)
-        return wrap_model(model, tokenizer or load_tokenizer(config), batch_invariant=config.batch_invariant)
-    require_adapters()
-    _check_base(adapter)
-    model = _load_weights(config.model_copy(update={"path": adapter.base}))
-    load_adapter(model, adapter)
-    return wrap_model(model, tokenizer or load_tokenizer(config), batch_invariant=config.batch_invariant)
+        model, put_adapter = _load_weights(config), None
+    else:
+        require_adapters()
+        _check_base(adapter)
+        model = _load_weights(config.model_copy(update={"path": adapter.base}))
+        put_adapter = partial(load_adapter, file=adapter)
+    tokenizer = tokenizer or load_tokenizer(config)
+    return wrap_model(model, tokenizer, adapter=put_adapter, batch_invariant=config.batch_invariant)
 
 
 def given_or_loaded(given: LoadedModel | None, config: ModelConfig) -> LoadedModel:
@@ -208,12 +210,12 @@ def with_adapter(loaded: LoadedModel, lora: LoraConfig, *, seed: int = 0) -> Loa
         ConfigError: `lora` describes another adapter than the model has, or names layers that the model lacks.
     """
     if loaded.adapter is not None:
-        continue_adapter(loaded.model, lora)
+        put_adapter = partial(continue_adapter, lora=lora)
     elif lora.rank:
-        return wrap_model(loaded.model, loaded.tokenizer, lora=lora, seed=seed)
+        put_adapter = partial(add_adapter, lora=lora, seed=seed)
     else:
         return loaded
-    return wrap_model(loaded.model, loaded.tokenizer)
+    return wrap_model(loaded.model, loaded.tokenizer, adapter=put_adapter)
 
 
 def _load_weights(config: ModelConfig) -> PreTrainedModel:
@@ -239,45 +241,46 @@ def _load_weights(config: ModelConfig) -> PreTrainedModel:
     except SafetensorError as error:
         raise ConfigError(f"model.path = {config.path!r} could not be loaded: {_first_line(error)}") from error
     _check_complete(config.path, set(report["missing_keys"]) | {key[0] for key in report["mismatched_keys"]})
-    if not quantized:
-        return model.to(device)
-    unpack_before_products(model)
-    return model
+    return model if quantized else model.to(device)
 
 
 def wrap_model(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     *,
-    lora: LoraConfig | None = None,
-    seed: int = 0,
+    adapter: Callable[[PreTrainedModel], None] | None = None,
     batch_invariant: bool = False,
     shard: Callable[[ScoringModel], None] | None = None,
 ) -> LoadedModel:
-    """A module that is in memory already, made ready, in the one order that works; without dropout.
+    """A module that is in memory already, made ready, in the one order that works; without dropout. What is ready
+    already stays as it is, so that a model can be wrapped again with an adapter.
 
     1. attention: the packed function, which every other step relies on;
-    2. even: activations and experts whose rows have the same bits in any company: they replace functions of
+    2. 4 bits: layers unpack their weights before each product, and are of bitsandbytes' class still, which LoRA asks
+       for;
+    3. even: activations and experts whose rows have the same bits in any company: they replace functions of
        transformers' own modules, and find these by class;
-    3. lean: norms and decoder layers as fused functions, which call what is even;
-    4. adapter: LoRA wraps linear layers that are transformers' still, and leaves the tree's names to peft;
-    5. products: kernels of linear layers, those of the adapter included;
-    6. shard: last, because it changes the class of every module that it wraps, and the steps above ask for classes.
+    4. lean: norms and decoder layers as fused functions, which call what is even;
+    5. adapter: LoRA puts linear layers beside the model's, whose places and names no step before has changed;
+    6. products: kernels of plain linear layers, the adapter's own among them, which is why it is there by now;
+    7. shard: last, because it changes the class of every module that it wraps, and the steps above ask for classes.
 
     Args:
-        lora: the new adapter, with weights drawn by `seed`.
+        adapter: puts one into the module, or changes the one that is there.
         batch_invariant: compute every row with the same bits in any company on a GPU, too; it stays with the module.
         shard: gets the root, as torch's `fully_shard` does.
     """
     check_attention(model)
     if model.config._attn_implementation != ATTENTION_NAME:
         model.set_attn_implementation(ATTENTION_NAME)
+    if is_packed(model):
+        unpack_before_products(model)
     make_activations_even(model)
     make_experts_even(model)
     make_norms_lean(model)
     make_layers_lean(model)
-    if lora is not None:
-        add_adapter(model, lora, seed=seed)
+    if adapter is not None:
+        adapter(model)
     if batch_invariant or is_batch_invariant(model):
         make_batch_invariant(model)
     elif model.device.type == "cpu":
