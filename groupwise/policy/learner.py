@@ -6,8 +6,7 @@ import hashlib
 import itertools
 import logging
 import math
-import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
@@ -30,6 +29,7 @@ from groupwise.model.loading import LoadedModel
 from groupwise.policy.adapter_reference import make_reference
 from groupwise.policy.balance import routing_of, with_expert_counts
 from groupwise.policy.bundle import BundleWriter, LearnedBatch
+from groupwise.policy.loss_inputs import loss_inputs
 from groupwise.policy.microbatches import MicroBatch
 from groupwise.policy.mismatch import mismatch_metrics
 from groupwise.policy.optimizer import Gradient, MasterOptimizer
@@ -60,7 +60,7 @@ class Objective(Protocol):
 
 
 class LearningStopped(Exception):
-    """`Learner.stop` was called; the gradients of the step are not whole."""
+    """Somebody asked `learn` to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,6 @@ class Learner:
         self._updates = 0
         self._skipped = 0
         self._is_sampler = False
-        self._stopped = threading.Event()
 
     @property
     def _is_exact(self) -> bool:
@@ -149,10 +148,6 @@ class Learner:
         """Memory that training will take beside activations, and has not taken yet."""
         return self._optimizer.bytes_to_come
 
-    def stop(self) -> None:
-        """Called from another thread: `learn` ends at its next pass, and raises `LearningStopped`."""
-        self._stopped.set()
-
     def forward_backward(self, batch: MicroBatch, denominators: Denominators) -> Metrics:
         """Add the gradient of one micro-batch; metrics of its tokens.
 
@@ -162,14 +157,35 @@ class Learner:
         return self.learn((batch,), denominators)[0]
 
     def learn(
-        self, batches: Sequence[MicroBatch], denominators: Denominators, knobs: Knobs = NO_KNOBS
+        self,
+        batches: Sequence[MicroBatch],
+        denominators: Denominators,
+        knobs: Knobs = NO_KNOBS,
+        *,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> list[Metrics]:
         """`forward_backward` of each micro-batch; side by side where that pays. Gradients are added in order.
 
-        Without one there is nothing to learn, and the loss is 0.
+        Without one there is nothing to learn, and the loss is 0. An error takes all gradients since the last update
+        with it: half of an update is none.
+
+        Args:
+            stopped: asked before each pass.
+
+        Raises:
+            LearningStopped: it said yes.
         """
         if not batches:
             return [{"loss": Sum(0.0)}]
+        try:
+            return self._learn(batches, denominators, knobs, stopped)
+        except BaseException:
+            self._forget()
+            raise
+
+    def _learn(
+        self, batches: Sequence[MicroBatch], denominators: Denominators, knobs: Knobs, stopped: Callable[[], bool]
+    ) -> list[Metrics]:
         packs = [pack(batch.rows).to(self.loaded.device) for batch in batches]
         if self._objective.router_aux_loss_coef > 0:
             model, streams = self.loaded.model, self.streams
@@ -182,7 +198,7 @@ class Learner:
         objective = self._objective.turned(knobs)
 
         def run(one: _Pass) -> _Passed:
-            if self._stopped.is_set():
+            if stopped():
                 raise LearningStopped
             return self._run(one, objective, denominators, apart=apart)
 
@@ -215,7 +231,7 @@ class Learner:
             weighs = objective.router_aux_loss_coef > 0
             routing = routing_of(one.batch, one.packed, keeps_logits=weighs) if self._is_mixture else None
             scores = self._scores(one.packed, objective.needs_entropy, routing)
-            inputs = self._inputs(one.batch.rows, one.packed, scores, one.reference, denominators)
+            inputs = loss_inputs(one.batch.rows, one.packed, scores, denominators, reference=one.reference)
             if routing is not None and denominators.expert_counts is not None:
                 inputs = replace(inputs, balance=routing.balance(denominators.expert_counts, denominators.tokens))
             output = objective.loss(inputs)
@@ -262,37 +278,6 @@ class Learner:
             chunk_tokens=self._chunk_tokens,
             with_entropy=with_entropy,
             routing=routing,
-        )
-
-    def _inputs(
-        self,
-        rows: Sequence[TrainingRow],
-        packed: Packed,
-        scores: TokenScores,
-        reference: Tensor | None,
-        denominators: Denominators,
-    ) -> LossInputs:
-        device = self.loaded.device
-
-        def per_token(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=scores.logprobs.dtype, device=device)
-
-        known = [row.ref_logprobs for row in rows if row.ref_logprobs is not None]
-        recomputed = [row.old_logprobs for row in rows if row.old_logprobs is not None]
-        assert len(known) in (0, len(rows)), "some rows of a micro-batch have the reference's log-probs, others not"
-        assert len(recomputed) in (0, len(rows)), "some rows of a micro-batch have recomputed log-probs, others not"
-        sampled = per_token([x for row in rows for x in row.logprobs])
-        return LossInputs(
-            logprobs=scores.logprobs,
-            old_logprobs=per_token([x for values in recomputed for x in values]) if recomputed else sampled,
-            ref_logprobs=per_token([x for values in known for x in values]) if known else reference,
-            entropy=scores.entropy,
-            advantages=per_token([x for row in rows for x in row.advantages]),
-            mask=per_token([float(x) for row in rows for x in row.loss_mask]),
-            row=packed.row,
-            num_rows=len(rows),
-            denominators=denominators,
-            sampler_logprobs=sampled if recomputed else None,
         )
 
     @torch.no_grad()
@@ -349,8 +334,13 @@ class Learner:
         for (denominators, knobs), some in itertools.groupby(learned, lambda each: (each.denominators, each.knobs)):
             self.learn([each.batch for each in some], denominators, knobs)
         found = self._optimizer.gradients()
-        self._optimizer.forget_gradients()
+        self._forget()
         return found
+
+    def _forget(self) -> None:
+        """The update begins anew."""
+        self._optimizer.forget_gradients()
+        self._learned.clear()
 
     def published(self) -> None:
         """The engines sample from these weights from now on."""

@@ -6,11 +6,11 @@ in that thread, one thing after another.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import wait
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -25,9 +25,6 @@ from groupwise.policy.saving import write_model
 from groupwise.policy.worker import Worker
 from groupwise.tensors import floats
 from groupwise.types import REFERENCE
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 POLICY = "policy"
 """The policy's own name, among scorers."""
@@ -67,12 +64,16 @@ class LocalPolicy:
         return self._learner.reference
 
     async def learn(self, batch: MiniBatch, knobs: Knobs) -> list[Metrics]:
-        """Add the gradient of the batch; metrics of each micro-batch. Cancelled, it ends at the next micro-batch."""
-        return await self._off_loop(self._learn, batch, knobs)
+        """Add the gradient of the batch; metrics of each micro-batch.
 
-    def _learn(self, batch: MiniBatch, knobs: Knobs) -> list[Metrics]:
+        Cancelled, it ends at the next micro-batch; then, as after any error, the update has no gradient yet.
+        """
+        stopped = threading.Event()
+        return await self._worker.run(partial(self._learn, batch, knobs, stopped), stopped=stopped)
+
+    def _learn(self, batch: MiniBatch, knobs: Knobs, stopped: threading.Event) -> list[Metrics]:
         parts = cut_batch(batch, self._budget, streams=self._learner.streams.count)
-        return self._learner.learn(parts, batch.denominators, knobs)
+        return self._learner.learn(parts, batch.denominators, knobs, stopped=stopped.is_set)
 
     async def optim_step(self) -> Metrics:
         """Clip, update, forget the gradients.
@@ -80,7 +81,7 @@ class LocalPolicy:
         Raises:
             TrainingError: the third non-finite gradient in a row.
         """
-        return await self._off_loop(self._learner.optim_step)
+        return await self._worker.run(self._learner.optim_step)
 
     async def log_probs(self, requests: Sequence[ScoreRequest], *, of: str = POLICY) -> list[tuple[float, ...]]:
         """`[T]` each, at the sampling temperature; requests with equal prompts share its computation.
@@ -91,7 +92,7 @@ class LocalPolicy:
         if of != POLICY and of not in self._scorers:
             known = ", ".join((POLICY, *sorted(self._scorers)))
             raise ConfigError(f"log-probs of {of!r} were asked for; the run has {known}")
-        return await self._off_loop(self._log_probs, requests, of)
+        return await self._worker.run(partial(self._log_probs, requests, of))
 
     def _log_probs(self, requests: Sequence[ScoreRequest], of: str) -> list[tuple[float, ...]]:
         rows = _rows_of(requests)
@@ -108,10 +109,17 @@ class LocalPolicy:
         return [by_row[id(row)] for row in rows]
 
     async def move_reference(self, name: str, alpha: float) -> None:
-        """The scorer becomes `alpha` x policy + (1 - `alpha`) x scorer: TR-DPO's soft update (arXiv:2404.09656)."""
+        """The scorer becomes `alpha` x policy + (1 - `alpha`) x scorer: TR-DPO's soft update (arXiv:2404.09656).
+
+        Raises:
+            ConfigError: there is no scorer of that name, or it is a model of its own.
+        """
         scorer = self._scorers.get(name)
-        assert isinstance(scorer, Reference), f"{name!r} is no reference that can follow"
-        await self._off_loop(scorer.sync, alpha)
+        if not isinstance(scorer, Reference):
+            follow = [known for known, scorer in self._scorers.items() if isinstance(scorer, Reference)]
+            known = ", ".join(follow) or "none: it has no reference"
+            raise ConfigError(f"{name!r} was to follow the policy; the scorers of this run that can are {known}")
+        await self._worker.run(partial(scorer.sync, alpha))
 
     def published(self) -> None:
         """The engines sample from these weights from now on."""
@@ -123,7 +131,7 @@ class LocalPolicy:
 
     async def export(self, folder: Path) -> None:
         """Write a Hugging Face model folder; see `groupwise.policy.saving.write_model`."""
-        await self._off_loop(write_model, self._learner.loaded, folder)
+        await self._worker.run(partial(write_model, self._learner.loaded, folder))
 
     def state_dict(self) -> dict[str, Any]:
         return self._learner.state_dict()
@@ -132,19 +140,9 @@ class LocalPolicy:
         self._learner.load_state_dict(state)
 
     async def close(self) -> None:
-        """Leave the model as a model, which may be trained by another policy."""
+        """Leave the model as a model, which may be trained by another policy. A second call changes nothing."""
         self._worker.close()
         self._learner.release()
-
-    async def _off_loop(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        future = self._worker.submit(function, *args, **kwargs)
-        try:
-            return await asyncio.wrap_future(future)
-        except BaseException:
-            # Nothing may touch the weights while the thread still does.
-            self._learner.stop()
-            wait([future])
-            raise
 
 
 def _rows_of(requests: Sequence[ScoreRequest]) -> list[TrainingRow]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from groupwise.config import AlgorithmConfig, OptimConfig, TrainConfig
 from groupwise.errors import ConfigError
 from groupwise.inputs import ModelInput
 from groupwise.policy import Learner, LocalPolicy
-from groupwise.policy.learner import LearningStopped
 from groupwise.policy.microbatches import MicroBatch, cut_batch
 from groupwise.policy.reference import FrozenScorer
 from groupwise.types import REFERENCE
@@ -78,24 +78,70 @@ def test_the_event_loop_answers_while_the_policy_learns(make_model: Any) -> None
     assert max(late) < 0.05
 
 
-def test_cancelled_it_ends_at_the_next_micro_batch_before_anybody_touches_the_weights(make_model: Any) -> None:
-    held = learner(make_model)
+def test_cancelled_it_ends_at_the_next_micro_batch_and_the_update_begins_anew(make_model: Any) -> None:
+    held, fresh = learner(make_model), learner(make_model)
     policy = LocalPolicy(held, micro_batch_tokens=SIZE)
 
     async def go() -> None:
+        await policy.learn(batch(4), Knobs())  # goes with what is cancelled
         learning = asyncio.create_task(policy.learn(batch(300), Knobs()))
-        await asyncio.sleep(0.05)
+        while len(held._learned) < 10:
+            await asyncio.sleep(0.005)
         learning.cancel()
         with pytest.raises(asyncio.CancelledError):
             await learning
+        assert not gradient(held)
+        await policy.learn(batch(4), Knobs())
         await policy.close()
 
-    started = time.perf_counter()
+    begun = count_passes(held)
     asyncio.run(go())
-    assert time.perf_counter() - started < 10
-    assert 0 < len(held._learned) < 300
-    with pytest.raises(LearningStopped):
-        held.forward_backward(MicroBatch((row(0),)), Denominators(1.0, 1.0, 1.0))
+    assert len(begun) < 300
+    fresh.learn(cut_batch(batch(4), SIZE, streams=fresh.streams.count), batch(4).denominators)
+    assert all(map(torch.equal, gradient(held), gradient(fresh)))
+
+
+def count_passes(held: Learner) -> list[MicroBatch]:
+    """The micro-batches that were begun, from now on."""
+    begun: list[MicroBatch] = []
+    run = held._run
+
+    def counted(one: Any, *args: Any, **options: Any) -> Any:
+        begun.append(one.batch)
+        return run(one, *args, **options)
+
+    held._run = counted  # type: ignore[method-assign]
+    return begun
+
+
+def test_what_fails_ends_nothing_but_itself(make_model: Any) -> None:
+    held, fresh = learner(make_model), learner(make_model)
+    policy = LocalPolicy(held, micro_batch_tokens=100)
+    strange = ModelInput.of((64,))  # the model has embeddings for 0 to 63
+
+    async def go() -> None:
+        with pytest.raises(IndexError):
+            await policy.log_probs([ScoreRequest(strange, strange)])
+        half = replace(row(9), follows=ModelInput.of([64] * SIZE))
+        with pytest.raises((IndexError, RuntimeError)):
+            await policy.learn(replace(batch(3), measured=(half,)), Knobs())
+        await policy.learn(batch(4), Knobs())
+
+    asyncio.run(go())
+    fresh.learn(cut_batch(batch(4), 100, streams=fresh.streams.count), batch(4).denominators)
+    assert all(map(torch.equal, gradient(held), gradient(fresh)))
+
+
+def test_closed_it_leaves_the_model_and_does_nothing_more(make_model: Any) -> None:
+    policy = LocalPolicy(learner(make_model), micro_batch_tokens=100)
+
+    async def go() -> None:
+        await policy.close()  # before it did anything
+        await policy.close()
+        with pytest.raises(AssertionError, match="closed"):
+            await policy.optim_step()
+
+    asyncio.run(go())
 
 
 def test_what_goes_wrong_in_the_thread_is_raised_where_it_is_awaited(make_model: Any) -> None:
@@ -130,6 +176,11 @@ def test_only_a_reference_follows(make_model: Any) -> None:
     assert asyncio.run(policy.log_probs(asked, of=REFERENCE)) == before
     asyncio.run(policy.move_reference(REFERENCE, 1.0))
     assert asyncio.run(policy.log_probs(asked, of=REFERENCE)) == asyncio.run(policy.log_probs(asked)) != before
+    teacher = FrozenScorer(make_model(), temperature=1.0, chunk_tokens=64)
+    taught = LocalPolicy(held, micro_batch_tokens=60, scorers={"teacher": teacher})
+    for name in ("teacher", "judge"):
+        with pytest.raises(ConfigError, match=f"'{name}' was to follow .* are reference"):
+            asyncio.run(taught.move_reference(name, 0.5))
 
 
 def test_its_source_is_all_that_training_changes(make_model: Any, tmp_path: Path) -> None:
