@@ -123,7 +123,7 @@ class Identity:
 
     def changes_since(self, saved: Mapping[str, Any], run: Path) -> list[Change]:
         """Everything that a checkpoint's state of this part says otherwise."""
-        changed = setting_changes(settings_of_today(saved["settings"]), self.settings)
+        changed = setting_changes(self._with_new_ones(settings_of_today(saved["settings"])), self.settings)
         changes = [Change(name, was, now) for name, (was, now) in changed.items()]
         was, now = saved["facts"], self.facts
         for name in sorted({*was, *now}):
@@ -131,6 +131,13 @@ class Identity:
             if before != after:
                 changes.append(Change(name, before, after, _effect_of(name)))
         return changes + _file_changes(saved["files"], run, self.remarks)
+
+    def _with_new_ones(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """With the settings that an earlier version did not have, and that are at their defaults, which do what it
+        did."""
+        default = _settings(Config())  # pyright: ignore[reportCallIssue]
+        new = (self.settings.keys() & default.keys()) - before.keys()
+        return {**before, **{name: default[name] for name in new if default[name] == self.settings[name]}}
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,6 +195,12 @@ def test_a_run_of_an_earlier_version_is_read_without_a_word_and_is_the_same_run(
     assert [str(change) for change in Identity.of(config, {}).changes_since(checkpoint, tmp_path)] == [
         "algorithm.loss.clip_high: was 0.5, now 0.0004"
     ]
+    older = {name: value for name, value in saved.items() if not name.startswith("environment.")}
+    assert Identity.of(config, {}).changes_since({**checkpoint, "settings": older}, tmp_path) == []
+    turned = config.model_copy(update={"environment": config.environment.model_copy(update={"max_turns": 3})})
+    assert [
+        str(change) for change in Identity.of(turned, {}).changes_since({**checkpoint, "settings": older}, tmp_path)
+    ] == ["environment.max_turns: was absent, now 3"]
     broken = {**saved, "algorithm.loss": "gone"}
     assert settings_of_today(broken) == broken
 
