@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +12,10 @@ import torch
 
 from groupwise.algorithms import build_algorithm
 from groupwise.batches import Denominators, Knobs, MiniBatch, ScoreRequest, TrainingRow
-from groupwise.config import AlgorithmConfig, OptimConfig, TrainConfig
+from groupwise.config import AlgorithmConfig, LoraConfig, OptimConfig, TrainConfig
 from groupwise.errors import ConfigError
 from groupwise.inputs import ModelInput
+from groupwise.model.loading import with_adapter
 from groupwise.policy import Learner, LocalPolicy
 from groupwise.policy.microbatches import MicroBatch, cut_batch
 from groupwise.policy.reference import FrozenScorer
@@ -183,7 +183,37 @@ def test_only_a_reference_follows(make_model: Any) -> None:
             asyncio.run(taught.move_reference(name, 0.5))
 
 
-def test_its_source_is_all_that_training_changes(make_model: Any, tmp_path: Path) -> None:
-    held = learner(make_model)
-    found = dict(LocalPolicy(held, micro_batch_tokens=60).source())
-    assert found.keys() >= {name for name, p in held.loaded.model.named_parameters()}
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_its_source_makes_another_module_this_policy(make_model: Any, tied: bool, rank: int) -> None:
+    """By name, each tensor once; of an adapter's policy the adapter alone; with buffers that are saved."""
+
+    def policy(seed: int) -> tuple[Learner, LocalPolicy]:
+        loaded = make_model(tied=tied, seed=0 if rank else seed)
+        decoder = loaded.model.get_decoder()
+        decoder.register_buffer("counts", torch.full((3,), float(seed)))
+        decoder.register_buffer("angles", torch.ones(2), persistent=False)
+        loaded = with_adapter(loaded, LoraConfig.model_validate({"rank": rank}), seed=seed)
+        objective, train = build_algorithm(AlgorithmConfig.model_validate({})), TrainConfig.model_validate({})
+        optim = OptimConfig.model_validate({"lr": 0.01})
+        held = Learner(loaded, objective, optim=optim, train=train, total_updates=9)
+        return held, LocalPolicy(held, micro_batch_tokens=60)
+
+    async def learn(each: LocalPolicy) -> None:
+        await each.learn(batch(3), Knobs())
+        await each.optim_step()
+
+    (_, mine), (other, its) = policy(1), policy(2)
+    asyncio.run(learn(mine))
+    found = dict(mine.source())
+    assert len(list(mine.source())) == len(found)
+    assert len({tensor.data_ptr() for tensor in found.values()}) == len(found)
+    assert all(".lora_" in name for name in found) if rank else "model.counts" in found
+    assert not any("angles" in name or tensor.requires_grad for name, tensor in found.items())
+    asked = [ScoreRequest(row(0).prompt, row(0).follows)]
+    assert asyncio.run(its.log_probs(asked)) != asyncio.run(mine.log_probs(asked))
+    missing = other.loaded.model.load_state_dict(found, strict=False)
+    assert not missing.unexpected_keys
+    assert asyncio.run(its.log_probs(asked)) == asyncio.run(mine.log_probs(asked))
+    if not rank:
+        assert other.loaded.model.get_buffer("model.counts").tolist() == [1.0] * 3

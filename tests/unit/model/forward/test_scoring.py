@@ -49,10 +49,16 @@ def test_two_shards_have_the_gradient_of_one_process(tmp_path: Path) -> None:
 
 
 def test_the_root_compiles() -> None:
-    """Traced by torch.compile, with breaks where it must: the scores are the same."""
+    """Traced by torch.compile, with breaks where it must: scores and gradients are the same."""
     script = sharded()
-    loaded = wrap_model(script.model(), build_tokenizer(["one"], 259))  # type: ignore[arg-type]
+    plain, traced = (wrap_model(script.model(), build_tokenizer(["one"], 259)) for _ in range(2))  # type: ignore[arg-type]
     packed = pack(script.rows(0))
-    expected = loaded.scoring(packed).logprobs
-    compiled = torch.compile(loaded.scoring, backend="eager")
-    torch.testing.assert_close(compiled(packed).logprobs, expected, rtol=1e-5, atol=1e-6)
+    compiled = torch.compile(traced.scoring, backend="eager")
+    for scoring in (plain.scoring, compiled):
+        scores = scoring(packed, temperature=0.7, with_entropy=True)
+        (scores.logprobs.sum() + 0.1 * scores.entropy.sum()).backward()
+    torch.testing.assert_close(compiled(packed).logprobs, plain.scoring(packed).logprobs, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(traced.model.parameters(), plain.model.parameters(), strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-6)
