@@ -38,6 +38,7 @@ def load(monkeypatch: pytest.MonkeyPatch):
     [
         ("vs_trl", "--kl-coef"),
         ("gpu", "--model-shape"),
+        ("off_loop", "--threads"),
         ("algorithms", "--warm-up-steps"),
         ("head_memory", "--plain-tokens"),
         ("exactness", "--rounds"),
