@@ -54,8 +54,10 @@ class Policy(Protocol):
         """
         ...
 
-    async def log_probs(self, requests: Sequence[ScoreRequest], *, of: str = "policy") -> list[tuple[float, ...]]:
-        """`[T]` each, at the sampling temperature, by the policy or by the scorer of that name.
+    async def log_probs(
+        self, requests: Sequence[ScoreRequest], *, of: str = "policy", temperature: float | None = None
+    ) -> list[tuple[float, ...]]:
+        """`[T]` each, at the sampling temperature or another, by the policy or by the scorer of that name.
 
         Raises:
             ConfigError: there is no such scorer.
@@ -74,8 +76,12 @@ class Policy(Protocol):
         """What an engine's module needs to become this policy, by name: all that training changes."""
         ...
 
-    async def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder, whole or not at all."""
+    async def export(self, folder: Path, *, merged: bool = False) -> None:
+        """Write a Hugging Face folder, whole or not at all.
+
+        Args:
+            merged: an adapter as a whole model, with its base.
+        """
         ...
 
     async def close(self) -> None:
@@ -100,6 +106,10 @@ class WeightSync(Protocol):
 
     async def wait(self) -> None:
         """Until the last `publish` has read all that it reads: then weights may change."""
+        ...
+
+    def metrics(self) -> Metrics:
+        """Of the version that is served."""
         ...
 
     async def close(self) -> None: ...

@@ -112,6 +112,7 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
         learned.append(await parts.upkeep.after(step + 1, learned))
         learned.append(parts.empty.after(step + 1, parts.source.usable(batch)))
         _record(parts, batch, step + 1)
+        learned.append(parts.weight_sync.metrics())  # of the version that drew the step
         await parts.weight_sync.publish(step + 1)
         asked = parts.watcher.updated(step + 1)
         with clock("eval"):

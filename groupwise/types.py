@@ -24,6 +24,9 @@ FinishReason: TypeAlias = Literal["stop", "length", "turns", "abort", "error"]
 REFERENCE = "reference"
 """The name of the frozen (or slowly moving) policy that a KL is taken to, among scorers."""
 
+BASE = "base"
+"""The name of what a policy's adapter stands on, among scorers."""
+
 TEACHER = "teacher"
 """The name of the frozen model that is distilled from, among scorers."""
 
@@ -358,6 +361,7 @@ class EngineCaps:
     Attributes:
         exact_logprobs: its log-probs are those of the trainer's own forward, so no second forward is needed.
         seeded: a sample depends on weights, prompt, seed and index alone.
+        logprobs: it has log-probs of the distribution that it draws from; without, the trainer's own stand for them.
         routes: it tells which experts were chosen.
         scores: it scores given tokens.
         images: it takes inputs with images.
@@ -366,6 +370,7 @@ class EngineCaps:
     name: str
     exact_logprobs: bool
     seeded: bool
+    logprobs: bool = True
     routes: bool = False
     scores: bool = False
     images: bool = False

@@ -126,7 +126,7 @@ def assemble_rl(
         policy=policy,
         upkeep=upkeep,
         source=source,
-        weight_sync=placement.sync(policy, engine),
+        weight_sync=placement.sync(policy, engine, prompts=ready.train.prompts),
         evaluator=evaluator,
         trackers=_trackers(config, opened, steps=steps, accuracy_of=_counted(ready.eval, scorer)),
         saver=opened.saver(saved, config, best=lambda: evaluator.best.step),
@@ -229,7 +229,8 @@ def _selection(
 
 
 def _logprobs(config: Config, policy: Policy, algorithm: Algorithm, caps: EngineCaps) -> LogprobPass:
-    return LogprobPass(policy, algorithm, old=config.recomputes_logprobs(exact=caps.exact_logprobs))
+    old = config.recomputes_logprobs(exact=caps.exact_logprobs) or not caps.logprobs
+    return LogprobPass(policy, algorithm, old=old, stands_in=not caps.logprobs)
 
 
 def _upkeep(config: Config, policy: LocalPolicy, adaptive: AdaptiveEntropy | None) -> Upkeep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from groupwise.config.limits import check_lengths
 from groupwise.config.model_name import settled_model, short_name
 from groupwise.data import PromptSet, check_rows, load_prompts
 from groupwise.data.files import Source, read_for_training
-from groupwise.engines import check_engine
+from groupwise.engines import check_engine, is_exact
 from groupwise.environments import Environments, load_environments
 from groupwise.errors import ConfigError
 from groupwise.fingerprint import code_facts, machine_facts, model_facts, prompt_facts, teacher_facts
@@ -30,6 +31,8 @@ from groupwise.rewards import RewardScorer
 from groupwise.rundir import check_place, describe_place
 from groupwise.tracking import check_backends, missing_packages
 from groupwise.watching import Watcher
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,7 @@ def prepare(config: Config, *, resume: bool = False, overwrite: bool = False, gi
     config, model = begun.config, begun.model
     check_trainable(config, provided=(*given.names, *begun.provided))
     check_engine(config.rollout)
+    config = _corrected(config)
     check_backends(config.tracking)
     prepare_device(config.model.device)
     algorithm = build_algorithm(config.algorithm)
@@ -136,6 +140,23 @@ def prepare(config: Config, *, resume: bool = False, overwrite: bool = False, gi
         output=output,
         identity=_identity(config, given, data, algorithm),
     )
+
+
+def _corrected(config: Config) -> Config:
+    """With what an engine needs whose log-probs are close to the policy's, and not the same."""
+    exact = is_exact(config.rollout)
+    if config.rollout.urls:
+        from groupwise.engines.external import reach
+
+        exact = all(facts.exact for facts in reach(config.rollout))
+    corrected = config.corrected(exact=exact)
+    if corrected is not config:
+        logger.info(
+            "rollout.engine = %r: its log-probs are close to the policy's, not the same; "
+            "algorithm.correction.name = 'truncate' weighs each by the ratio",
+            config.rollout.engine,
+        )
+    return corrected
 
 
 def _identity(config: Config, given: Given, data: _Data, algorithm: Algorithm) -> Identity:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from groupwise.config.algorithm import AlgorithmConfig
+from groupwise.config.algorithm.corrections import Truncate
 from groupwise.config.base import Section
 from groupwise.config.data import DataConfig
 from groupwise.config.environment import EnvironmentConfig
@@ -64,6 +65,20 @@ class Config(Section):
         """
         chosen = self.algorithm.old_logprobs
         return chosen == "policy" or (chosen == "auto" and not exact)
+
+    def corrected(self, *, exact: bool) -> Config:
+        """With the correction that a run has unless it is given one: weights cut at 2 where the sampler's log-probs
+        are close to the policy's and not the same (truncated importance sampling).
+
+        Args:
+            exact: as above.
+        """
+        given = self.algorithm.correction.model_fields_set
+        if exact or given or not self.recomputes_logprobs(exact=False):
+            return self
+        level = "sequence" if self.algorithm.loss.per_completion else "token"
+        algorithm = self.algorithm.model_copy(update={"correction": Truncate(level=level)})
+        return self.model_copy(update={"algorithm": algorithm})
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

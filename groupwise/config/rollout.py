@@ -5,22 +5,33 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from groupwise.config.base import Section
+from groupwise.config.launch import LaunchConfig
 from groupwise.config.temperature import temperature_problem
 
 
 class RolloutConfig(Section):
     engine: str = Field(
         "native",
-        description="native runs in this process on the policy's own weights; http is a server, `groupwise serve`",
+        description="native runs in this process on the policy's own weights; http is a server of `groupwise serve`; "
+        "vllm, sglang, lmdeploy and openai (evaluation alone) are servers of these",
     )
-    url: str | None = Field(None, description="engine http: where the server is, such as http://127.0.0.1:8000")
+    urls: tuple[str, ...] = Field(
+        (), description="where the engine's servers are, such as http://127.0.0.1:8000; they get the same weights"
+    )
+    launch: LaunchConfig = LaunchConfig()  # type: ignore[call-arg]
     engine_timeout: float = Field(
-        300.0, gt=0, description="engine http: seconds to wait for a server that does not answer, before the run ends"
+        300.0, gt=0, description="seconds to wait for a server that does not answer, before the run ends"
     )
     weights_dir: str | None = Field(
         None,
-        description="engine http: folder that weights travel through, under one name for both processes, such as one "
-        "in /dev/shm; none is weights/ in the run directory",
+        description="folder that weights travel through, under one name for trainer and servers, such as one in "
+        "/dev/shm; none is weights/ in the run directory",
+    )
+    sync_tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="nats; largest difference between an engine's log-probs and the trainer's for new weights to count "
+        "as arrived; none: 1e-4 in float32, 0.1 otherwise",
     )
     group_size: int = Field(8, description="G, samples per prompt; group-relative advantages need at least 2")
     prompts_per_step: int = Field(32, ge=1, description="groups in one training step")

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -89,6 +89,30 @@ def complete_adapter(module: PreTrainedModel, folder: Path, *, tokenizer: Tokeni
             f"{wrong[0]} for one; save again, to another disk if this one damages files"
         )
     return compared + len(expected)
+
+
+def save_merged(module: PreTrainedModel, folder: Path) -> int:
+    """Write base plus adapter as one model, and leave the module as it is; returns how many weights were written.
+
+    Raises:
+        ConfigError: the base is packed into 4 bits, or the adapter has what no single weight can hold.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    if is_packed(module):
+        raise ConfigError("an adapter on a base of 4 bits cannot be merged; train on model.dtype = 'bfloat16'")
+    weights = {name.replace(".base_layer.", "."): tensor for name, tensor in module.state_dict().items()}
+    weights = {name: tensor for name, tensor in weights.items() if ".lora_" not in name}
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoraLayer):
+            change: Tensor = cast(Any, layer).get_delta_weight("default")
+            held = f"{name}.weight"
+            weights[held] = (weights[held].float() + change.float()).to(weights[held].dtype)
+    if module.config.get_text_config().tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    module.config.save_pretrained(folder)
+    return len(weights)
 
 
 def check_whole(module: PreTrainedModel, folder: Path) -> int:

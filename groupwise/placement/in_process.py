@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from groupwise.config import Config
-from groupwise.engines.identity import KEY_VARIABLE, model_identity
+from groupwise.engines import is_exact
+from groupwise.engines.identity import model_identity
 from groupwise.engines.native import NativeEngine
 from groupwise.errors import ConfigError
 from groupwise.model.loading import LoadedModel
 from groupwise.policy import Learner, LocalPolicy, Objective
+from groupwise.policy.adapter_reference import AdapterBase
 from groupwise.policy.bundle import BundleWriter
 from groupwise.policy.reference import FrozenScorer
 from groupwise.protocols import Engine, Policy, WeightSync
 from groupwise.rundir import RunDirectory
-from groupwise.types import TEACHER
+from groupwise.types import BASE, TEACHER, Prompt
 from groupwise.weight_sync import InProcessSync
 
 
@@ -66,9 +70,11 @@ class InProcess:
             bundles=BundleWriter(self.run, config, supervised=supervised),
         )
         scorers: dict[str, FrozenScorer] = {}
+        chunk = config.train.logprob_chunk_tokens
         if teacher is not None:
-            chunk = config.train.logprob_chunk_tokens
             scorers[TEACHER] = FrozenScorer(teacher, temperature=temperature, chunk_tokens=chunk)
+        if self.loaded.adapter is not None and not is_exact(config.rollout):
+            scorers[BASE] = AdapterBase(self.loaded, temperature=temperature, chunk_tokens=chunk)
         return LocalPolicy(learner, micro_batch_tokens=config.train.micro_batch_tokens, scorers=scorers)
 
     def engine(self, policy: LocalPolicy) -> Engine:
@@ -80,34 +86,60 @@ class InProcess:
         rollout = self.config.rollout
         if rollout.engine == "native":
             return NativeEngine(self.loaded, rollout, reserved_bytes=policy.bytes_to_come)
-        from groupwise.engines.http import HttpEngine
+        from groupwise.engines.external import Speaks, external_engine, reach
 
-        key = os.environ.get(KEY_VARIABLE)
-        engine = HttpEngine(
+        served = reach(rollout)
+        if rollout.engine == "http":
+            for url, facts in zip(rollout.urls, served, strict=True):
+                _check_same(facts.identity, model_identity(self.loaded), url=url)
+        return external_engine(
             rollout,
+            Speaks(
+                stop_token_ids=sorted(self.loaded.stop_token_ids),
+                adapter=self.loaded.adapter is not None,
+                temperature=rollout.temperature,
+                exact=all(facts.exact for facts in served),
+            ),
             decode=self.loaded.decode,
             vocabulary=self.loaded.model.config.get_text_config().vocab_size,
-            headers={"Authorization": f"Bearer {key}"} if key else None,
         )
-        _check_same(engine.served.identity, model_identity(self.loaded), url=str(rollout.url))
-        return engine
 
-    def sync(self, policy: Policy, engine: Engine) -> WeightSync:
-        """What makes the engine serve the policy's newest version."""
+    def sync(self, policy: Policy, engine: Engine, *, prompts: Sequence[Prompt] = ()) -> WeightSync:
+        """What makes the engine serve the policy's newest version.
+
+        Args:
+            prompts: of the run; the first two prove what an engine elsewhere computes with.
+        """
         if isinstance(engine, NativeEngine):
             return InProcessSync(policy, engine)
         from groupwise.engines.http import HttpEngine
+        from groupwise.weight_sync.canary import Canary
         from groupwise.weight_sync.directory import DirectorySync
 
         assert isinstance(engine, HttpEngine), "a placement syncs the engines that it makes"
-        given = self.config.rollout.weights_dir
-        return DirectorySync(policy, engine, self.run.path / "weights" if given is None else Path(given))
+        rollout = self.config.rollout
+        canary = Canary(
+            policy,
+            [prompt.token_ids for prompt in prompts[:2]],
+            tolerance=self._tolerance(exact=engine.caps.exact_logprobs),
+        )
+        given = rollout.weights_dir
+        root = self.run.path / "weights" if given is None else Path(given)
+        return DirectorySync(policy, engine, root, canary=canary)
+
+    def _tolerance(self, *, exact: bool) -> float:
+        """Nats. vLLM's are off by 2e-6 in float32 and by 0.02 in bfloat16, at most, where it is right."""
+        if self.config.rollout.sync_tolerance is not None:
+            return self.config.rollout.sync_tolerance
+        if exact:
+            return 0.0
+        return 1e-4 if self.loaded.model.dtype == torch.float32 else 0.1
 
 
-def _check_same(served: dict[str, str], mine: dict[str, str], *, url: str) -> None:
+def _check_same(served: Mapping[str, str], mine: dict[str, str], *, url: str) -> None:
     for name, value in mine.items():
         if served.get(name) != value:
             raise ConfigError(
-                f"rollout.url = {url!r} serves another model: {name}: got {served.get(name)}; expected {value}. Start "
+                f"rollout.urls: {url!r} serves another model: {name}: got {served.get(name)}; expected {value}. Start "
                 "`groupwise serve` with the recipe of this run"
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from groupwise.model.adapters import adds_nothing
 from groupwise.model.loading import LoadedModel
-from groupwise.policy.reference import Reference
+from groupwise.policy.reference import FrozenScorer, Reference
 from groupwise.policy.streams import Streams
 
 
@@ -36,7 +36,7 @@ class AdapterReference(Reference):
 
     @contextmanager
     def _in_place(self) -> Generator[None, None, None]:
-        with self._swapped() if self._own else self._adapter_off():
+        with self._swapped() if self._own else adapter_off(self.loaded):
             yield
 
     @torch.no_grad()
@@ -61,14 +61,6 @@ class AdapterReference(Reference):
             self._has_moved = True
 
     @contextmanager
-    def _adapter_off(self) -> Generator[None, None, None]:
-        self.loaded.model.disable_adapters()
-        try:
-            yield
-        finally:
-            self.loaded.model.enable_adapters()
-
-    @contextmanager
     def _swapped(self) -> Generator[None, None, None]:
         held = {name: p.data for name, p in self._trained.items()}
         try:
@@ -78,6 +70,31 @@ class AdapterReference(Reference):
         finally:
             for name, p in self._trained.items():
                 p.data = held[name]
+
+
+class AdapterBase(FrozenScorer):
+    """What the adapter stands on: the policy's own module with its adapter off. Arguments as for `FrozenScorer`."""
+
+    def __init__(self, policy: LoadedModel, *, temperature: float, chunk_tokens: int) -> None:
+        self.loaded = policy
+        self._streams = Streams(policy.model)
+        self._temperature = temperature
+        self._chunk_tokens = chunk_tokens
+
+    @contextmanager
+    def _in_place(self) -> Generator[None, None, None]:
+        with adapter_off(self.loaded):
+            yield
+
+
+@contextmanager
+def adapter_off(loaded: LoadedModel) -> Generator[None, None, None]:
+    """Inside, the model computes what its base does."""
+    loaded.model.disable_adapters()
+    try:
+        yield
+    finally:
+        loaded.model.enable_adapters()
 
 
 def make_reference(policy: LoadedModel, *, temperature: float, chunk_tokens: int) -> Reference:

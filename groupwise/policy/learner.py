@@ -271,19 +271,21 @@ class Learner:
                 torch.manual_seed(number)  # pyright: ignore[reportUnknownMemberType]
             yield
 
-    def _scores(self, packed: Packed, with_entropy: bool, routing: Routing | None = None) -> TokenScores:
+    def _scores(
+        self, packed: Packed, with_entropy: bool, routing: Routing | None = None, *, temperature: float | None = None
+    ) -> TokenScores:
         return self.loaded.scoring(
             packed,
-            temperature=self._temperature,
+            temperature=self._temperature if temperature is None else temperature,
             chunk_tokens=self._chunk_tokens,
             with_entropy=with_entropy,
             routing=routing,
         )
 
     @torch.no_grad()
-    def log_probs(self, rows: Sequence[TrainingRow]) -> Tensor:
-        """`[M]` log-probs of the rows' completion tokens, row after row, at the sampling temperature."""
-        return self._scores(pack(rows).to(self.loaded.device), False).logprobs
+    def log_probs(self, rows: Sequence[TrainingRow], *, temperature: float | None = None) -> Tensor:
+        """`[M]` log-probs of the rows' completion tokens, row after row, at the sampling temperature or another."""
+        return self._scores(pack(rows).to(self.loaded.device), False, temperature=temperature).logprobs
 
     def optim_step(self) -> Metrics:
         """Clip, update, forget the gradients. A gradient that is not finite skips the update; three in a row raise.

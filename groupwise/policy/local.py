@@ -83,8 +83,10 @@ class LocalPolicy:
         """
         return await self._worker.run(self._learner.optim_step)
 
-    async def log_probs(self, requests: Sequence[ScoreRequest], *, of: str = POLICY) -> list[tuple[float, ...]]:
-        """`[T]` each, at the sampling temperature; requests with equal prompts share its computation.
+    async def log_probs(
+        self, requests: Sequence[ScoreRequest], *, of: str = POLICY, temperature: float | None = None
+    ) -> list[tuple[float, ...]]:
+        """`[T]` each, at the sampling temperature or another; requests with equal prompts share its computation.
 
         Raises:
             ConfigError: there is no scorer of that name.
@@ -92,16 +94,19 @@ class LocalPolicy:
         if of != POLICY and of not in self._scorers:
             known = ", ".join((POLICY, *sorted(self._scorers)))
             raise ConfigError(f"log-probs of {of!r} were asked for; the run has {known}")
-        return await self._worker.run(partial(self._log_probs, requests, of))
+        return await self._worker.run(partial(self._log_probs, requests, of, temperature))
 
-    def _log_probs(self, requests: Sequence[ScoreRequest], of: str) -> list[tuple[float, ...]]:
+    def _log_probs(
+        self, requests: Sequence[ScoreRequest], of: str, temperature: float | None
+    ) -> list[tuple[float, ...]]:
         rows = _rows_of(requests)
         batches = [part.rows for part in split_rows(rows, self._budget, streams=self._learner.streams.count)]
         if of == POLICY:
-            found = list(self._learner.streams.map(self._learner.log_probs, batches))
+            found = list(self._learner.streams.map(partial(self._learner.log_probs, temperature=temperature), batches))
         else:
             scorer = self._scorers[of]
-            found = scorer.logprobs([pack(batch).to(scorer.loaded.device) for batch in batches])
+            packs = [pack(batch).to(scorer.loaded.device) for batch in batches]
+            found = scorer.logprobs(packs, temperature=temperature)
         by_row: dict[int, tuple[float, ...]] = {}
         for batch, logprobs in zip(batches, found, strict=True):
             values = iter(floats(logprobs))
@@ -129,9 +134,9 @@ class LocalPolicy:
         """What training changes, by the module's own names; of a model with an adapter, the adapter alone."""
         return self._learner.source()
 
-    async def export(self, folder: Path) -> None:
+    async def export(self, folder: Path, *, merged: bool = False) -> None:
         """Write a Hugging Face model folder; see `groupwise.policy.saving.write_model`."""
-        await self._worker.run(partial(write_model, self._learner.loaded, folder))
+        await self._worker.run(partial(write_model, self._learner.loaded, folder, merged=merged))
 
     def state_dict(self) -> dict[str, Any]:
         return self._learner.state_dict()

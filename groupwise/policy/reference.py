@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,14 +38,15 @@ class FrozenScorer:
         self._temperature = temperature
         self._chunk_tokens = chunk_tokens
 
-    def logprobs(self, packs: Sequence[Packed]) -> list[Tensor]:
-        """`[M]` float32 each, of the packed completion tokens, at the sampling temperature."""
+    def logprobs(self, packs: Sequence[Packed], *, temperature: float | None = None) -> list[Tensor]:
+        """`[M]` float32 each, of the packed completion tokens, at the sampling temperature or another."""
+        at = self._temperature if temperature is None else temperature
         with self._in_place():
-            return list(self._streams.map(self._logprobs, packs))
+            return list(self._streams.map(partial(self._logprobs, temperature=at), packs))
 
     @torch.no_grad()
-    def _logprobs(self, packed: Packed) -> Tensor:
-        return self.loaded.scoring(packed, temperature=self._temperature, chunk_tokens=self._chunk_tokens).logprobs
+    def _logprobs(self, packed: Packed, *, temperature: float) -> Tensor:
+        return self.loaded.scoring(packed, temperature=temperature, chunk_tokens=self._chunk_tokens).logprobs
 
     @contextmanager
     def _in_place(self) -> Generator[None, None, None]:

@@ -9,13 +9,16 @@ from pathlib import Path
 
 from groupwise.files import make_anew, refuse_link, use_umask, writing
 from groupwise.model.loading import LoadedModel
-from groupwise.model.saving import check_whole, complete_adapter
+from groupwise.model.saving import check_whole, complete_adapter, save_merged
 
 logger = logging.getLogger(__name__)
 
 
-def write_model(loaded: LoadedModel, path: Path) -> None:
+def write_model(loaded: LoadedModel, path: Path, *, merged: bool = False) -> None:
     """Write a model folder, or an adapter's; what stood there before is replaced only when the new one is whole.
+
+    Args:
+        merged: write an adapter as a whole model, with its base.
 
     Raises:
         FileError: the disk is full, or the folder cannot be written.
@@ -26,15 +29,21 @@ def write_model(loaded: LoadedModel, path: Path) -> None:
         refuse_link(path)
         make_anew(temporary)
         try:
-            loaded.model.save_pretrained(temporary)  # pyright: ignore[reportUnknownMemberType]
-            loaded.tokenizer.save_pretrained(temporary)
-            if loaded.adapter is None:
-                same = check_whole(loaded.model, temporary)
+            if merged and loaded.adapter is not None:
+                same = save_merged(loaded.model, temporary)
             else:
-                same = complete_adapter(loaded.model, temporary, tokenizer=loaded.tokenizer, home=path)
+                loaded.model.save_pretrained(temporary)  # pyright: ignore[reportUnknownMemberType]
+                same = _compared(loaded, temporary, home=path)
+            loaded.tokenizer.save_pretrained(temporary)
             logger.info("%s: %d weights compared with those in memory, all the same", path, same)
             use_umask(temporary)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _compared(loaded: LoadedModel, folder: Path, *, home: Path) -> int:
+    if loaded.adapter is None:
+        return check_whole(loaded.model, folder)
+    return complete_adapter(loaded.model, folder, tokenizer=loaded.tokenizer, home=home)

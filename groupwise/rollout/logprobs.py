@@ -9,7 +9,7 @@ from groupwise.algorithms import Algorithm
 from groupwise.batches import ScoreRequest
 from groupwise.protocols import Policy
 from groupwise.rollout.batch import is_learnable
-from groupwise.types import Rollout, RolloutGroup
+from groupwise.types import Rollout, RolloutGroup, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,7 @@ class LogprobPass:
 
     Attributes:
         old: ask the policy, as it is before the step's first update.
+        stands_in: the engine has no log-probs of what it drew: the policy's stand for them.
         algorithm: says which others to ask, whose log-probs go into `Rollout.scores`.
 
     Example:
@@ -27,6 +28,7 @@ class LogprobPass:
     policy: Policy
     algorithm: Algorithm
     old: bool
+    stands_in: bool = False
 
     async def add(self, groups: Sequence[RolloutGroup]) -> tuple[RolloutGroup, ...]:
         """The groups, with `old_logprobs` and `scores` in every rollout that can be learned from."""
@@ -50,9 +52,21 @@ class LogprobPass:
             if key not in asked:
                 return rollout
             found = {name: values[key] for name, values in scores.items()}
-            return replace(rollout, old_logprobs=old.get(key), scores={**rollout.scores, **found})
+            filled = replace(rollout, old_logprobs=old.get(key), scores={**rollout.scores, **found})
+            return _with_logprobs(filled, old[key]) if self.stands_in else filled
 
         return tuple(replace(group, rollouts=tuple(filled(group, r) for r in group.rollouts)) for group in groups)
+
+
+def _with_logprobs(rollout: Rollout, logprobs: Sequence[float]) -> Rollout:
+    """The model's own segments with these, `[T]`."""
+    segments, first = list[Segment](), 0
+    for segment in rollout.segments:
+        last = first + len(segment.token_ids)
+        mine = tuple(logprobs[first:last]) if segment.by == "model" else segment.logprobs
+        segments.append(replace(segment, logprobs=mine))
+        first = last
+    return replace(rollout, segments=tuple(segments))
 
 
 def _request(group: RolloutGroup, rollout: Rollout) -> ScoreRequest:

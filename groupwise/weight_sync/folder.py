@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from groupwise.errors import DataError
-from groupwise.files import make_anew, writing
+from groupwise.files import make_anew, write_json_atomic, writing
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -47,6 +47,23 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, versio
         os.replace(temporary, folder)
         _sync(folder.parent)
     return folder
+
+
+def add_manifest(folder: Path, *, version: int) -> None:
+    """Name every tensor of a Hugging Face folder's files in a manifest beside them.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    facts: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        facts |= {name: _fact(tensor) for name, tensor in load_file(file).items()}
+    write_json_atomic(folder / MANIFEST, {"format": FORMAT, "version": version, "tensors": facts})
+
+
+def weights_bytes(folder: Path) -> int:
+    """What the folder's weights take."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def read_weights(folder: Path, *, version: int) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from groupwise.metrics import Metrics
 from groupwise.protocols import Policy
 
 
@@ -32,6 +33,10 @@ class InProcessSync:
         await self._engine.update_weights(version)
         self._policy.published()
 
+    def metrics(self) -> Metrics:
+        """There is nothing to tell."""
+        return {}
+
     async def close(self) -> None:
         """Nothing is held."""
 
@@ -44,6 +49,10 @@ class Unsynced:
 
     async def publish(self, version: int) -> None:
         """Nobody asks for it."""
+
+    def metrics(self) -> Metrics:
+        """There is nothing to tell."""
+        return {}
 
     async def close(self) -> None:
         """Nothing is held."""

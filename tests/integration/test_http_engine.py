@@ -65,7 +65,7 @@ def differences(run: Path) -> list[float]:
 
 
 def over(url: str, **settings: Any) -> dict[str, Any]:
-    return {"engine": "http", "url": url, **settings}
+    return {"engine": "http", "urls": [url], **settings}
 
 
 def test_a_run_over_the_wire_has_the_bits_of_one_in_process(task: Any, served: Served, tmp_path: Path) -> None:
@@ -270,9 +270,9 @@ def test_another_model_is_refused_with_both(task: Any, served: Served, tmp_path:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--rollout.engine", "http"], "needs rollout.url"),
-        (["--rollout.url", "http://127.0.0.1:1"], "set rollout.engine to 'http'"),
-        (["--rollout.engine", "http", "--rollout.url", "here"], "no address of a server"),
+        (["--rollout.engine", "http"], "needs rollout.urls"),
+        (["--rollout.urls", "http://127.0.0.1:1"], "set rollout.engine to 'http'"),
+        (["--rollout.engine", "http", "--rollout.urls", "here"], "no address of a server"),
         (["--rollout.engine", "htp"], "did you mean 'http'?"),
     ],
 )
@@ -284,14 +284,14 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_is_loaded(
 
 
 def test_a_server_that_is_not_there_is_said(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("groupwise.engines.http._START_SECONDS", 0.3)
-    with pytest.raises(ConfigError, match=r"no engine answers there.*groupwise serve"):
+    monkeypatch.setattr("groupwise.engines.external._START_SECONDS", 0.3)
+    with pytest.raises(ConfigError, match=r"no engine answers there.*docs/engines.md"):
         run_training(task.config(tmp_path / "run", rollout=over("http://127.0.0.1:9")))
 
 
 def test_commands_with_a_model_of_their_own_refuse_an_engine_elsewhere(
     task: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--rollout.engine", "http", "--rollout.url", "http://127.0.0.1:9"]
+    flags = ["--rollout.engine", "http", "--rollout.urls", "http://127.0.0.1:9"]
     assert main(["generate", str(task.model), "--prompt", "a", "--raw", *flags[:2]]) == 2
     assert "rollout.url" in capsys.readouterr().err

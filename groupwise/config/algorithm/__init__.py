@@ -68,7 +68,8 @@ class AlgorithmConfig(Section):
         given = _in_names_of_today(given)
         recipe = RECIPES.get(str(given.get("name")), RECIPES["grpo"])
         own = {"advantage": recipe.advantage, "loss": recipe.loss, "kl": KlInLoss(), "correction": NoCorrection()}
-        parts = {key: _completed(given.get(key, {}), part) for key, part in own.items()}
+        # A part that is not given stays an object on which nothing is set: a run may choose another for its engine.
+        parts = {key: _completed(given[key], part) if key in given else part for key, part in own.items()}
         if _name_of(parts["loss"]) in _PER_COMPLETION and _name_of(parts["correction"]) not in ("none", ""):
             parts["correction"] = {"level": "sequence", **dict(parts["correction"])}
         return {"normaliser": recipe.normaliser, **given, **parts}

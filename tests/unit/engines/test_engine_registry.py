@@ -15,7 +15,7 @@ def rollout(**settings: Any) -> RolloutConfig:
 
 def test_every_known_name_passes() -> None:
     check_engine(rollout(engine="native"))
-    check_engine(rollout(engine="http", url="http://127.0.0.1:8000"))
+    check_engine(rollout(engine="http", urls=["http://127.0.0.1:8000"]))
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_or_with_all(name: str, hint
         check_engine(rollout(engine=name))
 
 
-@pytest.mark.parametrize("setting", [{"url": "http://a"}, {"engine_timeout": 3.0}, {"weights_dir": "/dev/shm/w"}])
+@pytest.mark.parametrize("setting", [{"urls": ["http://a"]}, {"engine_timeout": 3.0}, {"weights_dir": "/dev/shm/w"}])
 def test_what_acts_over_the_wire_alone_is_refused_without_it(setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"rollout\.{next(iter(setting))} = .* has no effect"):
         check_engine(rollout(**setting))
@@ -39,10 +39,10 @@ def test_what_acts_over_the_wire_alone_is_refused_without_it(setting: dict[str, 
 
 def test_whoever_samples_here_refuses_an_engine_elsewhere() -> None:
     with pytest.raises(ConfigError, match="groupwise eval samples in this process"):
-        require_in_process(rollout(engine="http", url="http://127.0.0.1:8000"), "groupwise eval")
+        require_in_process(rollout(engine="http", urls=["http://127.0.0.1:8000"]), "groupwise eval")
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("groupwise.engines.find_spec", lambda name: None)
+    monkeypatch.setattr("groupwise.engines.checks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs starlette, uvicorn, httpx: pip install 'groupwise\[serve\]'"):
-        check_engine(rollout(engine="http", url="http://127.0.0.1:8000"))
+        check_engine(rollout(engine="http", urls=["http://127.0.0.1:8000"]))

@@ -1,0 +1,191 @@
+"""What a config may say of an engine: refused here, before anything is loaded or started."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from groupwise.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from groupwise.config import RolloutConfig
+
+ENGINES = ("native", "http", "vllm", "sglang", "lmdeploy", "openai")
+
+OLDEST: Mapping[str, tuple[int, ...]] = {"vllm": (0, 32), "sglang": (0, 5, 23), "lmdeploy": (0, 18)}
+"""Engines that a run can start -> the oldest version whose routes are those that are spoken."""
+
+_SERVER_PACKAGES = ("starlette", "uvicorn", "httpx")
+_CLIENT_PACKAGES = ("httpx",)
+_ELSEWHERE = ("urls", "launch", "engine_timeout", "weights_dir", "sync_tolerance")
+_IMPORT_SECONDS = 60
+
+
+def is_exact(rollout: RolloutConfig) -> bool:
+    """Whether the engine's log-probs can be the trainer's own, to the bit."""
+    return rollout.engine in ("native", "http")
+
+
+def check_engine(rollout: RolloutConfig, *, trains: bool = True) -> None:
+    """Refuse an unknown name, settings that do not act with the engine, and an engine that is not there.
+
+    Args:
+        trains: samples are learned from, so weights have to reach the engine and log-probs have to come back.
+
+    Raises:
+        ConfigError: says which, and what to do.
+    """
+    name = rollout.engine
+    if name not in ENGINES:
+        hint = nearest(name, ENGINES, "did you mean {!r}? Known:") or "expected one of"
+        raise ConfigError(f"rollout.engine = {name!r} is unknown; {hint} {', '.join(ENGINES)}")
+    if name == "native":
+        _refuse_elsewhere(rollout)
+        return
+    _require(_CLIENT_PACKAGES, f"rollout.engine = {name!r}")
+    for url in rollout.urls:
+        _check_url(url)
+    _check_where(rollout)
+    if trains:
+        _check_trains(rollout)
+
+
+def _refuse_elsewhere(rollout: RolloutConfig) -> None:
+    for setting in _ELSEWHERE:
+        value = getattr(rollout, setting)
+        if setting in rollout.model_fields_set and value != type(rollout).model_fields[setting].default:
+            raise ConfigError(
+                f"rollout.{setting} = {value!r} has no effect with rollout.engine = 'native'; set rollout.engine to "
+                f"{' or '.join(map(repr, ENGINES[1:]))}, or leave it out"
+            )
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(
+            f"rollout.urls: {url!r} is no address of a server; expected one such as http://127.0.0.1:8000"
+        )
+
+
+def _check_where(rollout: RolloutConfig) -> None:
+    """A server is found, or started; not both, and one of them."""
+    name, python = rollout.engine, rollout.launch.python
+    if name not in OLDEST:
+        refuse_launch(rollout)
+        if not rollout.urls:
+            what = "a server of `groupwise serve`" if name == "http" else "the server"
+            raise ConfigError(f"rollout.engine = {name!r} needs rollout.urls: where {what} is")
+        return
+    if rollout.urls:
+        refuse_launch(rollout)
+        return
+    if python is None:
+        raise ConfigError(
+            f"rollout.engine = {name!r} needs rollout.urls, where it is running, or rollout.launch.python, the "
+            "interpreter of the environment to start it from; docs/engines.md makes one in two commands"
+        )
+    _check_installed(name, python)
+
+
+def refuse_launch(rollout: RolloutConfig) -> None:
+    """Refuse settings of a start where nothing is started.
+
+    Raises:
+        ConfigError: says which.
+    """
+    launch = rollout.launch
+    given = [
+        setting
+        for setting in sorted(launch.model_fields_set)
+        if getattr(launch, setting) != type(launch).model_fields[setting].default
+    ]
+    if given:
+        where = "a server at rollout.urls was started already" if rollout.urls else "the run does not start it"
+        raise ConfigError(
+            f"rollout.launch.{given[0]} has no effect with rollout.engine = {rollout.engine!r}: {where}; leave it out"
+        )
+
+
+def _check_installed(name: str, python: str) -> None:
+    """Ask the interpreter for the engine's version, without importing the engine."""
+    if shutil.which(python) is None:
+        raise ConfigError(
+            f"rollout.launch.python = {python!r} is no interpreter that can be run; docs/engines.md makes one"
+        )
+    program = (
+        "import importlib.metadata as m, importlib.util as u\n"
+        f"assert u.find_spec({name!r})\n"
+        f"names = [{name!r}, {name!r} + '-cpu']\n"
+        "there = {d.name.lower().replace('_', '-') for d in m.distributions()}\n"
+        "found = [m.version(n) for n in names if n in there]\n"
+        "print(found[0] if found else '')"
+    )
+    try:
+        asked = subprocess.run(
+            [python, "-c", program], capture_output=True, text=True, timeout=_IMPORT_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"rollout.launch.python = {python!r} cannot be run: {error}") from error
+    if asked.returncode:
+        raise ConfigError(
+            f"rollout.launch.python = {python!r} has no {name}: {python} -m pip install {name}, or give the "
+            "interpreter of another environment"
+        )
+    version = tuple(int(part) for part in re.findall(r"\d+", asked.stdout.split("+")[0])[:3])
+    if version and version < OLDEST[name]:
+        oldest = ".".join(map(str, OLDEST[name]))
+        raise ConfigError(f"{name} {asked.stdout.strip()} at {python} is too old; expected {oldest} or newer")
+
+
+def _check_trains(rollout: RolloutConfig) -> None:
+    name = rollout.engine
+    if name == "openai":
+        raise ConfigError(
+            "rollout.engine = 'openai' cannot train: such a server takes no weights; use it in `groupwise eval`, and "
+            "train over native, http, vllm, sglang or lmdeploy"
+        )
+    if name == "http":
+        return
+    if rollout.filters:
+        raise ConfigError(
+            f"{' and '.join(rollout.filters)} does not go with rollout.engine = {name!r}: the samples would come from "
+            "a cut distribution, whose log-probs the trainer cannot compute without the tokens that were left; leave "
+            "it out, or use rollout.engine = 'native'"
+        )
+    if rollout.temperature == 0:
+        raise ConfigError(
+            f"rollout.temperature = 0 does not go with rollout.engine = {name!r}: a group of equal answers teaches "
+            "nothing; give a temperature above 0"
+        )
+
+
+def require_in_process(rollout: RolloutConfig, who: str) -> None:
+    """Refuse an engine elsewhere where a command has its own model.
+
+    Raises:
+        ConfigError: says which.
+    """
+    check_engine(rollout, trains=False)
+    if rollout.engine != "native":
+        raise ConfigError(f"{who} samples in this process; leave rollout.engine = {rollout.engine!r} out")
+
+
+def require_server(who: str) -> None:
+    """Refuse what needs a package that is not installed.
+
+    Raises:
+        ConfigError: says how to install it.
+    """
+    _require(_SERVER_PACKAGES, who)
+
+
+def _require(packages: tuple[str, ...], who: str) -> None:
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"{who} needs {', '.join(missing)}: pip install 'groupwise[serve]'")

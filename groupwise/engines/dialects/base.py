@@ -1,0 +1,172 @@
+"""What every kind of server has to say for a run to sample from it."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+from groupwise.engines.connection import Connection
+from groupwise.engines.weights import WeightKind, WeightRef
+from groupwise.errors import EngineError
+from groupwise.inputs import SampleKey
+from groupwise.types import EngineCaps, FinishReason, SampleRequest
+
+Answer: TypeAlias = Any
+"""JSON, as a server sent it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request of HTTP."""
+
+    route: str
+    body: Mapping[str, Any] | str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a server says of itself.
+
+    Attributes:
+        model: its name there.
+        positions: most tokens of prompt and completion; None where it does not say.
+        version: of the weights that it holds, where it says.
+        identity: of Groupwise's own server: facts to compare with the trainer's model.
+        exact: its log-probs are the trainer's to the bit.
+    """
+
+    model: str
+    positions: int | None = None
+    version: str | None = None
+    identity: Mapping[str, str] = field(default_factory=dict[str, str])
+    exact: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One answer, in the engine's own words.
+
+    Attributes:
+        token_ids: `[T]`, the token that ended it included.
+        logprobs: `[T]`; None where the engine has none of the distribution that it drew from.
+        versions: of the weights that drew it, where the engine says.
+        text: where the engine gives no tokens to decode.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None
+    finish_reason: FinishReason
+    versions: tuple[str, ...] = ()
+    error: str = ""
+
+
+Whose: TypeAlias = Literal["policy", "base"]
+"""The weights that are meant: those of the version, or what an adapter stands on."""
+
+
+class Dialect(Protocol):
+    """How one kind of server is spoken to. Objects hold a run's settings, and nothing of any one server.
+
+    Attributes:
+        takes: what it takes weights as; the first one is what it is given. Empty: it cannot be given any.
+        health: a route that answers at once while the server lives.
+    """
+
+    @property
+    def caps(self) -> EngineCaps: ...
+
+    @property
+    def takes(self) -> Sequence[WeightKind]: ...
+
+    @property
+    def health(self) -> str: ...
+
+    async def reach(self, server: Connection) -> Facts:
+        """What the server says of itself.
+
+        Raises:
+            EngineLost: nothing answers.
+            EngineError: it is no server of this kind, or one that cannot serve a run; says what to do.
+        """
+        ...
+
+    async def probe(self, server: Connection) -> None:
+        """Whether the engine behind the server works, and not only its front.
+
+        Raises:
+            EngineLost: it does not.
+        """
+        ...
+
+    def name(self, request: SampleRequest) -> str:
+        """What the request is called there, for `sample` and `abort`."""
+        ...
+
+    def sample(self, request: SampleRequest, *, name: str, facts: Facts, to_the_end: bool = False) -> Call:
+        """Ask for one sample.
+
+        Args:
+            to_the_end: no token and no string ends it before `max_tokens`.
+        """
+        ...
+
+    def drawn(self, answer: Answer) -> Drawn:
+        """What came of `sample`.
+
+        Raises:
+            EngineError: it is none.
+        """
+        ...
+
+    def score(self, token_ids: Sequence[int], *, version: int, facts: Facts, whose: Whose = "policy") -> Call | None:
+        """Ask for the log-probs of given tokens, at temperature 1; None where it cannot be asked."""
+        ...
+
+    def scores(self, answer: Answer) -> tuple[float, ...]:
+        """`[T - 1]`, of each token after the first.
+
+        Raises:
+            EngineError: it is no answer to `score`.
+        """
+        ...
+
+    async def load(self, server: Connection, ref: WeightRef, facts: Facts) -> None:
+        """Stop what is drawn, take the weights, forget what was computed with others, go on.
+
+        Raises:
+            EngineError: it failed, and what it holds now is unknown, unless it is a `KeptOld`.
+        """
+        ...
+
+    async def abort(self, server: Connection, names: Sequence[str] | None) -> None:
+        """End these requests, or all."""
+        ...
+
+
+class KeptOld(EngineError):
+    """The engine refused new weights before it touched what it has."""
+
+
+def new_name() -> str:
+    """Of one length, because an engine aborts whatever begins so, and new for each try, because an engine may still
+    have the one before."""
+    return uuid.uuid4().hex
+
+
+def seed_of(key: SampleKey, *, seed: int, position: int, bits: int) -> int:
+    """The number that an engine's generator begins with: as good as another for any other sample, or turn of it.
+
+    Args:
+        seed: of the run.
+        position: tokens that follow the prompt already.
+    """
+    text = f"{seed}/{key}/{position}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> (64 - bits)
+
+
+def tokens_of(request: SampleRequest) -> list[int]:
+    """Prompt, and what follows it already."""
+    return [*request.prompt.token_ids, *request.continues.token_ids]

@@ -1,0 +1,119 @@
+"""Groupwise's own server, `groupwise serve`: the token wire, with what decides a sample's tokens beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pydantic import ValidationError
+
+from groupwise.engines import wire
+from groupwise.engines.connection import Connection, Refused
+from groupwise.engines.dialects.base import Answer, Call, Drawn, Facts, KeptOld, Whose, tokens_of
+from groupwise.engines.weights import WeightKind, WeightRef
+from groupwise.errors import EngineError
+from groupwise.types import EngineCaps, SampleRequest
+
+
+class Own:
+    """The native engine in a process of its own.
+
+    Args:
+        exact: its log-probs are the trainer's, as it says itself.
+    """
+
+    health = wire.HEALTH
+    takes: Sequence[WeightKind] = ("tensors",)
+
+    def __init__(self, *, exact: bool = True) -> None:
+        self.caps = EngineCaps(name="http", exact_logprobs=exact, seeded=True)
+
+    async def reach(self, server: Connection) -> Facts:
+        """What model it has; see `Dialect.reach`."""
+        answer = await server.get(wire.MODELS)
+        try:
+            model = answer["data"][0]
+            served = wire.ServedModel.model_validate(model["groupwise"])
+            return Facts(
+                model["id"], model["max_model_len"], str(served.version), identity=served.identity, exact=served.exact
+            )
+        except (KeyError, IndexError, TypeError, ValidationError) as error:
+            raise EngineError(
+                f"{server.url} is a server, but none of `groupwise serve`: it does not say what model it has "
+                f"({type(error).__name__})"
+            ) from error
+
+    async def probe(self, server: Connection) -> None:
+        """Its front and its engine are one process."""
+        await server.get(self.health)
+
+    def name(self, request: SampleRequest) -> str:
+        """The sample's own, which may be asked again."""
+        return request.id
+
+    def sample(self, request: SampleRequest, *, name: str, facts: Facts, to_the_end: bool = False) -> Call:
+        """With the key that decides its tokens."""
+        sampling = request.sampling
+        if to_the_end:
+            sampling = replace(sampling, min_tokens=sampling.max_tokens)
+        body = wire.GenerateBody(
+            request_id=name,
+            token_ids=tuple(tokens_of(request)),
+            sampling_params=wire.SamplingBody.of(sampling),
+            groupwise=wire.OwnKey(
+                uid=request.key.uid,
+                draw=request.key.draw,
+                sample_index=request.key.sample_index,
+                continues=len(request.continues),
+                resumed=request.resumed,
+                policy_version=request.policy_version,
+                keeps=request.keeps,
+            ),
+        )
+        return Call(wire.GENERATE, body.model_dump_json(exclude_none=True))
+
+    def drawn(self, answer: Answer) -> Drawn:
+        """See `Dialect.drawn`."""
+        try:
+            choice = wire.GenerateReply.model_validate(answer).choices[0]
+        except ValidationError as error:
+            raise EngineError(f"the answer is no completion: {error}") from error
+        return drawn_of(choice)
+
+    def score(self, token_ids: Sequence[int], *, version: int, facts: Facts, whose: Whose = "policy") -> Call | None:
+        """It draws exactly what the trainer computes, so drawing proves it."""
+
+    def scores(self, answer: Answer) -> tuple[float, ...]:
+        raise EngineError("this server scores nothing")
+
+    async def load(self, server: Connection, ref: WeightRef, facts: Facts) -> None:
+        """The server compares every byte with the manifest before it touches its model."""
+        body = wire.UpdateBody(version=ref.version, path=str(ref.folder))
+        try:
+            answer = await server.post(wire.UPDATE_WEIGHTS, body.model_dump_json())
+        except Refused as refused:
+            raise KeptOld(str(refused)) from refused
+        if answer.get("version") != ref.version:
+            raise EngineError(f"{server.url} took version {ref.version} of the weights and says {answer!r}")
+
+    async def abort(self, server: Connection, names: Sequence[str] | None) -> None:
+        """By the samples' own names."""
+        given = None if names is None else tuple(names)
+        await server.post(wire.ABORT, wire.AbortBody(request_ids=given).model_dump_json())
+
+
+def drawn_of(choice: wire.Choice) -> Drawn:
+    """Of the token wire."""
+    named = tuple(each.token_id for each in choice.logprobs.content)
+    if choice.token_ids != named:
+        raise EngineError(
+            f"the answer has {len(named)} log-probs for {len(choice.token_ids)} tokens"
+            if len(named) != len(choice.token_ids)
+            else "the answer has log-probs of other tokens"
+        )
+    return Drawn(
+        choice.token_ids,
+        tuple(each.logprob for each in choice.logprobs.content),
+        choice.finish_reason,
+        tuple(span.version for span in choice.weight_versions),
+    )

@@ -1,0 +1,280 @@
+"""vLLM, from 0.32 on: its token wire, and its routes for reinforcement learning.
+
+It has to be started as `groupwise.engines.launch` starts it: with those routes, with log-probs after the temperature,
+and with the worker extension, which verifies weights and keeps a tied head's packed copy in step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+
+from groupwise.engines.connection import Connection, Refused
+from groupwise.engines.dialects.base import Answer, Call, Drawn, Facts, KeptOld, Whose, new_name, seed_of, tokens_of
+from groupwise.engines.weights import WeightKind, WeightRef
+from groupwise.errors import EngineError, EngineLost
+from groupwise.types import EngineCaps, FinishReason, SampleRequest
+
+_GENERATE = "/inference/v1/generate"
+_CONTROL_SECONDS = 60.0
+"""Longest wait for a control route that has little to do: one that is asked while the engine dies never answers."""
+
+_ABORT_PREFIX = "generate-tokens-"
+"""Without it, the route answers 200 and aborts nothing."""
+
+_FINISHED: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort", "repetition": "length"}
+_KEPT_ADAPTERS = 2
+
+
+class _Logprob(BaseModel):
+    token_id: int
+    logprob: float
+
+
+class _Logprobs(BaseModel):
+    content: tuple[_Logprob, ...]
+
+
+class _Span(BaseModel):
+    version: str
+    start: int
+    end: int
+
+
+class _Choice(BaseModel):
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    logprobs: _Logprobs | None = None
+    weight_versions: tuple[_Span, ...] | None = None
+
+
+class _Reply(BaseModel):
+    choices: tuple[_Choice, ...] = Field(min_length=1, max_length=1)
+    prompt_logprobs: tuple[dict[int, _Ranked] | None, ...] | None = None
+
+
+class _Ranked(BaseModel):
+    logprob: float
+
+
+class _Info(BaseModel):
+    weight_version: str | None = None
+
+
+class _Flushed(BaseModel):
+    success: bool = True
+
+
+class _Loaded(BaseModel):
+    """What one worker says of a load.
+
+    Attributes:
+        touched: whether the model may have changed before the error.
+    """
+
+    error: str = ""
+    touched: bool = True
+
+
+class _Results(BaseModel):
+    results: tuple[_Loaded, ...] = Field(min_length=1)
+
+
+_Reply.model_rebuild()
+
+
+class Vllm:
+    """Over HTTP; nothing of vLLM is imported.
+
+    Args:
+        kind: what it is given: a whole model, or an adapter of a base that it serves.
+        stop_token_ids: the model's own.
+        load_seconds: longest wait for weights to be loaded.
+    """
+
+    health = "/health"
+
+    def __init__(
+        self, *, kind: Literal["model", "adapter"], stop_token_ids: Sequence[int], load_seconds: float = 600.0
+    ) -> None:
+        self.caps = EngineCaps(name="vllm", exact_logprobs=False, seeded=True, scores=True)
+        self.takes: Sequence[WeightKind] = (kind,)
+        self._stops = tuple(stop_token_ids)
+        self._load_seconds = load_seconds
+
+    async def reach(self, server: Connection) -> Facts:
+        """See `Dialect.reach`."""
+        models = await server.get("/v1/models")
+        try:
+            base = next(model for model in models["data"] if not model.get("parent"))
+            name, positions = str(base["id"]), base.get("max_model_len")
+        except (KeyError, StopIteration, TypeError) as error:
+            raise EngineError(f"{server.url} is a server, but none of vLLM: it lists no model") from error
+        try:
+            info = await server.get("/weight_info")
+        except Refused as refused:
+            raise EngineError(
+                f"{server.url} does not take weights ({refused.status}); start vLLM with VLLM_SERVER_DEV_MODE=1 and as "
+                "`groupwise engine command` prints it"
+            ) from refused
+        return Facts(name, positions, _Info.model_validate(info).weight_version)
+
+    async def probe(self, server: Connection) -> None:
+        """`/health` says 200 while the engine behind it is frozen; this route asks it."""
+        try:
+            await server.get("/weight_info")
+        except Refused as refused:
+            raise EngineLost(str(refused)) from refused
+
+    def name(self, request: SampleRequest) -> str:
+        """See `Dialect.name`."""
+        return new_name()
+
+    def sample(self, request: SampleRequest, *, name: str, facts: Facts, to_the_end: bool = False) -> Call:
+        """One request per sample, each with a seed: neighbours of one request with `n` share theirs."""
+        sampling = request.sampling
+        params: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "seed": seed_of(request.key, seed=sampling.seed, position=len(request.continues), bits=62),
+            "n": 1,
+            "max_tokens": sampling.max_tokens,
+            "logprobs": 0,
+            "skip_special_tokens": False,
+            "detokenize": bool(sampling.stop),
+        }
+        if to_the_end:
+            params |= {"ignore_eos": True}
+        else:
+            params |= {
+                "min_tokens": sampling.min_tokens,
+                "stop": list(sampling.stop),
+                "stop_token_ids": sorted({*self._stops, *sampling.stop_token_ids}),
+            }
+        body = {
+            "model": self._model(request.policy_version, facts),
+            "request_id": name,
+            "token_ids": tokens_of(request),
+            "sampling_params": params,
+            "cache_salt": f"v{request.policy_version}",
+        }
+        return Call(_GENERATE, body)
+
+    def drawn(self, answer: Answer) -> Drawn:
+        """See `Dialect.drawn`."""
+        choice = _read(answer).choices[0]
+        content = () if choice.logprobs is None else choice.logprobs.content
+        named = tuple(each.token_id for each in content)
+        if named != choice.token_ids:
+            raise EngineError(f"the answer has log-probs of {len(named)} tokens, and {len(choice.token_ids)} tokens")
+        reason = str(choice.finish_reason)
+        return Drawn(
+            choice.token_ids,
+            tuple(min(0.0, each.logprob) for each in content),
+            _FINISHED.get(reason, "error"),
+            tuple(span.version for span in choice.weight_versions or ()),
+            error="" if reason in _FINISHED else f"vLLM ended it with {reason!r}",
+        )
+
+    def score(self, token_ids: Sequence[int], *, version: int, facts: Facts, whose: Whose = "policy") -> Call | None:
+        """`prompt_logprobs`, which vLLM computes past its prefix cache."""
+        params = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+        model = facts.model if whose == "base" else self._model(version, facts)
+        return Call(_GENERATE, {"model": model, "token_ids": list(token_ids), "sampling_params": params})
+
+    def scores(self, answer: Answer) -> tuple[float, ...]:
+        """See `Dialect.scores`."""
+        found = _read(answer).prompt_logprobs
+        if not found or any(each is None or not each for each in found[1:]):
+            raise EngineError("vLLM gave no log-probs of the prompt")
+        return tuple(next(iter(each.values())).logprob for each in found[1:] if each is not None)
+
+    def _model(self, version: int, facts: Facts) -> str:
+        """An adapter has a new name for each version, so that none is ever taken for another."""
+        return facts.model if self.takes == ("model",) else _adapter(version)
+
+    async def load(self, server: Connection, ref: WeightRef, facts: Facts) -> None:
+        """See `Dialect.load`."""
+        if ref.kind == "adapter":
+            await self._load_adapter(server, ref)
+            return
+        await self._control(server, "/pause", query={"mode": "abort"})
+        await self._load_model(server, ref)
+        await self._flush(server)
+        await self._control(server, "/update_weight_version", {"new_version": str(ref.version)})
+        await self._control(server, "/resume")
+
+    async def _load_model(self, server: Connection, ref: WeightRef) -> None:
+        call = {"method": "groupwise_load", "kwargs": {"path": str(ref.folder), "version": ref.version}}
+        answer: Answer = None
+        try:
+            answer = await server.post("/collective_rpc", call, seconds=self._load_seconds)
+            results = _Results.model_validate(answer).results
+        except Refused as refused:
+            raise EngineError(
+                f"weights were not loaded: {refused}; vLLM needs Groupwise's worker extension, as `groupwise engine "
+                "command` prints it"
+            ) from refused
+        except ValidationError as error:
+            raise EngineError(f"{server.url} answered the load of version {ref.version} with {answer!r}") from error
+        if not (failed := [result for result in results if result.error]):
+            return
+        said = f"{server.url}: version {ref.version} was not loaded: {failed[0].error}"
+        if len(failed) == len(results) and not any(result.touched for result in failed):
+            await self._control(server, "/resume")
+            raise KeptOld(said)
+        raise EngineError(said)
+
+    async def _flush(self, server: Connection) -> None:
+        """What was cached was computed with other weights."""
+        for _ in range(3):
+            answer = await self._control(server, "/reset_prefix_cache", query={"reset_running_requests": "true"})
+            if _Flushed.model_validate(answer).success:
+                return
+            await self._control(server, "/abort_requests", {})
+            await asyncio.sleep(0.1)
+        raise EngineError(f"{server.url} does not forget what it cached with other weights")
+
+    async def _load_adapter(self, server: Connection, ref: WeightRef) -> None:
+        body = {"lora_name": _adapter(ref.version), "lora_path": str(ref.folder)}
+        try:
+            await server.post("/v1/load_lora_adapter", body, seconds=self._load_seconds)
+        except Refused as refused:
+            if "already been loaded" not in refused.said:
+                raise EngineError(
+                    f"the adapter was not loaded: {refused}; vLLM needs --enable-lora, a --max-lora-rank that is "
+                    "large enough and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+                ) from refused
+        await self._control(server, "/update_weight_version", {"new_version": str(ref.version)})
+        for old in range(max(0, ref.version - 8), ref.version + 1 - _KEPT_ADAPTERS):
+            try:
+                await self._control(server, "/v1/unload_lora_adapter", {"lora_name": _adapter(old)})
+            except Refused:
+                continue  # it was unloaded before, or never there
+
+    async def abort(self, server: Connection, names: Sequence[str] | None) -> None:
+        """See `Dialect.abort`."""
+        body = {} if names is None else {"request_ids": [_ABORT_PREFIX + name for name in names]}
+        await self._control(server, "/abort_requests", body)
+
+    async def _control(
+        self, server: Connection, route: str, body: dict[str, Any] | None = None, **query: dict[str, str]
+    ) -> Any:
+        return await server.post(route, body, seconds=_CONTROL_SECONDS, **query)
+
+
+def _adapter(version: int) -> str:
+    return f"policy-{version:06d}"
+
+
+def _read(answer: Answer) -> _Reply:
+    try:
+        return _Reply.model_validate(answer)
+    except ValidationError as error:
+        raise EngineError(f"the answer is no completion: {error}") from error

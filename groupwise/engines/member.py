@@ -1,0 +1,336 @@
+"""One server of an engine: the weights it holds, the proof that it holds them, and how it comes back when it is lost.
+
+ready(v) -> load -> proof -> ready(v + 1). What fails after loading began leaves a server whose weights nobody knows: it
+is never asked for another sample before it was started anew, or at least loaded anew, and proven.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any, Protocol, TypeAlias
+
+from groupwise.engines.connection import Connection, Refused
+from groupwise.engines.dialects.base import Call, Dialect, Drawn, Facts, KeptOld, Whose
+from groupwise.engines.weights import WeightRef
+from groupwise.errors import EngineError, EngineLost
+from groupwise.types import SampleRequest
+
+logger = logging.getLogger(__name__)
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.1, 2.0
+_HUNG_PROBES = 3
+"""So many probes in a row without an answer, and a process of ours is ended."""
+
+_TRIES = 3
+"""A server that lives and answers wrongly is asked so often."""
+
+
+class NotProven(EngineError):
+    """The engine does not compute what the trainer does with the weights that were sent."""
+
+
+class Launcher(Protocol):
+    """Starts the server's process."""
+
+    async def start(self, ref: WeightRef) -> None:
+        """Returns once it answers.
+
+        Raises:
+            ConfigError, EngineError: it does not; with what its log says.
+        """
+        ...
+
+    def alive(self) -> bool: ...
+
+    async def kill(self) -> None:
+        """Nothing of it is left."""
+        ...
+
+    async def stop(self) -> None:
+        """As a user would end it."""
+        ...
+
+
+class Asked(Protocol):
+    """What a proof asks of a server."""
+
+    async def draw(self, request: SampleRequest) -> Drawn:
+        """A sample, to its last token."""
+        ...
+
+    async def score(self, token_ids: tuple[int, ...], *, whose: Whose = "policy") -> tuple[float, ...] | None:
+        """Log-probs `[T - 1]` at temperature 1; None where the server scores nothing."""
+        ...
+
+
+Prover: TypeAlias = Callable[[Asked, WeightRef], Awaitable[None]]
+"""Raises `NotProven`."""
+
+
+class Member:
+    """One server.
+
+    Args:
+        launcher: of a process that is the run's own; None: somebody else started it.
+        patience: seconds to wait for a server that does not answer.
+    """
+
+    def __init__(
+        self, dialect: Dialect, connection: Connection, *, launcher: Launcher | None = None, patience: float
+    ) -> None:
+        self.running = 0
+        self._dialect = dialect
+        self._server = connection
+        self._launcher = launcher
+        self._patience = patience
+        self._facts: Facts | None = None
+        self._ref: WeightRef | None = None
+        self._prover: Prover | None = None
+        self._proof: asyncio.Future[None] | None = None
+        self._broken_proofs = 0
+        self._generation = 0
+        self._mending = asyncio.Lock()
+        self._names: dict[str, set[str]] = {}
+
+    @property
+    def url(self) -> str:
+        return self._server.url
+
+    async def sample(self, request: SampleRequest) -> Drawn:
+        """The answer of a server that is proven, however often it is lost meanwhile.
+
+        Raises:
+            EngineLost: it did not come back in time.
+            EngineError: it answers what is no answer, or cannot be brought to serve the weights.
+        """
+        deadline = time.monotonic() + self._patience
+        failed, wrong = -1, 0
+        lost = EngineError("")
+        while True:
+            try:
+                if failed >= 0:
+                    await self.mend(failed, deadline, lost)
+                failed = self._generation
+                drawn = await self._asked(request)
+                await self.proven()
+                return drawn
+            except EngineLost as error:
+                if time.monotonic() > deadline:
+                    raise
+                lost = error
+            except (Refused, OtherVersion, NotProven) as error:
+                wrong += 1
+                if wrong == _TRIES or (isinstance(error, Refused) and error.status < 500):
+                    raise
+                lost = error
+
+    async def _asked(self, request: SampleRequest) -> Drawn:
+        name = self._dialect.name(request)
+        names = self._names.setdefault(request.id, set())
+        names.add(name)
+        self.running += 1
+        try:
+            drawn = self._dialect.drawn(await self._answer(self._call(request, name)))
+        finally:
+            self.running -= 1
+            names.discard(name)
+            if not names:
+                self._names.pop(request.id, None)
+        others = sorted({version for version in drawn.versions if version != str(request.policy_version)})
+        if others:
+            raise OtherVersion(f"{self.url} drew with version {', '.join(others)}, not {request.policy_version}")
+        return drawn
+
+    def _call(self, request: SampleRequest, name: str, *, to_the_end: bool = False) -> Call:
+        return self._dialect.sample(request, name=name, facts=self._known(), to_the_end=to_the_end)
+
+    async def _answer(self, call: Call) -> Any:
+        try:
+            return await self._server.post(call.route, call.body)
+        except Refused as refused:
+            if refused.status == 409 and "other version" in refused.said:
+                raise OtherVersion(str(refused)) from refused
+            raise
+
+    def _known(self) -> Facts:
+        assert self._facts is not None, "a server is reached before it is asked"
+        return self._facts
+
+    async def draw(self, request: SampleRequest) -> Drawn:
+        """For a proof; see `Asked`."""
+        return self._dialect.drawn(
+            await self._answer(self._call(request, self._dialect.name(request), to_the_end=True))
+        )
+
+    async def score(self, token_ids: tuple[int, ...], *, whose: Whose = "policy") -> tuple[float, ...] | None:
+        """For a proof; see `Asked`."""
+        assert self._ref is not None, "a proof is of weights"
+        call = self._dialect.score(token_ids, version=self._ref.version, facts=self._known(), whose=whose)
+        return None if call is None else self._dialect.scores(await self._answer(call))
+
+    async def reach(self) -> Facts:
+        """What it says of itself; waits a little for one that is just starting."""
+        if self._facts is None:
+            self._facts = await self._dialect.reach(self._server)
+        return self._facts
+
+    async def serve(self, ref: WeightRef, prover: Prover | None) -> None:
+        """Hold these weights; the proof of it goes on when this returns, and every sample waits for it.
+
+        Raises:
+            EngineError: it does not take them.
+        """
+        async with self._mending:
+            self._prover, self._broken_proofs = prover, 0
+            deadline = time.monotonic() + self._patience
+            if self._launcher is not None and not self._launcher.alive():
+                await self._start(ref)
+            while True:
+                try:
+                    await self.reach()
+                    await self._load(ref)
+                    return
+                except EngineLost as lost:
+                    if time.monotonic() > deadline:
+                        raise
+                    logger.warning("%s; bringing it version %d again", lost, ref.version)
+                    await self._bring_back(ref, deadline)
+
+    async def _start(self, ref: WeightRef) -> None:
+        assert self._launcher is not None
+        await self._launcher.start(ref)
+        self._facts = None
+        await self.reach()
+
+    async def _load(self, ref: WeightRef) -> None:
+        """One try; what it leaves behind where it fails is loaded again, from the beginning, once."""
+        self._forget_proof()
+        try:
+            await self._dialect.load(self._server, ref, self._known())
+        except KeptOld:
+            raise
+        except EngineLost:
+            if self._launcher is not None:  # it may have part of the weights
+                await self._launcher.kill()
+            raise
+        except EngineError as error:
+            logger.warning("%s; what it holds is unknown: it gets version %d anew", error, ref.version)
+            await self._anew(ref)
+        self._ref = ref
+        self._generation += 1
+        if self._prover is not None:
+            self._proof = asyncio.ensure_future(self._prover(self, ref))
+            self._proof.add_done_callback(_seen)
+
+    async def _anew(self, ref: WeightRef) -> None:
+        """A process of ours is started again; one of somebody else's gets all weights again."""
+        if self._launcher is not None:
+            await self._launcher.kill()
+            await self._start(ref)
+        await self._dialect.load(self._server, ref, self._known())
+
+    async def proven(self) -> None:
+        """Until the proof of what is served is there.
+
+        Raises:
+            NotProven: it failed.
+            EngineLost: the server was lost before.
+        """
+        if (proof := self._proof) is None:
+            return
+        await asyncio.wait([proof])
+        if proof.cancelled():
+            raise EngineLost(f"{self.url} was lost before it was proven")
+        proof.result()
+
+    def _forget_proof(self) -> None:
+        if self._proof is not None:
+            self._proof.cancel()
+            self._proof = None
+
+    async def mend(self, generation: int, deadline: float, lost: EngineError) -> None:
+        """Bring the server back to the weights that it is to serve; one caller does it for all.
+
+        Args:
+            generation: the one that failed; where a newer one is there, it was mended meanwhile.
+            lost: why.
+
+        Raises:
+            EngineError: twice it did not compute what the trainer does.
+        """
+        async with self._mending:
+            ref = self._ref
+            if generation != self._generation or ref is None:
+                return
+            logger.warning("%s; asking again", lost)
+            broken = None if self._proof is None else _error_of(self._proof)
+            if isinstance(broken, NotProven):
+                self._broken_proofs += 1
+                if self._broken_proofs > 1:
+                    raise EngineError(f"{broken}; so it was after it was brought to these weights anew")
+                self._forget_proof()
+                await self._anew(ref)
+                await self._load(ref)
+                return
+            await self._bring_back(ref, deadline)
+            if broken is None and await self._holds(ref):
+                self._generation += 1
+            else:
+                await self._load(ref)
+
+    async def _holds(self, ref: WeightRef) -> bool:
+        """Only a server that names what it holds, sample by sample, is believed."""
+        self._facts = await self._dialect.reach(self._server)
+        return ref.kind == "tensors" and self._facts.version == str(ref.version)
+
+    async def _bring_back(self, ref: WeightRef, deadline: float) -> None:
+        """Wait until it answers; a process of ours that is dead or hangs is started again."""
+        wait, silent = _FIRST_WAIT, 0
+        while True:
+            if self._launcher is not None and (not self._launcher.alive() or silent == _HUNG_PROBES):
+                await self._launcher.kill()
+                await self._start(ref)
+                return
+            try:
+                await self._dialect.probe(self._server)
+                return
+            except EngineLost:
+                silent += 1
+                if self._launcher is None and time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT)
+
+    async def abort(self, request_ids: set[str] | None) -> None:
+        """End these, or all."""
+        if request_ids is None:
+            await self._dialect.abort(self._server, None)
+            return
+        names = [name for asked in request_ids for name in self._names.get(asked, ())]
+        if names:
+            await self._dialect.abort(self._server, names)
+
+    async def close(self) -> None:
+        """End a process of ours; leave another as it is."""
+        self._forget_proof()
+        if self._launcher is not None:
+            await self._launcher.stop()
+        await self._server.close()
+
+
+class OtherVersion(EngineError):
+    """The server holds weights of another version than the request asks for."""
+
+
+def _seen(proof: asyncio.Future[None]) -> None:
+    """Whoever waits for it raises its error; asyncio need not complain of one that nobody waited for."""
+    with suppress(asyncio.CancelledError):
+        proof.exception()
+
+
+def _error_of(proof: asyncio.Future[None]) -> BaseException | None:
+    return proof.exception() if proof.done() and not proof.cancelled() else None
