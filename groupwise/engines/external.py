@@ -14,7 +14,10 @@ from typing import Any, TypeVar
 from groupwise.config import RolloutConfig
 from groupwise.engines.connection import Connection
 from groupwise.engines.dialects.base import Dialect, Facts
+from groupwise.engines.dialects.lmdeploy import LmDeploy
+from groupwise.engines.dialects.openai import OpenAi
 from groupwise.engines.dialects.own import Own
+from groupwise.engines.dialects.sglang import SgLang
 from groupwise.engines.dialects.vllm import Vllm
 from groupwise.engines.http import HttpEngine
 from groupwise.engines.identity import KEY_VARIABLE
@@ -49,18 +52,24 @@ def dialect_of(name: str, speaks: Speaks) -> Dialect:
     """How a server of that name is spoken to."""
     if name == "http":
         return Own(exact=speaks.exact)
-    if name == "vllm":
-        return Vllm(kind="adapter" if speaks.adapter else "model", stop_token_ids=speaks.stop_token_ids)
-    raise ConfigError(f"rollout.engine = {name!r} is not spoken yet")
+    if name == "lmdeploy":
+        return LmDeploy(temperature=speaks.temperature)
+    if name == "openai":
+        return OpenAi()
+    kind = Vllm if name == "vllm" else SgLang
+    return kind(kind="adapter" if speaks.adapter else "model", stop_token_ids=speaks.stop_token_ids)
 
 
-def reach(config: RolloutConfig) -> list[Facts]:
+def reach(config: RolloutConfig, *, trains: bool = True) -> list[Facts]:
     """What the servers at `rollout.urls` say of themselves; nothing where none is given.
 
     Raises:
-        ConfigError: one does not answer, or is of another kind.
+        ConfigError: one does not answer, is of another kind, or cannot be trained over.
     """
-    return _in_a_loop(_reach(config)) if config.urls else []
+    found = _in_a_loop(_reach(config)) if config.urls else []
+    if trains and (problems := [facts.problem for facts in found if facts.problem]):
+        raise ConfigError(f"rollout.urls: {problems[0]}")
+    return found
 
 
 async def _reach(config: RolloutConfig) -> list[Facts]:
@@ -93,6 +102,7 @@ def external_engine(
     speaks: Speaks,
     *,
     decode: Callable[[Sequence[int]], str],
+    encode: Callable[[str], Sequence[int]],
     vocabulary: int,
     launchers: Sequence[tuple[str, Launcher]] = (),
 ) -> HttpEngine:
@@ -100,6 +110,7 @@ def external_engine(
 
     Args:
         decode: token ids to text, special tokens left out.
+        encode: and back, for a server that gives text alone.
         vocabulary: tokens from 0 up to this are the model's.
         launchers: the address of each server that is started, and what starts it.
     """
@@ -120,7 +131,10 @@ def external_engine(
         members=members,
         takes=dialect.takes,
         decode=decode,
+        encode=encode,
         vocabulary=vocabulary,
+        stop_token_ids=frozenset(speaks.stop_token_ids),
+        cuts=not dialect.stops,
         most=config.max_concurrent_samples * len(members),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from groupwise.engines.dialects.base import Drawn, Facts
 from groupwise.engines.member import Member, Prover
@@ -34,7 +34,10 @@ class HttpEngine:
         members: the servers; they hold the same weights.
         takes: what they take weights as.
         decode: token ids to text, special tokens left out.
+        encode: text to token ids, for servers that give text alone.
         vocabulary: tokens from 0 up to this are the model's.
+        stop_token_ids: the model's own.
+        cuts: answers are ended here, at the first token that is a stop token or completes a stop string.
         most: samples that are asked for at one time.
     """
 
@@ -42,8 +45,11 @@ class HttpEngine:
     members: Sequence[Member]
     takes: Sequence[WeightKind]
     decode: Callable[[Sequence[int]], str]
+    encode: Callable[[str], Sequence[int]]
     vocabulary: int
     most: int
+    stop_token_ids: frozenset[int] = frozenset()
+    cuts: bool = False
     prover: Prover | None = None
     _groups: dict[tuple[str, int], _Group] = field(default_factory=dict[tuple[str, int], _Group])
     _room: asyncio.Semaphore | None = None
@@ -88,10 +94,14 @@ class HttpEngine:
         return self._groups[name]
 
     def _checked(self, request: SampleRequest, drawn: Drawn, url: str) -> Completion:
+        if self.cuts:
+            drawn = self._cut(request, drawn)
         tokens, logprobs = drawn.token_ids, drawn.logprobs
+        if not tokens and drawn.text:
+            tokens = tuple(self.encode(drawn.text))[: request.sampling.max_tokens]
         if logprobs is None:
-            logprobs = (0.0,) * len(tokens)
             assert not self.caps.logprobs, f"{self.caps.name} says that it has log-probs"
+            logprobs = (0.0,) * len(tokens)
         wrong = ""
         if len(logprobs) != len(tokens):
             wrong = f"{len(logprobs)} log-probs for {len(tokens)} tokens"
@@ -101,7 +111,7 @@ class HttpEngine:
             wrong = f"token {max(tokens)}, of a vocabulary of {self.vocabulary}"
         elif len(tokens) > request.sampling.max_tokens:
             wrong = f"{len(tokens)} tokens, of at most {request.sampling.max_tokens}"
-        elif drawn.finish_reason == "length" and len(tokens) < request.sampling.max_tokens:
+        elif drawn.finish_reason == "length" and drawn.text is None and len(tokens) < request.sampling.max_tokens:
             wrong = f"{len(tokens)} tokens, cut before {request.sampling.max_tokens}: its context is too short"
         if wrong:
             raise EngineError(f"{url} answered {request.id} with {wrong}")
@@ -110,10 +120,22 @@ class HttpEngine:
             token_ids=tokens,
             logprobs=logprobs,
             policy_versions=(request.policy_version,) * len(tokens),
-            text=self.decode(tokens),
+            text=self.decode(tokens) if drawn.text is None else drawn.text,
             finish_reason=drawn.finish_reason,
             error=drawn.error,
         )
+
+    def _cut(self, request: SampleRequest, drawn: Drawn) -> Drawn:
+        sampling = request.sampling
+        ends = self.stop_token_ids | {*sampling.stop_token_ids}
+        text = ""
+        for number, token in enumerate(drawn.token_ids, 1):
+            if sampling.stop:
+                text = self.decode(drawn.token_ids[:number])
+            if number >= sampling.min_tokens and (token in ends or any(stop in text for stop in sampling.stop)):
+                logprobs = None if drawn.logprobs is None else drawn.logprobs[:number]
+                return replace(drawn, token_ids=drawn.token_ids[:number], logprobs=logprobs, finish_reason="stop")
+        return drawn
 
     async def reach(self) -> list[Facts]:
         """What each server says of itself."""

@@ -129,6 +129,7 @@ class Member:
                 lost = error
 
     async def _asked(self, request: SampleRequest) -> Drawn:
+        await self.reach()
         name = self._dialect.name(request)
         names = self._names.setdefault(request.id, set())
         names.add(name)
@@ -140,6 +141,8 @@ class Member:
             names.discard(name)
             if not names:
                 self._names.pop(request.id, None)
+        if self._ref is None:  # as in an evaluation, of whatever weights it has
+            return drawn
         others = sorted({version for version in drawn.versions if version != str(request.policy_version)})
         if others:
             raise OtherVersion(f"{self.url} drew with version {', '.join(others)}, not {request.policy_version}")
@@ -187,7 +190,8 @@ class Member:
         async with self._mending:
             self._prover, self._broken_proofs = prover, 0
             deadline = time.monotonic() + self._patience
-            if self._launcher is not None and not self._launcher.alive():
+            if self._launcher is not None and (self._dialect.restarts or not self._launcher.alive()):
+                await self._launcher.kill()
                 await self._start(ref)
             while True:
                 try:
@@ -263,10 +267,12 @@ class Member:
             EngineError: twice it did not compute what the trainer does.
         """
         async with self._mending:
-            ref = self._ref
-            if generation != self._generation or ref is None:
+            if generation != self._generation:
                 return
             logger.warning("%s; asking again", lost)
+            if (ref := self._ref) is None:
+                await self._wait(deadline)
+                return
             broken = None if self._proof is None else _error_of(self._proof)
             if isinstance(broken, NotProven):
                 self._broken_proofs += 1
@@ -289,18 +295,28 @@ class Member:
 
     async def _bring_back(self, ref: WeightRef, deadline: float) -> None:
         """Wait until it answers; a process of ours that is dead or hangs is started again."""
-        wait, silent = _FIRST_WAIT, 0
-        while True:
-            if self._launcher is not None and (not self._launcher.alive() or silent == _HUNG_PROBES):
-                await self._launcher.kill()
-                await self._start(ref)
+        if self._launcher is None:
+            await self._wait(deadline)
+            return
+        for _ in range(_HUNG_PROBES):
+            if not self._launcher.alive():
+                break
+            with suppress(EngineLost):
+                await self._dialect.probe(self._server)
                 return
+            await asyncio.sleep(_LONGEST_WAIT)
+        await self._launcher.kill()
+        await self._start(ref)
+
+    async def _wait(self, deadline: float) -> None:
+        """Until it answers."""
+        wait = _FIRST_WAIT
+        while True:
             try:
                 await self._dialect.probe(self._server)
                 return
             except EngineLost:
-                silent += 1
-                if self._launcher is None and time.monotonic() > deadline:
+                if time.monotonic() > deadline:
                     raise
             await asyncio.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT)

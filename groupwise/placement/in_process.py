@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,6 +102,7 @@ class InProcess:
                 exact=all(facts.exact for facts in served),
             ),
             decode=self.loaded.decode,
+            encode=partial(self.loaded.tokenizer.encode, add_special_tokens=False),
             vocabulary=self.loaded.model.config.get_text_config().vocab_size,
         )
 

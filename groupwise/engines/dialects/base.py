@@ -36,6 +36,7 @@ class Facts:
         version: of the weights that it holds, where it says.
         identity: of Groupwise's own server: facts to compare with the trainer's model.
         exact: its log-probs are the trainer's to the bit.
+        problem: why a run cannot train over it, as it is; empty: it can.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Facts:
     version: str | None = None
     identity: Mapping[str, str] = field(default_factory=dict[str, str])
     exact: bool = False
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Drawn:
         token_ids: `[T]`, the token that ended it included.
         logprobs: `[T]`; None where the engine has none of the distribution that it drew from.
         versions: of the weights that drew it, where the engine says.
-        text: where the engine gives no tokens to decode.
+        text: where the engine may give no tokens to decode.
     """
 
     token_ids: tuple[int, ...]
@@ -61,6 +63,7 @@ class Drawn:
     finish_reason: FinishReason
     versions: tuple[str, ...] = ()
     error: str = ""
+    text: str | None = None
 
 
 Whose: TypeAlias = Literal["policy", "base"]
@@ -73,6 +76,8 @@ class Dialect(Protocol):
     Attributes:
         takes: what it takes weights as; the first one is what it is given. Empty: it cannot be given any.
         health: a route that answers at once while the server lives.
+        restarts: it reads weights only when it starts.
+        stops: it ends an answer at the stop tokens and strings that it is given; else the answer is cut here.
     """
 
     @property
@@ -83,6 +88,12 @@ class Dialect(Protocol):
 
     @property
     def health(self) -> str: ...
+
+    @property
+    def restarts(self) -> bool: ...
+
+    @property
+    def stops(self) -> bool: ...
 
     async def reach(self, server: Connection) -> Facts:
         """What the server says of itself.
@@ -154,6 +165,16 @@ def new_name() -> str:
     """Of one length, because an engine aborts whatever begins so, and new for each try, because an engine may still
     have the one before."""
     return uuid.uuid4().hex
+
+
+def adapter_name(version: int) -> str:
+    """New for each version, so that none is ever taken for another."""
+    return f"policy-{version:06d}"
+
+
+def old_adapters(version: int) -> list[str]:
+    """Those that need not be there any more, once `version` is: the one before stays until it is proven."""
+    return [adapter_name(old) for old in range(max(0, version - 8), version - 1)]
 
 
 def seed_of(key: SampleKey, *, seed: int, position: int, bits: int) -> int:

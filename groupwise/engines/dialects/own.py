@@ -23,6 +23,8 @@ class Own:
     """
 
     health = wire.HEALTH
+    restarts = False
+    stops = True
     takes: Sequence[WeightKind] = ("tensors",)
 
     def __init__(self, *, exact: bool = True) -> None:

@@ -13,7 +13,19 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from groupwise.engines.connection import Connection, Refused
-from groupwise.engines.dialects.base import Answer, Call, Drawn, Facts, KeptOld, Whose, new_name, seed_of, tokens_of
+from groupwise.engines.dialects.base import (
+    Answer,
+    Call,
+    Drawn,
+    Facts,
+    KeptOld,
+    Whose,
+    adapter_name,
+    new_name,
+    old_adapters,
+    seed_of,
+    tokens_of,
+)
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError, EngineLost
 from groupwise.types import EngineCaps, FinishReason, SampleRequest
@@ -25,8 +37,9 @@ _CONTROL_SECONDS = 60.0
 _ABORT_PREFIX = "generate-tokens-"
 """Without it, the route answers 200 and aborts nothing."""
 
+_NOT_FOUND = 404
+
 _FINISHED: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort", "repetition": "length"}
-_KEPT_ADAPTERS = 2
 
 
 class _Logprob(BaseModel):
@@ -96,6 +109,8 @@ class Vllm:
     """
 
     health = "/health"
+    restarts = False
+    stops = True
 
     def __init__(
         self, *, kind: Literal["model", "adapter"], stop_token_ids: Sequence[int], load_seconds: float = 600.0
@@ -114,20 +129,22 @@ class Vllm:
         except (KeyError, StopIteration, TypeError) as error:
             raise EngineError(f"{server.url} is a server, but none of vLLM: it lists no model") from error
         try:
-            info = await server.get("/weight_info")
+            info = _Info.model_validate(await server.get("/weight_info"))
         except Refused as refused:
-            raise EngineError(
-                f"{server.url} does not take weights ({refused.status}); start vLLM with VLLM_SERVER_DEV_MODE=1 and as "
+            problem = (
+                f"{server.url} does not take weights ({refused.status}); start vLLM with VLLM_SERVER_DEV_MODE=1, as "
                 "`groupwise engine command` prints it"
-            ) from refused
-        return Facts(name, positions, _Info.model_validate(info).weight_version)
+            )
+            return Facts(name, positions, problem=problem)
+        return Facts(name, positions, info.weight_version)
 
     async def probe(self, server: Connection) -> None:
         """`/health` says 200 while the engine behind it is frozen; this route asks it."""
         try:
             await server.get("/weight_info")
         except Refused as refused:
-            raise EngineLost(str(refused)) from refused
+            if refused.status != _NOT_FOUND:  # it is not there where the server takes no weights
+                raise EngineLost(str(refused)) from refused
 
     def name(self, request: SampleRequest) -> str:
         """See `Dialect.name`."""
@@ -197,7 +214,7 @@ class Vllm:
 
     def _model(self, version: int, facts: Facts) -> str:
         """An adapter has a new name for each version, so that none is ever taken for another."""
-        return facts.model if self.takes == ("model",) else _adapter(version)
+        return facts.model if self.takes == ("model",) else adapter_name(version)
 
     async def load(self, server: Connection, ref: WeightRef, facts: Facts) -> None:
         """See `Dialect.load`."""
@@ -242,7 +259,7 @@ class Vllm:
         raise EngineError(f"{server.url} does not forget what it cached with other weights")
 
     async def _load_adapter(self, server: Connection, ref: WeightRef) -> None:
-        body = {"lora_name": _adapter(ref.version), "lora_path": str(ref.folder)}
+        body = {"lora_name": adapter_name(ref.version), "lora_path": str(ref.folder)}
         try:
             await server.post("/v1/load_lora_adapter", body, seconds=self._load_seconds)
         except Refused as refused:
@@ -252,9 +269,9 @@ class Vllm:
                     "large enough and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
                 ) from refused
         await self._control(server, "/update_weight_version", {"new_version": str(ref.version)})
-        for old in range(max(0, ref.version - 8), ref.version + 1 - _KEPT_ADAPTERS):
+        for old in old_adapters(ref.version):
             try:
-                await self._control(server, "/v1/unload_lora_adapter", {"lora_name": _adapter(old)})
+                await self._control(server, "/v1/unload_lora_adapter", {"lora_name": old})
             except Refused:
                 continue  # it was unloaded before, or never there
 
@@ -267,10 +284,6 @@ class Vllm:
         self, server: Connection, route: str, body: dict[str, Any] | None = None, **query: dict[str, str]
     ) -> Any:
         return await server.post(route, body, seconds=_CONTROL_SECONDS, **query)
-
-
-def _adapter(version: int) -> str:
-    return f"policy-{version:06d}"
 
 
 def _read(answer: Answer) -> _Reply:

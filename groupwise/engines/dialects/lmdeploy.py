@@ -1,0 +1,159 @@
+"""LMDeploy, from 0.18 on, with its PyTorch engine.
+
+It has no route that reads weights from a folder, so the run starts it again with each version. Its log-probs are those
+before the temperature, so at another than 1 the trainer's own stand for them. Of its two routes that take tokens, one
+has no seed and the other no stop tokens: the one with a seed is used, and answers are cut here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from groupwise.engines.connection import Connection, Refused
+from groupwise.engines.dialects.base import Answer, Call, Drawn, Facts, Whose, new_name, seed_of, tokens_of
+from groupwise.engines.weights import WeightKind, WeightRef
+from groupwise.errors import EngineError
+from groupwise.types import EngineCaps, FinishReason, SampleRequest
+
+_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+_CONTROL_SECONDS = 60.0
+
+
+class _Choice(BaseModel):
+    output_ids: tuple[int, ...] | None = None
+    output_token_logprobs: tuple[tuple[float, int], ...] | None = None
+    finish_reason: str | None = None
+
+
+class _Reply(BaseModel):
+    choices: tuple[_Choice, ...] = Field(min_length=1, max_length=1)
+
+
+class _Meta(BaseModel):
+    input_token_logprobs: tuple[tuple[float, int], ...] | None = None
+
+
+class _Scored(BaseModel):
+    meta_info: _Meta
+
+
+class _Card(BaseModel):
+    id: str
+
+
+class _Models(BaseModel):
+    data: tuple[_Card, ...] = Field(min_length=1)
+
+
+class LmDeploy:
+    """Over HTTP; nothing of LMDeploy is imported.
+
+    Args:
+        temperature: that samples are learned at.
+    """
+
+    health = "/health"
+    takes: Sequence[WeightKind] = ("model",)
+    restarts = True
+    stops = False
+
+    def __init__(self, *, temperature: float = 1.0) -> None:
+        self.caps = EngineCaps(
+            name="lmdeploy", exact_logprobs=False, seeded=True, logprobs=temperature == 1.0, scores=True
+        )
+
+    async def reach(self, server: Connection) -> Facts:
+        """See `Dialect.reach`; it says nothing of versions."""
+        try:
+            models = _Models.model_validate(await server.get("/v1/models"))
+        except (Refused, ValidationError) as error:
+            raise EngineError(f"{server.url} is a server, but none of LMDeploy: {error}") from error
+        problem = (
+            f"{server.url} cannot be given weights: LMDeploy reads a folder only when it starts; let the run start it, "
+            "with rollout.launch.python"
+        )
+        return Facts(models.data[0].id, problem=problem)
+
+    async def probe(self, server: Connection) -> None:
+        """Its own probe asks the engine every few seconds, and this route says what came of it."""
+        await server.get(self.health)
+
+    def name(self, request: SampleRequest) -> str:
+        """Its requests have numbers; they end with their connection."""
+        return new_name()
+
+    def sample(self, request: SampleRequest, *, name: str, facts: Facts, to_the_end: bool = False) -> Call:
+        """Every value is sent: what is not given is 0.8 for the temperature and 50 for top-k."""
+        sampling = request.sampling
+        body: dict[str, Any] = {
+            "model": facts.model,
+            "messages": [],
+            "input_ids": tokens_of(request),
+            "seed": seed_of(request.key, seed=sampling.seed, position=len(request.continues), bits=32),
+            "n": 1,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "max_completion_tokens": sampling.max_tokens,
+            "min_new_tokens": sampling.min_tokens,
+            "ignore_eos": to_the_end,
+            "skip_special_tokens": False,
+            "return_token_ids": True,
+            "return_logprob": True,
+            "include_stop_str_in_output": True,
+        }
+        return Call("/v1/chat/completions", body)
+
+    def drawn(self, answer: Answer) -> Drawn:
+        """See `Dialect.drawn`."""
+        try:
+            choice = _Reply.model_validate(answer).choices[0]
+        except ValidationError as error:
+            raise EngineError(f"the answer is no completion: {error}") from error
+        tokens, pairs = choice.output_ids or (), choice.output_token_logprobs or ()
+        if tuple(token for _, token in pairs) != tokens:
+            raise EngineError(
+                f"LMDeploy answered {len(tokens)} tokens, and log-probs of {len(pairs)}; it needs "
+                "--logprobs-mode raw_logprobs"
+            )
+        reason = str(choice.finish_reason)
+        return Drawn(
+            tokens,
+            tuple(min(0.0, value) for value, _ in pairs) if self.caps.logprobs else None,
+            _REASONS.get(reason, "error"),
+            error="" if reason in _REASONS else f"LMDeploy ended it with {reason!r}",
+        )
+
+    def score(self, token_ids: Sequence[int], *, version: int, facts: Facts, whose: Whose = "policy") -> Call | None:
+        """Only the other route scores."""
+        body = {
+            "input_ids": list(token_ids),
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "max_tokens": 0,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 0,
+        }
+        return Call("/generate", body)
+
+    def scores(self, answer: Answer) -> tuple[float, ...]:
+        """See `Dialect.scores`."""
+        try:
+            pairs = _Scored.model_validate(answer).meta_info.input_token_logprobs or ()
+        except ValidationError as error:
+            raise EngineError(f"LMDeploy gave no log-probs of the prompt: {error}") from error
+        return tuple(min(0.0, value) for value, _ in pairs)
+
+    async def load(self, server: Connection, ref: WeightRef, facts: Facts) -> None:
+        """It was started with these weights."""
+
+    async def abort(self, server: Connection, names: Sequence[str] | None) -> None:
+        """Of single ones it hears nothing: they end when their connection does."""
+        if names is None:
+            await server.post("/abort_request", {"abort_all": True}, seconds=_CONTROL_SECONDS)

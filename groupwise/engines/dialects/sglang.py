@@ -1,0 +1,231 @@
+"""SGLang, from 0.5.23 on: its own `/generate`, and its routes for weights.
+
+It has to be started with `--enable-deterministic-inference`: without, it ignores seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+from groupwise.engines.connection import Connection, Refused
+from groupwise.engines.dialects.base import (
+    Answer,
+    Call,
+    Drawn,
+    Facts,
+    Whose,
+    adapter_name,
+    new_name,
+    old_adapters,
+    seed_of,
+    tokens_of,
+)
+from groupwise.engines.weights import WeightKind, WeightRef
+from groupwise.errors import EngineError
+from groupwise.types import EngineCaps, FinishReason, SampleRequest
+
+_CONTROL_SECONDS = 60.0
+_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+class _Reason(BaseModel):
+    type: str
+    matched: int | str | None = None
+    message: str | None = None
+
+
+class _Span(BaseModel):
+    version: str
+
+
+class _Meta(BaseModel):
+    finish_reason: _Reason | None = None
+    weight_version: str | None = None
+    weight_versions: tuple[_Span, ...] | None = None
+    output_token_logprobs: tuple[tuple[float | None, int, Any], ...] | None = None
+    input_token_logprobs: tuple[tuple[float | None, int, Any], ...] | None = None
+
+
+class _Reply(BaseModel):
+    output_ids: tuple[int, ...] = ()
+    meta_info: _Meta
+
+
+class _Outcome(BaseModel):
+    success: bool = False
+    message: str = ""
+
+
+class _Info(BaseModel):
+    served_model_name: str | None = None
+    model_path: str | None = None
+    weight_version: str | None = None
+
+
+class _Started(BaseModel):
+    context_length: int | None = None
+    max_req_input_len: int | None = None
+    enable_deterministic_inference: bool | None = None
+
+
+class SgLang:
+    """Over HTTP; nothing of SGLang is imported. Arguments as for `Vllm`."""
+
+    health = "/health"
+    restarts = False
+    stops = True
+
+    def __init__(
+        self, *, kind: Literal["model", "adapter"], stop_token_ids: Sequence[int], load_seconds: float = 600.0
+    ) -> None:
+        self.caps = EngineCaps(name="sglang", exact_logprobs=False, seeded=True, scores=True)
+        self.takes: Sequence[WeightKind] = (kind,)
+        self._stops = tuple(stop_token_ids)
+        self._load_seconds = load_seconds
+
+    async def reach(self, server: Connection) -> Facts:
+        """See `Dialect.reach`."""
+        try:
+            info = _Info.model_validate(await server.get("/model_info"))
+            started = _Started.model_validate(await server.get("/server_info"))
+        except (Refused, ValidationError) as error:
+            raise EngineError(f"{server.url} is a server, but none of SGLang 0.5.23 or newer: {error}") from error
+        problem = ""
+        if started.enable_deterministic_inference is False:
+            problem = (
+                f"{server.url} ignores seeds, so no sample could be drawn again; start SGLang with "
+                "--enable-deterministic-inference"
+            )
+        positions = started.context_length or started.max_req_input_len
+        return Facts(
+            info.served_model_name or info.model_path or "default", positions, info.weight_version, problem=problem
+        )
+
+    async def probe(self, server: Connection) -> None:
+        """This route draws a token."""
+        await server.get("/health_generate", seconds=30.0)
+
+    def name(self, request: SampleRequest) -> str:
+        """All of one length: `/abort_request` ends whatever begins with the name."""
+        return new_name()
+
+    def sample(self, request: SampleRequest, *, name: str, facts: Facts, to_the_end: bool = False) -> Call:
+        """`ignore_eos` would make it deaf to stop tokens too; it is used where none may end the sample."""
+        sampling = request.sampling
+        params: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "max_new_tokens": sampling.max_tokens,
+            "sampling_seed": seed_of(request.key, seed=sampling.seed, position=len(request.continues), bits=31),
+            "skip_special_tokens": False,
+            "no_stop_trim": True,
+        }
+        if to_the_end:
+            params |= {"ignore_eos": True}
+        else:
+            params |= {
+                "min_new_tokens": sampling.min_tokens,
+                "stop": list(sampling.stop),
+                "stop_token_ids": sorted({*self._stops, *sampling.stop_token_ids}),
+            }
+        body: dict[str, Any] = {
+            "rid": name,
+            "input_ids": tokens_of(request),
+            "sampling_params": params,
+            "return_logprob": True,
+            "cache_salt": f"v{request.policy_version}",
+        }
+        if self.takes == ("adapter",):
+            body["lora_path"] = adapter_name(request.policy_version)
+        return Call("/generate", body)
+
+    def drawn(self, answer: Answer) -> Drawn:
+        """See `Dialect.drawn`; a log-prob that is no number comes as a stop of that name."""
+        reply = _read(answer)
+        meta = reply.meta_info
+        pairs = meta.output_token_logprobs or ()
+        if tuple(token for _, token, _ in pairs) != reply.output_ids:
+            raise EngineError(f"SGLang answered {len(reply.output_ids)} tokens, and log-probs of {len(pairs)}")
+        reason = meta.finish_reason or _Reason(type="none")
+        finish, error = _REASONS.get(reason.type, "error"), ""
+        if finish == "error" or "NaN" in str(reason.matched):
+            finish, error = "error", f"SGLang ended it with {reason.type!r}: {reason.message or reason.matched}"
+        spans = meta.weight_versions or ()
+        versions = tuple(span.version for span in spans) or ((meta.weight_version,) if meta.weight_version else ())
+        return Drawn(
+            reply.output_ids,
+            tuple(-9999.0 if value is None else min(0.0, value) for value, _, _ in pairs),
+            finish,
+            () if self.takes == ("adapter",) else versions,  # the label is the base's
+            error=error,
+        )
+
+    def score(self, token_ids: Sequence[int], *, version: int, facts: Facts, whose: Whose = "policy") -> Call | None:
+        """The prompt's log-probs, of one sample of one token."""
+        body: dict[str, Any] = {
+            "input_ids": list(token_ids),
+            "sampling_params": {"temperature": 1.0, "max_new_tokens": 1},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+        if self.takes == ("adapter",) and whose == "policy":
+            body["lora_path"] = adapter_name(version)
+        return Call("/generate", body)
+
+    def scores(self, answer: Answer) -> tuple[float, ...]:
+        """See `Dialect.scores`."""
+        pairs = _read(answer).meta_info.input_token_logprobs or ()
+        if len(pairs) < 2 or any(value is None for value, _, _ in pairs[1:]):
+            raise EngineError("SGLang gave no log-probs of the prompt")
+        return tuple(value for value, _, _ in pairs[1:] if value is not None)
+
+    async def load(self, server: Connection, ref: WeightRef, facts: Facts) -> None:
+        """See `Dialect.load`. What fails is torn: SGLang's way back reads the new folder, not the old."""
+        if ref.kind == "adapter":
+            await self._load_adapter(server, ref)
+            return
+        await server.post("/pause_generation", {"mode": "abort"}, seconds=_CONTROL_SECONDS)
+        body = {"model_path": str(ref.folder), "weight_version": str(ref.version), "flush_cache": True}
+        try:
+            await server.post("/update_weights_from_disk", body, seconds=self._load_seconds)
+        except Refused as refused:
+            if "cache" not in refused.said or "not flushed" not in refused.said:
+                raise EngineError(f"version {ref.version} was not loaded: {refused}") from refused
+            await server.post("/flush_cache", seconds=_CONTROL_SECONDS)  # the weights did change
+        await server.post("/continue_generation", {}, seconds=_CONTROL_SECONDS)
+
+    async def _load_adapter(self, server: Connection, ref: WeightRef) -> None:
+        body = {"lora_name": adapter_name(ref.version), "lora_path": str(ref.folder)}
+        try:
+            found = _Outcome.model_validate(await server.post("/load_lora_adapter", body, seconds=self._load_seconds))
+        except Refused as refused:
+            found = _Outcome(message=refused.said)
+        if not found.success and "already" not in found.message:
+            raise EngineError(
+                f"{server.url}: the adapter was not loaded: {found.message}; SGLang needs --enable-lora, and "
+                "--max-lora-rank that is large enough"
+            )
+        for old in old_adapters(ref.version):
+            try:
+                await server.post("/unload_lora_adapter", {"lora_name": old}, seconds=_CONTROL_SECONDS)
+            except Refused:
+                continue  # it was unloaded before, or never there
+
+    async def abort(self, server: Connection, names: Sequence[str] | None) -> None:
+        """See `Dialect.abort`."""
+        bodies: list[dict[str, Any]] = [{"abort_all": True}] if names is None else [{"rid": name} for name in names]
+        for body in bodies:
+            await server.post("/abort_request", body, seconds=_CONTROL_SECONDS)
+
+
+def _read(answer: Answer) -> _Reply:
+    try:
+        return _Reply.model_validate(answer)
+    except ValidationError as error:
+        raise EngineError(f"the answer is no completion: {error}") from error
