@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import cast
 
 from groupwise.config import Config
@@ -12,14 +12,14 @@ from groupwise.config.limits import check_lengths, check_stop_tokens
 from groupwise.data import check_template, encode_rendered, encode_text, load_prompts, render
 from groupwise.data.files import Source
 from groupwise.data.prompts import PromptSet
-from groupwise.engines import require_in_process
+from groupwise.engines import check_engine, refuse_launch
 from groupwise.engines.native import NativeEngine
 from groupwise.environments import Environments, load_environments
 from groupwise.errors import ConfigError, EngineError
 from groupwise.evaluation import EvalReport, evaluate
 from groupwise.inputs import ModelInput, SampleKey
 from groupwise.model.limits import check_evaluation, check_run, find_limits
-from groupwise.model.loading import LoadedModel, load_model, load_tokenizer
+from groupwise.model.loading import LoadedModel, load_model, load_tokenizer, named_stop_tokens
 from groupwise.protocols import Engine, Tokenizer
 from groupwise.rewards import RewardScorer
 from groupwise.rollout.episode import Sample, run_group, sampled_by
@@ -36,7 +36,7 @@ class Session:
         loaded: a model in memory, instead of `model.path`.
 
     Raises:
-        ConfigError: the model has no folder, or the config names an engine that lives elsewhere.
+        ConfigError: the model has no folder, or the config names an engine that cannot be asked.
 
     Example:
         session = Session(config)
@@ -44,7 +44,8 @@ class Session:
     """
 
     def __init__(self, config: Config, loaded: LoadedModel | None = None) -> None:
-        require_in_process(config.rollout, "a model that is asked here")
+        check_engine(config.rollout, trains=False)
+        refuse_launch(config.rollout)
         self.config = config
         self._given = loaded
         self.tokenizer = cast("Tokenizer", load_tokenizer(config.model)) if loaded is None else loaded.tokenizer
@@ -53,8 +54,25 @@ class Session:
 
     @cached_property
     def engine(self) -> Engine:
+        rollout = self.config.rollout
+        if rollout.engine != "native":
+            return self._elsewhere()
         loaded = self._given or load_model(self.config.model, tokenizer=self.tokenizer)
-        return NativeEngine(loaded, self.config.rollout)
+        return NativeEngine(loaded, rollout)
+
+    def _elsewhere(self) -> Engine:
+        """Servers, with whatever weights they have."""
+        from groupwise.engines.external import Speaks, external_engine, reach
+
+        rollout = self.config.rollout
+        reach(rollout, trains=False)
+        return external_engine(
+            rollout,
+            Speaks(named_stop_tokens(self.config.model, self.tokenizer)),
+            decode=partial(self.tokenizer.decode, skip_special_tokens=True),
+            encode=partial(self.tokenizer.encode, add_special_tokens=False),
+            vocabulary=len(self.tokenizer.get_vocab()) if self.limits.vocabulary is None else self.limits.vocabulary,
+        )
 
     @cached_property
     def sample(self) -> Sample:

@@ -20,7 +20,13 @@ MODEL_SETTINGS = (
     "model.chat_template",
     "model.trust_remote_code",
 )
-ENGINE_SETTINGS = ("rollout.engine", "rollout.kv_cache_gib", "rollout.max_concurrent_samples")
+ENGINE_SETTINGS = (
+    "rollout.engine",
+    "rollout.urls",
+    "rollout.engine_timeout",
+    "rollout.kv_cache_gib",
+    "rollout.max_concurrent_samples",
+)
 
 
 def model_path(path: str) -> str:

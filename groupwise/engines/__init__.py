@@ -5,8 +5,7 @@ from groupwise.engines.checks import (
     check_engine,
     is_exact,
     refuse_launch,
-    require_in_process,
     require_server,
 )
 
-__all__ = ["ENGINES", "check_engine", "is_exact", "refuse_launch", "require_in_process", "require_server"]
+__all__ = ["ENGINES", "check_engine", "is_exact", "refuse_launch", "require_server"]

@@ -51,6 +51,12 @@ def check_engine(rollout: RolloutConfig, *, trains: bool = True) -> None:
     for url in rollout.urls:
         _check_url(url)
     _check_where(rollout)
+    unknown = [one for one in rollout.filters if not one.startswith("rollout.top_p")]
+    if name == "openai" and unknown:
+        raise ConfigError(
+            f"{' and '.join(unknown)} does not go with rollout.engine = 'openai', whose interface has no such setting; "
+            "leave it out"
+        )
     if trains:
         _check_trains(rollout)
 
@@ -163,17 +169,6 @@ def _check_trains(rollout: RolloutConfig) -> None:
             f"rollout.temperature = 0 does not go with rollout.engine = {name!r}: a group of equal answers teaches "
             "nothing; give a temperature above 0"
         )
-
-
-def require_in_process(rollout: RolloutConfig, who: str) -> None:
-    """Refuse an engine elsewhere where a command has its own model.
-
-    Raises:
-        ConfigError: says which.
-    """
-    check_engine(rollout, trains=False)
-    if rollout.engine != "native":
-        raise ConfigError(f"{who} samples in this process; leave rollout.engine = {rollout.engine!r} out")
 
 
 def require_server(who: str) -> None:

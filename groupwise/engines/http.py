@@ -150,6 +150,14 @@ class HttpEngine:
         self._groups = {name: group for name, group in self._groups.items() if group.running}
         await asyncio.gather(*(member.serve(ref, self.prover) for member in self.members))
 
+    async def prove(self, prover: Prover) -> None:
+        """Ask each server for another proof, of what it serves.
+
+        Raises:
+            NotProven: one has no such proof.
+        """
+        await asyncio.gather(*(member.prove(prover) for member in self.members))
+
     async def proven(self) -> None:
         """Until each server's proof is there."""
         await asyncio.gather(*(member.proven() for member in self.members))

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
 from groupwise.engines.connection import Connection, Refused
@@ -129,7 +130,9 @@ class Member:
                 lost = error
 
     async def _asked(self, request: SampleRequest) -> Drawn:
-        await self.reach()
+        facts = await self.reach()
+        if self._ref is None and facts.version is not None and facts.version.isdigit():
+            request = replace(request, policy_version=int(facts.version))
         name = self._dialect.name(request)
         names = self._names.setdefault(request.id, set())
         names.add(name)
@@ -250,6 +253,11 @@ class Member:
         if proof.cancelled():
             raise EngineLost(f"{self.url} was lost before it was proven")
         proof.result()
+
+    async def prove(self, prover: Prover) -> None:
+        """Another proof, which nobody waits for but the caller."""
+        assert self._ref is not None, "a proof is of weights"
+        await prover(self, self._ref)
 
     def _forget_proof(self) -> None:
         if self._proof is not None:

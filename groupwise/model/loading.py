@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from groupwise.config import LoraConfig, ModelConfig
@@ -291,7 +291,7 @@ def wrap_model(
     scoring = ScoringModel(model, LanguageHead(model)).eval()
     if shard is not None:
         shard(scoring)
-    return LoadedModel(scoring, tokenizer, _stop_token_ids(model, tokenizer))
+    return LoadedModel(scoring, tokenizer, _declared_stops(model.generation_config, tokenizer))
 
 
 def check_attention(model: PreTrainedModel) -> None:
@@ -344,9 +344,19 @@ def _check_complete(path: str, absent: set[str]) -> None:
         )
 
 
-def _stop_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[int, ...]:
+def named_stop_tokens(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The end-of-sequence tokens of a model that is not loaded."""
+    adapter = read_adapter_file(Path(config.path))
+    try:
+        generation = GenerationConfig.from_pretrained(config.path if adapter is None else adapter.base)
+    except (OSError, ValueError):
+        generation = None
+    return _declared_stops(generation, tokenizer)
+
+
+def _declared_stops(generation: GenerationConfig | None, tokenizer: Tokenizer) -> tuple[int, ...]:
     declared: list[int] = []
-    for source in (model.generation_config and model.generation_config.eos_token_id, tokenizer.eos_token_id):
+    for source in (generation and generation.eos_token_id, tokenizer.eos_token_id):
         declared.extend(cast(list[int], source) if isinstance(source, list) else [] if source is None else [source])
     return tuple(dict.fromkeys(int(token) for token in declared))
 

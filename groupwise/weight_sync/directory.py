@@ -24,6 +24,9 @@ class DirectorySync:
     Args:
         root: where the folders go: a disk, or memory such as `/dev/shm`, that the servers see under the same name.
         canary: proves a server; samples of a version wait for it.
+
+    Attributes:
+        seconds: that the last version took to be written and loaded.
     """
 
     def __init__(self, policy: Policy, engine: HttpEngine, root: Path, *, canary: Canary) -> None:
@@ -31,7 +34,7 @@ class DirectorySync:
         self._engine = engine
         self._root = root.absolute()
         self._canary = canary
-        self._seconds = 0.0
+        self.seconds = 0.0
         self._bytes = 0
         engine.prover = canary.prove
 
@@ -56,7 +59,7 @@ class DirectorySync:
         self._policy.published()
         for old in sorted(self._root.glob("version_*"))[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
-        self._seconds, self._bytes = time.perf_counter() - started, ref.bytes
+        self.seconds, self._bytes = time.perf_counter() - started, ref.bytes
 
     async def _written(self, version: int, kind: WeightKind) -> WeightRef:
         folder = self._root / f"version_{version:06d}"
@@ -71,7 +74,7 @@ class DirectorySync:
     def metrics(self) -> Metrics:
         """Of the version that is served: what its way took, and how far the engine's log-probs were off."""
         return {
-            "sync/seconds": Last(self._seconds),
+            "sync/seconds": Last(self.seconds),
             "sync/bytes": Last(float(self._bytes)),
             "sync/verified": Last(float(self._canary.proofs)),
             "sync/logp_difference": Last(self._canary.difference),

@@ -96,11 +96,12 @@ def _config(args: argparse.Namespace) -> Config:
 def _evaluate(config: Config, *, quiet: bool) -> EvalReport:
     # What is wrong with names, rewards and rows is refused before the model's libraries and weights are loaded.
     from groupwise.data import check_rows, read_rows
-    from groupwise.engines import require_in_process
+    from groupwise.engines import check_engine, refuse_launch
     from groupwise.evaluation.counted import counted_remarks
     from groupwise.rewards import RewardScorer
 
-    require_in_process(config.rollout, "groupwise eval")
+    check_engine(config.rollout, trains=False)
+    refuse_launch(config.rollout)
     scorer = RewardScorer(config.reward, required=False)  # an environment may judge alone
     check_rows(read_rows(config.data.eval, limit=config.eval.limit), config.data)
     if not quiet:

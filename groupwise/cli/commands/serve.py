@@ -49,5 +49,5 @@ SERVE = Command(
     summary="sample for a training run that is elsewhere",
     add_arguments=_arguments,
     run=_serve,
-    settings=(*MODEL_SETTINGS, *ENGINE_SETTINGS[1:], "model.batch_invariant", "lora.", "train.seed"),
+    settings=(*MODEL_SETTINGS, *ENGINE_SETTINGS[3:], "model.batch_invariant", "lora.", "train.seed"),
 )
