@@ -68,8 +68,12 @@ class Policy(Protocol):
         """The scorer becomes `alpha` x policy + (1 - `alpha`) x scorer."""
         ...
 
-    def published(self) -> None:
-        """The engines sample from these weights from now on."""
+    def published(self, *, exact: bool = True) -> None:
+        """The engines sample from these weights from now on.
+
+        Args:
+            exact: they compute what the policy does, to the last bit.
+        """
         ...
 
     def source(self) -> Iterable[tuple[str, Tensor]]:

@@ -79,7 +79,7 @@ class _Weights:
         found = await asyncio.to_thread(self._scorer.logprobs, packs, temperature=temperature)
         return [tuple(floats(values)) for values in found]
 
-    def published(self) -> None: ...
+    def published(self, *, exact: bool = True) -> None: ...
 
     def source(self) -> Iterable[tuple[str, Tensor]]:
         return self._loaded.model.named_parameters()
@@ -245,11 +245,13 @@ class EngineCheck:
         limit = self.config.rollout.max_completion_tokens
         requests = self._requests(2, version=1, max_tokens=limit)
         running = asyncio.ensure_future(self._drawn(requests))
-        await asyncio.sleep(0.05)
         started = time.perf_counter()
-        await self.engine.abort()
+        for wait in (0.05, 0.2, 0.5):  # it takes effect once the engine has them
+            await asyncio.sleep(wait)
+            await self.engine.abort()
         drawn = await asyncio.wait_for(running, 60)
-        reasons = sorted(one.finish_reason for one in drawn)
+        reasons = sorted({one.finish_reason for one in drawn})
+        assert reasons != ["length"], f"{limit} tokens were drawn all the same"
         return f"{', '.join(reasons)} after {time.perf_counter() - started:.2f} s"
 
     async def _sabotage(self, weights: _Weights, sync: DirectorySync, canary: Canary) -> str:

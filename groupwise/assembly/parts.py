@@ -94,7 +94,7 @@ def assemble_rl(
         temperature=config.rollout.temperature,
         teacher=None if ready.teacher is None else load_model(ready.teacher),
     )
-    engine = placement.engine(policy)
+    engine = placement.engine(policy, length=_longest(ready))
     sample, buffer = sampled_by(engine), _buffer(config)
     producer = _producer(ready, _sampler(config, ready.train, opened.start), sample, buffer=buffer)
     upkeep = _upkeep(config, policy, adaptive)
@@ -163,6 +163,13 @@ def assemble_sft(ready: PreparedSft, opened: Opened, placement: InProcess) -> tu
         watcher=opened.watcher,
     )
     return parts, source
+
+
+def _longest(ready: Prepared) -> int:
+    """Tokens of the longest prompt and completion that the run may have."""
+    config, held_out = ready.config, () if ready.eval is None else ready.eval.prompts
+    most = max(training_sampling(config).max_tokens, eval_sampling(config).max_tokens if held_out else 0)
+    return most + max(len(prompt.token_ids) for prompt in (*ready.train.prompts, *held_out))
 
 
 def _sampler(config: Config, data: PromptSet, start: Start) -> PromptSampler:

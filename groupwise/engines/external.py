@@ -8,10 +8,14 @@ import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from groupwise.config import RolloutConfig
+from groupwise.engines.checks import has_gpu
+from groupwise.engines.commands import Command, Start, command_of
 from groupwise.engines.connection import Connection
 from groupwise.engines.dialects.base import Dialect, Facts
 from groupwise.engines.dialects.lmdeploy import LmDeploy
@@ -21,7 +25,9 @@ from groupwise.engines.dialects.sglang import SgLang
 from groupwise.engines.dialects.vllm import Vllm
 from groupwise.engines.http import HttpEngine
 from groupwise.engines.identity import KEY_VARIABLE
+from groupwise.engines.launch import EngineProcess, ports, shared_out
 from groupwise.engines.member import Launcher, Member
+from groupwise.engines.weights import WeightRef
 from groupwise.errors import ConfigError, EngineError, EngineLost
 
 logger = logging.getLogger(__name__)
@@ -137,6 +143,67 @@ def external_engine(
         cuts=not dialect.stops,
         most=config.max_concurrent_samples * len(members),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """What the run's own servers are started with.
+
+    Attributes:
+        base: of an adapter: folder or Hub name.
+        length: tokens of the longest prompt and completion.
+        logs: folder for what they print.
+    """
+
+    base: str
+    length: int
+    dtype: str
+    seed: int
+    lora_rank: int
+    logs: Path
+
+
+def launchers(config: RolloutConfig, launched: Launched) -> list[tuple[str, Launcher]]:
+    """The address of each server that is to be started, and what starts it; none where `rollout.urls` has them.
+
+    Raises:
+        ConfigError: a port is taken, or GPUs cannot be shared out.
+    """
+    launch = config.launch
+    if config.urls or launch.python is None:
+        return []
+    found: list[tuple[str, Launcher]] = []
+    dialect = dialect_of(config.engine, Speaks(()))
+    for number, (port, gpus) in enumerate(zip(ports(config), shared_out(launch.gpus, launch.replicas), strict=True)):
+        start = Start(
+            python=launch.python,
+            model=launched.base,
+            port=port,
+            length=launch.max_model_len or launched.length,
+            dtype=launched.dtype,
+            seed=launched.seed,
+            rollout=config,
+            lora_rank=launched.lora_rank
+            if "adapter" in dialect_of(config.engine, Speaks((), adapter=True)).takes
+            else 0,
+            gpus=gpus,
+            on_gpu=has_gpu(),
+        )
+        url = f"http://127.0.0.1:{port}"
+        process = EngineProcess(
+            partial(_started_with, config.engine, start),
+            url=url,
+            health=dialect.health,
+            log=launched.logs / f"{config.engine}-{number}.log",
+            ready_seconds=launch.ready_seconds,
+        )
+        found.append((url, process))
+    return found
+
+
+def _started_with(engine: str, start: Start, ref: WeightRef) -> Command:
+    """A whole model is what the server begins with; an adapter comes to its base."""
+    return command_of(engine, start if ref.kind == "adapter" else replace(start, model=str(ref.folder)))
 
 
 def _connection(dialect: Dialect, url: str, *, most: int) -> Connection:

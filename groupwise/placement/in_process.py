@@ -36,7 +36,7 @@ class InProcess:
     Example:
         placement = InProcess(config, loaded, run)
         policy = placement.policy(algorithm, updates=500, temperature=1.0)
-        engine = placement.engine(policy)
+        engine = placement.engine(policy, length=1024)
     """
 
     config: Config
@@ -78,8 +78,11 @@ class InProcess:
             scorers[BASE] = AdapterBase(self.loaded, temperature=temperature, chunk_tokens=chunk)
         return LocalPolicy(learner, micro_batch_tokens=config.train.micro_batch_tokens, scorers=scorers)
 
-    def engine(self, policy: LocalPolicy) -> Engine:
+    def engine(self, policy: LocalPolicy, *, length: int) -> Engine:
         """What samples from the policy: this module, or one in another process that is the same.
+
+        Args:
+            length: tokens of the longest prompt and completion together.
 
         Raises:
             ConfigError: no server answers, or it has another model.
@@ -87,9 +90,15 @@ class InProcess:
         rollout = self.config.rollout
         if rollout.engine == "native":
             return NativeEngine(self.loaded, rollout, reserved_bytes=policy.bytes_to_come)
-        from groupwise.engines.external import Speaks, external_engine, reach
+        from groupwise.engines.external import Launched, Speaks, external_engine, launchers, reach
 
         served = reach(rollout)
+        for url, facts in zip(rollout.urls, served, strict=True):
+            if facts.positions is not None and facts.positions < length:
+                raise ConfigError(
+                    f"rollout.urls: {url} takes {facts.positions:,} tokens of prompt and completion, and this run has "
+                    f"up to {length:,}; start it with more, or lower rollout.max_completion_tokens"
+                )
         if rollout.engine == "http":
             for url, facts in zip(rollout.urls, served, strict=True):
                 _check_same(facts.identity, model_identity(self.loaded), url=url)
@@ -104,6 +113,17 @@ class InProcess:
             decode=self.loaded.decode,
             encode=partial(self.loaded.tokenizer.encode, add_special_tokens=False),
             vocabulary=self.loaded.model.config.get_text_config().vocab_size,
+            launchers=launchers(
+                rollout,
+                Launched(
+                    base=str(self.loaded.model.config.name_or_path),
+                    length=length,
+                    dtype=str(self.loaded.model.dtype).removeprefix("torch."),
+                    seed=self.config.train.seed,
+                    lora_rank=0 if self.loaded.adapter is None else self.loaded.adapter.r,
+                    logs=self.run.path / "engines",
+                ),
+            ),
         )
 
     def sync(self, policy: Policy, engine: Engine, *, prompts: Sequence[Prompt] = ()) -> WeightSync:

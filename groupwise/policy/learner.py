@@ -137,11 +137,12 @@ class Learner:
         self._updates = 0
         self._skipped = 0
         self._is_sampler = False
+        self._samples_exactly = True
 
     @property
     def _is_exact(self) -> bool:
         """Whether sampler and trainer have the same bits where nothing is wrong."""
-        return self.loaded.device.type == "cpu" and not self._dropout
+        return self._samples_exactly and self.loaded.device.type == "cpu" and not self._dropout
 
     @property
     def bytes_to_come(self) -> int:
@@ -344,9 +345,13 @@ class Learner:
         self._optimizer.forget_gradients()
         self._learned.clear()
 
-    def published(self) -> None:
-        """The engines sample from these weights from now on."""
-        self._is_sampler = True
+    def published(self, *, exact: bool = True) -> None:
+        """The engines sample from these weights from now on.
+
+        Args:
+            exact: they compute what this module does, to the last bit.
+        """
+        self._is_sampler, self._samples_exactly = True, exact
 
     def state_dict(self) -> dict[str, Any]:
         # The dtype is for who lays the masters over the base without this run's settings at hand: `model.checkpoints`.

@@ -126,9 +126,9 @@ class LocalPolicy:
             raise ConfigError(f"{name!r} was to follow the policy; the scorers of this run that can are {known}")
         await self._worker.run(partial(scorer.sync, alpha))
 
-    def published(self) -> None:
-        """The engines sample from these weights from now on."""
-        self._learner.published()
+    def published(self, *, exact: bool = True) -> None:
+        """The engines sample from these weights from now on; see `Learner.published`."""
+        self._learner.published(exact=exact)
 
     def source(self) -> Iterable[tuple[str, Tensor]]:
         """What training changes, by the module's own names; of a model with an adapter, the adapter alone."""

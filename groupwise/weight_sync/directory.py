@@ -56,7 +56,7 @@ class DirectorySync:
         started = time.perf_counter()
         ref = await self._written(version, self._engine.takes[0])
         await self._engine.load(ref)
-        self._policy.published()
+        self._policy.published(exact=self._engine.caps.exact_logprobs)
         for old in sorted(self._root.glob("version_*"))[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
         self.seconds, self._bytes = time.perf_counter() - started, ref.bytes
