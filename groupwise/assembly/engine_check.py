@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,21 +17,23 @@ from torch import Tensor
 
 from groupwise.batches import ScoreRequest, TrainingRow
 from groupwise.config import Config
+from groupwise.engines.checks import has_gpu
+from groupwise.engines.commands import Start, command_of
 from groupwise.engines.http import HttpEngine
 from groupwise.engines.member import NotProven
 from groupwise.errors import EngineError, GroupwiseError
 from groupwise.inputs import ModelInput, SampleKey
 from groupwise.model.forward.packing import pack
-from groupwise.model.loading import LoadedModel
+from groupwise.model.loading import LoadedModel, load_model, with_adapter
+from groupwise.placement.elsewhere import engine_elsewhere, sync_tolerance
+from groupwise.policy.adapter_reference import adapter_off
 from groupwise.policy.reference import FrozenScorer
 from groupwise.policy.saving import write_model
 from groupwise.protocols import Policy
 from groupwise.tensors import floats
-from groupwise.types import Completion, SampleRequest, SamplingParams
+from groupwise.types import BASE, Completion, SampleRequest, SamplingParams
 from groupwise.weight_sync.canary import Canary
 from groupwise.weight_sync.directory import DirectorySync
-
-logger = logging.getLogger(__name__)
 
 _PROMPTS = 4
 _PROMPT_TOKENS = 24
@@ -59,6 +60,7 @@ class _Weights:
 
     def __init__(self, loaded: LoadedModel, *, chunk_tokens: int) -> None:
         self._loaded = loaded
+        self._trained = [(name, weight) for name, weight in loaded.model.named_parameters() if weight.requires_grad]
         self._scorer = FrozenScorer(loaded, temperature=1.0, chunk_tokens=chunk_tokens)
 
     async def log_probs(
@@ -76,13 +78,14 @@ class _Weights:
             for number, request in enumerate(requests)
         ]
         packs = [pack([row]).to(self._loaded.device) for row in rows]
-        found = await asyncio.to_thread(self._scorer.logprobs, packs, temperature=temperature)
+        with adapter_off(self._loaded) if of == BASE else nullcontext():
+            found = self._scorer.logprobs(packs, temperature=temperature)
         return [tuple(floats(values)) for values in found]
 
     def published(self, *, exact: bool = True) -> None: ...
 
     def source(self) -> Iterable[tuple[str, Tensor]]:
-        return self._loaded.model.named_parameters()
+        return self._trained
 
     async def export(self, folder: Path, *, merged: bool = False) -> None:
         await asyncio.to_thread(write_model, self._loaded, folder, merged=merged)
@@ -91,15 +94,16 @@ class _Weights:
     def move(self, seed: int) -> None:
         """Other weights, as after a large step."""
         generator = torch.Generator().manual_seed(seed)
-        for weight in self._loaded.model.parameters():
-            scale = 0.02 * float(weight.float().std() if weight.numel() > 1 else 1.0)
+        for _, weight in self._trained:
+            spread = float(weight.float().std()) if weight.numel() > 1 else 0.0
+            scale = 0.02 * (spread or 1.0)
             noise = torch.randn(weight.shape, generator=generator) * scale
             weight.add_(noise.to(weight.device, weight.dtype))
 
     @contextmanager
     def one_changed(self) -> Iterator[str]:
         """Inside, one tensor of the model in memory is another than it was."""
-        name, weight = max(self._loaded.model.named_parameters(), key=lambda each: each[1].numel())
+        name, weight = max(self._trained, key=lambda each: each[1].numel())
         held = weight.detach().clone()
         with torch.no_grad():
             weight.mul_(1.5)
@@ -267,3 +271,34 @@ class EngineCheck:
             except NotProven as error:
                 return f"{name} x 1.5: {str(error).split(':', 1)[-1].split(';')[0].strip()}"
         raise EngineError(f"{name} was another than the trainer's, and nothing noticed it")
+
+
+def check_of(config: Config, *, tell: Callable[[Checked], None]) -> EngineCheck:
+    """The check of the engine that `config` names, with its model, which is loaded here.
+
+    Raises:
+        ConfigError: the model or the engine cannot be had.
+    """
+    loaded = with_adapter(load_model(config.model), config.lora, seed=config.train.seed)
+    length = _PROMPT_TOKENS + max(_DRAWN, config.rollout.max_completion_tokens)
+    logs = Path(tempfile.gettempdir()) / "groupwise-engine-check"
+    engine = engine_elsewhere(config, loaded, length=length, logs=logs)
+    tolerance = sync_tolerance(config.rollout, loaded, exact=engine.caps.exact_logprobs)
+    return EngineCheck(config, loaded, engine, tolerance=tolerance, tell=tell)
+
+
+def shell_command(config: Config) -> str:
+    """How the engine is started by hand, so that a run finds it at `rollout.urls`."""
+    model = config.model.path
+    start = Start(
+        python=config.rollout.launch.python or "python",
+        model=model,
+        port=config.rollout.launch.port or 8000,
+        length=config.rollout.launch.max_model_len or config.rollout.max_completion_tokens + 1024,
+        dtype="float32" if config.model.dtype == "float32" else "bfloat16",
+        seed=config.train.seed,
+        rollout=config.rollout,
+        lora_rank=config.lora.rank,
+        on_gpu=has_gpu(),
+    )
+    return command_of(config.rollout.engine, start).shell()

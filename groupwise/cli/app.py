@@ -9,7 +9,20 @@ import traceback
 from collections.abc import Sequence
 
 from groupwise import __version__
-from groupwise.cli.commands import chat, data, evaluate, export, generate, info, model, quickstart, serve, train, xtuner
+from groupwise.cli.commands import (
+    chat,
+    data,
+    engine,
+    evaluate,
+    export,
+    generate,
+    info,
+    model,
+    quickstart,
+    serve,
+    train,
+    xtuner,
+)
 from groupwise.cli.output import take_any_text, tell
 from groupwise.cli.parsing import DID_YOU_MEAN, Command
 from groupwise.errors import EXIT_FAILURE, EXIT_INTERRUPTED, ConfigError, GroupwiseError, Interrupted, nearest
@@ -25,6 +38,8 @@ COMMANDS: tuple[Command, ...] = (
     generate.GENERATE,
     chat.CHAT,
     serve.SERVE,
+    engine.CHECK,
+    engine.COMMAND,
     data.GSM8K,
     data.STATS,
     model.TINY,

@@ -59,11 +59,11 @@ class Launcher(Protocol):
 class Asked(Protocol):
     """What a proof asks of a server."""
 
-    async def draw(self, request: SampleRequest) -> Drawn:
+    async def draw(self, request: SampleRequest, *, whose: Whose = "policy") -> Drawn:
         """A sample, to its last token."""
         ...
 
-    async def score(self, token_ids: tuple[int, ...], *, whose: Whose = "policy") -> tuple[float, ...] | None:
+    async def score(self, token_ids: tuple[int, ...]) -> tuple[float, ...] | None:
         """Log-probs `[T - 1]` at temperature 1; None where the server scores nothing."""
         ...
 
@@ -138,7 +138,7 @@ class Member:
         names.add(name)
         self.running += 1
         try:
-            drawn = self._dialect.drawn(await self._answer(self._call(request, name)))
+            drawn = self._dialect.drawn(await self._answer(self._dialect.sample(request, name=name, facts=facts)))
         finally:
             self.running -= 1
             names.discard(name)
@@ -150,9 +150,6 @@ class Member:
         if others:
             raise OtherVersion(f"{self.url} drew with version {', '.join(others)}, not {request.policy_version}")
         return drawn
-
-    def _call(self, request: SampleRequest, name: str, *, to_the_end: bool = False) -> Call:
-        return self._dialect.sample(request, name=name, facts=self._known(), to_the_end=to_the_end)
 
     async def _answer(self, call: Call) -> Any:
         try:
@@ -166,16 +163,15 @@ class Member:
         assert self._facts is not None, "a server is reached before it is asked"
         return self._facts
 
-    async def draw(self, request: SampleRequest) -> Drawn:
+    async def draw(self, request: SampleRequest, *, whose: Whose = "policy") -> Drawn:
         """For a proof; see `Asked`."""
-        return self._dialect.drawn(
-            await self._answer(self._call(request, self._dialect.name(request), to_the_end=True))
-        )
+        name = self._dialect.name(request)
+        call = self._dialect.proof(request, name=name, facts=self._known(), whose=whose)
+        return self._dialect.drawn(await self._answer(call))
 
-    async def score(self, token_ids: tuple[int, ...], *, whose: Whose = "policy") -> tuple[float, ...] | None:
+    async def score(self, token_ids: tuple[int, ...]) -> tuple[float, ...] | None:
         """For a proof; see `Asked`."""
-        assert self._ref is not None, "a proof is of weights"
-        call = self._dialect.score(token_ids, version=self._ref.version, facts=self._known(), whose=whose)
+        call = self._dialect.score(token_ids, facts=self._known())
         return None if call is None else self._dialect.scores(await self._answer(call))
 
     async def reach(self) -> Facts:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-
-import torch
 
 from groupwise.config import Config
 from groupwise.engines import is_exact
-from groupwise.engines.identity import model_identity
 from groupwise.engines.native import NativeEngine
-from groupwise.errors import ConfigError
 from groupwise.model.loading import LoadedModel
 from groupwise.policy import Learner, LocalPolicy, Objective
 from groupwise.policy.adapter_reference import AdapterBase
@@ -90,41 +85,9 @@ class InProcess:
         rollout = self.config.rollout
         if rollout.engine == "native":
             return NativeEngine(self.loaded, rollout, reserved_bytes=policy.bytes_to_come)
-        from groupwise.engines.external import Launched, Speaks, external_engine, launchers, reach
+        from groupwise.placement.elsewhere import engine_elsewhere
 
-        served = reach(rollout)
-        for url, facts in zip(rollout.urls, served, strict=True):
-            if facts.positions is not None and facts.positions < length:
-                raise ConfigError(
-                    f"rollout.urls: {url} takes {facts.positions:,} tokens of prompt and completion, and this run has "
-                    f"up to {length:,}; start it with more, or lower rollout.max_completion_tokens"
-                )
-        if rollout.engine == "http":
-            for url, facts in zip(rollout.urls, served, strict=True):
-                _check_same(facts.identity, model_identity(self.loaded), url=url)
-        return external_engine(
-            rollout,
-            Speaks(
-                stop_token_ids=sorted(self.loaded.stop_token_ids),
-                adapter=self.loaded.adapter is not None,
-                temperature=rollout.temperature,
-                exact=all(facts.exact for facts in served),
-            ),
-            decode=self.loaded.decode,
-            encode=partial(self.loaded.tokenizer.encode, add_special_tokens=False),
-            vocabulary=self.loaded.model.config.get_text_config().vocab_size,
-            launchers=launchers(
-                rollout,
-                Launched(
-                    base=str(self.loaded.model.config.name_or_path),
-                    length=length,
-                    dtype=str(self.loaded.model.dtype).removeprefix("torch."),
-                    seed=self.config.train.seed,
-                    lora_rank=0 if self.loaded.adapter is None else self.loaded.adapter.r,
-                    logs=self.run.path / "engines",
-                ),
-            ),
-        )
+        return engine_elsewhere(self.config, self.loaded, length=length, logs=self.run.path / "engines")
 
     def sync(self, policy: Policy, engine: Engine, *, prompts: Sequence[Prompt] = ()) -> WeightSync:
         """What makes the engine serve the policy's newest version.
@@ -135,6 +98,7 @@ class InProcess:
         if isinstance(engine, NativeEngine):
             return InProcessSync(policy, engine)
         from groupwise.engines.http import HttpEngine
+        from groupwise.placement.elsewhere import sync_tolerance
         from groupwise.weight_sync.canary import Canary
         from groupwise.weight_sync.directory import DirectorySync
 
@@ -143,25 +107,8 @@ class InProcess:
         canary = Canary(
             policy,
             [prompt.token_ids for prompt in prompts[:2]],
-            tolerance=self._tolerance(exact=engine.caps.exact_logprobs),
+            tolerance=sync_tolerance(rollout, self.loaded, exact=engine.caps.exact_logprobs),
         )
         given = rollout.weights_dir
         root = self.run.path / "weights" if given is None else Path(given)
         return DirectorySync(policy, engine, root, canary=canary)
-
-    def _tolerance(self, *, exact: bool) -> float:
-        """Nats. vLLM's are off by 2e-6 in float32 and by 0.02 in bfloat16, at most, where it is right."""
-        if self.config.rollout.sync_tolerance is not None:
-            return self.config.rollout.sync_tolerance
-        if exact:
-            return 0.0
-        return 1e-4 if self.loaded.model.dtype == torch.float32 else 0.1
-
-
-def _check_same(served: Mapping[str, str], mine: dict[str, str], *, url: str) -> None:
-    for name, value in mine.items():
-        if served.get(name) != value:
-            raise ConfigError(
-                f"rollout.urls: {url!r} serves another model: {name}: got {served.get(name)}; expected {value}. Start "
-                "`groupwise serve` with the recipe of this run"
-            )

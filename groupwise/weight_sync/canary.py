@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from groupwise.batches import ScoreRequest
+from groupwise.engines.dialects.base import Drawn
 from groupwise.engines.member import Asked, NotProven
 from groupwise.engines.weights import WeightRef
 from groupwise.inputs import ModelInput, SampleKey
@@ -35,13 +36,23 @@ class _Answer:
     Attributes:
         tokens: that it drew.
         engine, trainer: log-probs of what was scored (where it scores) and what was drawn, in this order.
-        base: the engine's of what was scored, without the adapter.
+        without: what it drew without the adapter.
     """
 
     tokens: tuple[int, ...]
     engine: Numbers
     trainer: Numbers
-    base: Numbers | None = None
+    without: Drawn | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What one server answered about one prompt: log-probs of it, where it scores, and of what it drew."""
+
+    tokens: tuple[int, ...]
+    scored: Numbers | None
+    drawn: Numbers
+    without: Drawn | None
 
 
 @dataclass(slots=True)
@@ -84,10 +95,10 @@ class Canary:
         prompts = [prompt[:_PROMPT_TOKENS] for prompt in self.prompts]
         asked = [self._ask(server, ref, index, prompt) for index, prompt in enumerate(prompts)]
         found = await asyncio.gather(*asked)
-        trainer = await self._trainer(prompts, [tokens for tokens, *_ in found], scored=found[0][1] is not None)
+        trainer = await self._trainer(prompts, [one.tokens for one in found], scored=found[0].scored is not None)
         answers = [
-            _Answer(tokens, (*(scored or ()), *drawn), numbers, base)
-            for (tokens, scored, drawn, base), numbers in zip(found, trainer, strict=True)
+            _Answer(one.tokens, (*(one.scored or ()), *one.drawn), numbers, one.without)
+            for one, numbers in zip(found, trainer, strict=True)
         ]
         self._compare(answers, ref)
         if self.told_apart:
@@ -96,10 +107,7 @@ class Canary:
         self.proofs += 1
         self.seconds = time.perf_counter() - started
 
-    async def _ask(
-        self, server: Asked, ref: WeightRef, index: int, prompt: tuple[int, ...]
-    ) -> tuple[tuple[int, ...], Numbers | None, Numbers, Numbers | None]:
-        """Drawn tokens; log-probs of the prompt; of the drawn tokens; of the prompt without the adapter."""
+    async def _ask(self, server: Asked, ref: WeightRef, index: int, prompt: tuple[int, ...]) -> _Asked:
         request = SampleRequest(
             SampleKey("canary", 0, index),
             ModelInput.of(prompt),
@@ -107,16 +115,17 @@ class Canary:
             policy_version=ref.version,
         )
         drawn, scored = await asyncio.gather(server.draw(request), server.score(prompt))
-        base = await server.score(prompt, whose="base") if ref.kind == "adapter" else None
         if len(drawn.token_ids) != DRAWN_TOKENS:
             raise NotProven(
                 f"version {ref.version}: the engine drew {len(drawn.token_ids)} tokens; {DRAWN_TOKENS} were asked for"
             )
-        if drawn.logprobs is None:  # it has none of what it drew, and scores instead
+        logprobs = drawn.logprobs
+        if logprobs is None:  # it has none of what it drew, and scores instead
             both = await server.score((*prompt, *drawn.token_ids))
             assert both is not None, "an engine has log-probs of what it draws, or of what it is given"
-            return drawn.token_ids, scored, both[len(prompt) - 1 :], base
-        return drawn.token_ids, scored, drawn.logprobs, base
+            logprobs = both[len(prompt) - 1 :]
+        without = await server.draw(request, whose="base") if ref.kind == "adapter" else None
+        return _Asked(drawn.token_ids, scored, logprobs, without)
 
     async def _trainer(
         self, prompts: Sequence[tuple[int, ...]], drawn: Sequence[tuple[int, ...]], *, scored: bool
@@ -152,8 +161,12 @@ class Canary:
     ) -> None:
         """A small step is smaller than any tolerance; but not one bit of the answers may stay as it was."""
         for answer in answers:
-            scored = answer.engine[: -DRAWN_TOKENS or None]
-            if answer.base == scored and await self._acts(prompts):
+            bare = answer.without
+            same = bare is not None and (bare.token_ids, bare.logprobs) == (
+                answer.tokens,
+                answer.engine[-DRAWN_TOKENS:],
+            )
+            if same and await self._acts(prompts):
                 raise NotProven(
                     f"version {ref.version}: the engine answers with the adapter as without it, to the last bit, and "
                     "the trainer does not: the adapter is bound to nothing"

@@ -116,12 +116,12 @@ class Dialect(Protocol):
         """What the request is called there, for `sample` and `abort`."""
         ...
 
-    def sample(self, request: SampleRequest, *, name: str, facts: Facts, to_the_end: bool = False) -> Call:
-        """Ask for one sample.
+    def sample(self, request: SampleRequest, *, name: str, facts: Facts) -> Call:
+        """Ask for one sample."""
+        ...
 
-        Args:
-            to_the_end: no token and no string ends it before `max_tokens`.
-        """
+    def proof(self, request: SampleRequest, *, name: str, facts: Facts, whose: Whose = "policy") -> Call:
+        """Ask for one that no token and no string ends before `max_tokens`, of the policy's weights or its base's."""
         ...
 
     def drawn(self, answer: Answer) -> Drawn:
@@ -132,7 +132,7 @@ class Dialect(Protocol):
         """
         ...
 
-    def score(self, token_ids: Sequence[int], *, version: int, facts: Facts, whose: Whose = "policy") -> Call | None:
+    def score(self, token_ids: Sequence[int], *, facts: Facts) -> Call | None:
         """Ask for the log-probs of given tokens, at temperature 1; None where it cannot be asked."""
         ...
 

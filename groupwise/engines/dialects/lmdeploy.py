@@ -20,6 +20,7 @@ from groupwise.types import EngineCaps, FinishReason, SampleRequest
 
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 _CONTROL_SECONDS = 60.0
+_CHAT = "/v1/chat/completions"
 
 
 class _Choice(BaseModel):
@@ -85,10 +86,18 @@ class LmDeploy:
         """Its requests have numbers; they end with their connection."""
         return new_name()
 
-    def sample(self, request: SampleRequest, *, name: str, facts: Facts, to_the_end: bool = False) -> Call:
+    def proof(self, request: SampleRequest, *, name: str, facts: Facts, whose: Whose = "policy") -> Call:
+        """It has one set of weights, the policy's."""
+        return Call(_CHAT, {**self._body(request, facts), "ignore_eos": True})
+
+    def sample(self, request: SampleRequest, *, name: str, facts: Facts) -> Call:
+        """See `Dialect.sample`."""
+        return Call(_CHAT, self._body(request, facts))
+
+    def _body(self, request: SampleRequest, facts: Facts) -> dict[str, Any]:
         """Every value is sent: what is not given is 0.8 for the temperature and 50 for top-k."""
         sampling = request.sampling
-        body: dict[str, Any] = {
+        return {
             "model": facts.model,
             "messages": [],
             "input_ids": tokens_of(request),
@@ -101,13 +110,11 @@ class LmDeploy:
             "repetition_penalty": sampling.repetition_penalty,
             "max_completion_tokens": sampling.max_tokens,
             "min_new_tokens": sampling.min_tokens,
-            "ignore_eos": to_the_end,
             "skip_special_tokens": False,
             "return_token_ids": True,
             "return_logprob": True,
             "include_stop_str_in_output": True,
         }
-        return Call("/v1/chat/completions", body)
 
     def drawn(self, answer: Answer) -> Drawn:
         """See `Dialect.drawn`."""
@@ -129,7 +136,7 @@ class LmDeploy:
             error="" if reason in _REASONS else f"LMDeploy ended it with {reason!r}",
         )
 
-    def score(self, token_ids: Sequence[int], *, version: int, facts: Facts, whose: Whose = "policy") -> Call | None:
+    def score(self, token_ids: Sequence[int], *, facts: Facts) -> Call | None:
         """Only the other route scores."""
         body = {
             "input_ids": list(token_ids),

@@ -72,7 +72,10 @@ class OpenAi:
         """Requests have none."""
         return new_name()
 
-    def sample(self, request: SampleRequest, *, name: str, facts: Facts, to_the_end: bool = False) -> Call:
+    def proof(self, request: SampleRequest, *, name: str, facts: Facts, whose: Whose = "policy") -> Call:
+        raise EngineError("weights of such a server are whose they are: there is nothing to prove")
+
+    def sample(self, request: SampleRequest, *, name: str, facts: Facts) -> Call:
         """Only what OpenAI's own interface has, and the wish for tokens."""
         sampling = request.sampling
         body: dict[str, Any] = {
@@ -104,7 +107,7 @@ class OpenAi:
             text=choice.text,
         )
 
-    def score(self, token_ids: Sequence[int], *, version: int, facts: Facts, whose: Whose = "policy") -> Call | None:
+    def score(self, token_ids: Sequence[int], *, facts: Facts) -> Call | None:
         """It scores nothing."""
 
     def scores(self, answer: Answer) -> tuple[float, ...]:

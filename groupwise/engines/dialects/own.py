@@ -53,15 +53,17 @@ class Own:
         """The sample's own, which may be asked again."""
         return request.id
 
-    def sample(self, request: SampleRequest, *, name: str, facts: Facts, to_the_end: bool = False) -> Call:
+    def proof(self, request: SampleRequest, *, name: str, facts: Facts, whose: Whose = "policy") -> Call:
+        """It has one set of weights, the policy's."""
+        sampling = replace(request.sampling, min_tokens=request.sampling.max_tokens)
+        return self.sample(replace(request, sampling=sampling), name=name, facts=facts)
+
+    def sample(self, request: SampleRequest, *, name: str, facts: Facts) -> Call:
         """With the key that decides its tokens."""
-        sampling = request.sampling
-        if to_the_end:
-            sampling = replace(sampling, min_tokens=sampling.max_tokens)
         body = wire.GenerateBody(
             request_id=name,
             token_ids=tuple(tokens_of(request)),
-            sampling_params=wire.SamplingBody.of(sampling),
+            sampling_params=wire.SamplingBody.of(request.sampling),
             groupwise=wire.OwnKey(
                 uid=request.key.uid,
                 draw=request.key.draw,
@@ -82,7 +84,7 @@ class Own:
             raise EngineError(f"the answer is no completion: {error}") from error
         return drawn_of(choice)
 
-    def score(self, token_ids: Sequence[int], *, version: int, facts: Facts, whose: Whose = "policy") -> Call | None:
+    def score(self, token_ids: Sequence[int], *, facts: Facts) -> Call | None:
         """It draws exactly what the trainer computes, so drawing proves it."""
 
     def scores(self, answer: Answer) -> tuple[float, ...]:

@@ -112,10 +112,25 @@ class SgLang:
         """All of one length: `/abort_request` ends whatever begins with the name."""
         return new_name()
 
-    def sample(self, request: SampleRequest, *, name: str, facts: Facts, to_the_end: bool = False) -> Call:
-        """`ignore_eos` would make it deaf to stop tokens too; it is used where none may end the sample."""
+    def proof(self, request: SampleRequest, *, name: str, facts: Facts, whose: Whose = "policy") -> Call:
+        """`ignore_eos` makes it deaf to every stop token."""
+        params = {**self._params(request), "ignore_eos": True}
+        return self._call(request, params, name=name, adapter=whose == "policy")
+
+    def sample(self, request: SampleRequest, *, name: str, facts: Facts) -> Call:
+        """See `Dialect.sample`."""
         sampling = request.sampling
-        params: dict[str, Any] = {
+        params = {
+            **self._params(request),
+            "min_new_tokens": sampling.min_tokens,
+            "stop": list(sampling.stop),
+            "stop_token_ids": sorted({*self._stops, *sampling.stop_token_ids}),
+        }
+        return self._call(request, params, name=name, adapter=True)
+
+    def _params(self, request: SampleRequest) -> dict[str, Any]:
+        sampling = request.sampling
+        return {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
@@ -126,22 +141,16 @@ class SgLang:
             "skip_special_tokens": False,
             "no_stop_trim": True,
         }
-        if to_the_end:
-            params |= {"ignore_eos": True}
-        else:
-            params |= {
-                "min_new_tokens": sampling.min_tokens,
-                "stop": list(sampling.stop),
-                "stop_token_ids": sorted({*self._stops, *sampling.stop_token_ids}),
-            }
+
+    def _call(self, request: SampleRequest, params: dict[str, Any], *, name: str, adapter: bool) -> Call:
         body: dict[str, Any] = {
             "rid": name,
             "input_ids": tokens_of(request),
             "sampling_params": params,
             "return_logprob": True,
-            "cache_salt": f"v{request.policy_version}",
+            "cache_salt": f"v{request.policy_version}/{adapter}",
         }
-        if self.takes == ("adapter",):
+        if adapter and self.takes == ("adapter",):
             body["lora_path"] = adapter_name(request.policy_version)
         return Call("/generate", body)
 
@@ -166,16 +175,16 @@ class SgLang:
             error=error,
         )
 
-    def score(self, token_ids: Sequence[int], *, version: int, facts: Facts, whose: Whose = "policy") -> Call | None:
-        """The prompt's log-probs, of one sample of one token."""
+    def score(self, token_ids: Sequence[int], *, facts: Facts) -> Call | None:
+        """The prompt's log-probs, of one sample of one token. With an adapter, drawing alone proves it, as for vLLM."""
+        if self.takes == ("adapter",):
+            return None
         body: dict[str, Any] = {
             "input_ids": list(token_ids),
             "sampling_params": {"temperature": 1.0, "max_new_tokens": 1},
             "return_logprob": True,
             "logprob_start_len": 0,
         }
-        if self.takes == ("adapter",) and whose == "policy":
-            body["lora_path"] = adapter_name(version)
         return Call("/generate", body)
 
     def scores(self, answer: Answer) -> tuple[float, ...]:

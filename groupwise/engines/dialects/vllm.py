@@ -150,10 +150,25 @@ class Vllm:
         """See `Dialect.name`."""
         return new_name()
 
-    def sample(self, request: SampleRequest, *, name: str, facts: Facts, to_the_end: bool = False) -> Call:
+    def sample(self, request: SampleRequest, *, name: str, facts: Facts) -> Call:
         """One request per sample, each with a seed: neighbours of one request with `n` share theirs."""
         sampling = request.sampling
-        params: dict[str, Any] = {
+        params = {
+            **self._params(request),
+            "min_tokens": sampling.min_tokens,
+            "stop": list(sampling.stop),
+            "stop_token_ids": sorted({*self._stops, *sampling.stop_token_ids}),
+        }
+        return self._call(request, params, name=name, model=self._model(request.policy_version, facts))
+
+    def proof(self, request: SampleRequest, *, name: str, facts: Facts, whose: Whose = "policy") -> Call:
+        """`min_tokens` would change the log-probs; `ignore_eos` does not."""
+        model = facts.model if whose == "base" else self._model(request.policy_version, facts)
+        return self._call(request, {**self._params(request), "ignore_eos": True}, name=name, model=model)
+
+    def _params(self, request: SampleRequest) -> dict[str, Any]:
+        sampling = request.sampling
+        return {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
@@ -166,16 +181,10 @@ class Vllm:
             "skip_special_tokens": False,
             "detokenize": bool(sampling.stop),
         }
-        if to_the_end:
-            params |= {"ignore_eos": True}
-        else:
-            params |= {
-                "min_tokens": sampling.min_tokens,
-                "stop": list(sampling.stop),
-                "stop_token_ids": sorted({*self._stops, *sampling.stop_token_ids}),
-            }
+
+    def _call(self, request: SampleRequest, params: dict[str, Any], *, name: str, model: str) -> Call:
         body = {
-            "model": self._model(request.policy_version, facts),
+            "model": model,
             "request_id": name,
             "token_ids": tokens_of(request),
             "sampling_params": params,
@@ -199,11 +208,13 @@ class Vllm:
             error="" if reason in _FINISHED else f"vLLM ended it with {reason!r}",
         )
 
-    def score(self, token_ids: Sequence[int], *, version: int, facts: Facts, whose: Whose = "policy") -> Call | None:
-        """`prompt_logprobs`, which vLLM computes past its prefix cache."""
+    def score(self, token_ids: Sequence[int], *, facts: Facts) -> Call | None:
+        """`prompt_logprobs`, which vLLM computes past its prefix cache. With adapters switched on, it ends vLLM's CPU
+        engine (0.32: its LoRA layers take the prompt's rows for those of samples); then drawing alone proves it."""
+        if self.takes == ("adapter",):
+            return None
         params = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
-        model = facts.model if whose == "base" else self._model(version, facts)
-        return Call(_GENERATE, {"model": model, "token_ids": list(token_ids), "sampling_params": params})
+        return Call(_GENERATE, {"model": facts.model, "token_ids": list(token_ids), "sampling_params": params})
 
     def scores(self, answer: Answer) -> tuple[float, ...]:
         """See `Dialect.scores`."""

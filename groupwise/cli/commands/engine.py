@@ -1,0 +1,94 @@
+"""`groupwise engine check` and `groupwise engine command`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from typing import TYPE_CHECKING
+
+from groupwise.cli.models import MODEL_SETTINGS, model_path, quiet_loading
+from groupwise.cli.output import say
+from groupwise.cli.parsing import Command, Parser, set_key
+from groupwise.errors import EngineError
+
+if TYPE_CHECKING:
+    from groupwise.assembly.engine_check import Checked
+    from groupwise.config import Config
+
+_SETTINGS = (
+    *MODEL_SETTINGS,
+    "rollout.urls",
+    "rollout.launch.",
+    "rollout.engine_timeout",
+    "rollout.weights_dir",
+    "rollout.sync_tolerance",
+    "rollout.kv_cache_gib",
+    "rollout.max_concurrent_samples",
+    "rollout.max_completion_tokens",
+    "lora.",
+    "train.seed",
+)
+
+
+def _arguments(parser: Parser) -> None:
+    parser.add_argument("--engine", required=True, metavar="NAME", help="http, vllm, sglang or lmdeploy")
+    parser.add_argument("--model", "--model-path", required=True, metavar="PATH", help="folder, run or Hub name")
+    parser.add_argument("--python", metavar="FILE", help="rollout.launch.python: the engine's own interpreter")
+    parser.add_argument("--url", metavar="URL", help="rollout.urls: where it is running already")
+
+
+def _config(args: argparse.Namespace) -> Config:
+    from groupwise.config.loading import load_config
+
+    return load_config(
+        None,
+        [
+            *set_key("model.path", model_path(args.model)),
+            *set_key("rollout.engine", args.engine),
+            *set_key("rollout.launch.python", args.python),
+            *set_key("rollout.urls", args.url),
+            *args.overrides,
+        ],
+    ).config
+
+
+def _check(args: argparse.Namespace) -> None:
+    config = _config(args)
+    from groupwise.engines import check_engine
+
+    check_engine(config.rollout)
+    quiet_loading()
+    from groupwise.assembly.engine_check import check_of
+
+    say(f"{args.engine} with {config.model.path}")
+    found = asyncio.run(check_of(config, tell=lambda line: say(_row(line))).run())
+    if failed := [line.name for line in found if not line.passed]:
+        raise EngineError(f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}")
+    say(f"all {len(found)} checks passed")
+
+
+def _row(line: Checked) -> str:
+    return f"{'ok  ' if line.passed else 'FAIL'}  {line.name:<34} {line.seconds:6.2f} s  {line.seen}"
+
+
+def _command(args: argparse.Namespace) -> None:
+    config = _config(args)
+    from groupwise.assembly.engine_check import shell_command
+
+    say(shell_command(config))
+
+
+CHECK = Command(
+    name="engine check",
+    summary="show that an engine keeps what a run relies on",
+    add_arguments=_arguments,
+    run=_check,
+    settings=_SETTINGS,
+)
+COMMAND = Command(
+    name="engine command",
+    summary="print how an engine is to be started by hand",
+    add_arguments=_arguments,
+    run=_command,
+    settings=_SETTINGS,
+)

@@ -1,0 +1,80 @@
+"""Engines in other processes, for a model that is in memory here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from groupwise.config import Config, RolloutConfig
+from groupwise.engines.external import Launched, Speaks, external_engine, launchers, reach
+from groupwise.engines.http import HttpEngine
+from groupwise.engines.identity import model_identity
+from groupwise.errors import ConfigError
+from groupwise.model.loading import LoadedModel
+
+_FLOAT32, _LESS = 1e-4, 0.1
+"""Nats. vLLM's log-probs are off by 2e-6 in float32, and by 0.02 in bfloat16, at most, where its weights are right."""
+
+
+def engine_elsewhere(config: Config, loaded: LoadedModel, *, length: int, logs: Path) -> HttpEngine:
+    """The engine that `rollout` names, found or to be started, for weights of this model.
+
+    Args:
+        length: tokens of the longest prompt and completion together.
+        logs: folder for what started servers print.
+
+    Raises:
+        ConfigError: a server does not answer, has another model, or has no room.
+    """
+    rollout = config.rollout
+    served = reach(rollout)
+    for url, facts in zip(rollout.urls, served, strict=True):
+        if facts.positions is not None and facts.positions < length:
+            raise ConfigError(
+                f"rollout.urls: {url} takes {facts.positions:,} tokens of prompt and completion, and this run has up "
+                f"to {length:,}; start it with more, or lower rollout.max_completion_tokens"
+            )
+        if rollout.engine == "http":
+            _check_same(facts.identity, model_identity(loaded), url=url)
+    launched = Launched(
+        base=str(loaded.model.config.name_or_path),
+        length=length,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        seed=config.train.seed,
+        lora_rank=0 if loaded.adapter is None else loaded.adapter.r,
+        logs=logs,
+    )
+    return external_engine(
+        rollout,
+        Speaks(
+            stop_token_ids=sorted(loaded.stop_token_ids),
+            adapter=loaded.adapter is not None,
+            temperature=rollout.temperature,
+            exact=bool(served) and all(facts.exact for facts in served),
+        ),
+        decode=loaded.decode,
+        encode=partial(loaded.tokenizer.encode, add_special_tokens=False),
+        vocabulary=loaded.model.config.get_text_config().vocab_size,
+        launchers=launchers(rollout, launched),
+    )
+
+
+def sync_tolerance(rollout: RolloutConfig, loaded: LoadedModel, *, exact: bool) -> float:
+    """How far an engine's log-probs may be from the trainer's, in nats, for its weights to count as arrived."""
+    if rollout.sync_tolerance is not None:
+        return rollout.sync_tolerance
+    if exact:
+        return 0.0
+    return _FLOAT32 if loaded.model.dtype == torch.float32 else _LESS
+
+
+def _check_same(served: Mapping[str, str], mine: Mapping[str, str], *, url: str) -> None:
+    for name, value in mine.items():
+        if served.get(name) != value:
+            raise ConfigError(
+                f"rollout.urls: {url!r} serves another model: {name}: got {served.get(name)}; expected {value}. Start "
+                "`groupwise serve` with the recipe of this run"
+            )
