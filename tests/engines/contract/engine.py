@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -46,6 +46,7 @@ class Draw:
     seed: int | None = None
     eos: frozenset[int] = frozenset()
     stop_ids: frozenset[int] = frozenset()
+    banned: frozenset[int] = frozenset()
     stop_texts: tuple[str, ...] = ()
     kind: LogprobKind = "processed"
     nan_ends: bool = False
@@ -270,9 +271,9 @@ class Engine:
 def drawn(logits: Tensor, draw: Draw, generator: torch.Generator | None) -> tuple[int, float, int]:
     """A token, its log-prob and its rank among `logits`, `[V]`."""
     warm = logits if draw.greedy else logits / draw.temperature
-    kept = warm if draw.greedy else truncated(warm, draw)
+    kept = truncated(warm, replace(draw, top_p=1.0, top_k=0, min_p=0.0) if draw.greedy else draw)
     if draw.greedy:
-        token = int(logits.argmax())
+        token = int(kept.argmax())
     else:
         noise = torch.empty_like(kept).exponential_(generator=generator)
         token = int((torch.softmax(kept, -1) / noise).argmax())
@@ -282,8 +283,9 @@ def drawn(logits: Tensor, draw: Draw, generator: torch.Generator | None) -> tupl
 
 
 def truncated(logits: Tensor, draw: Draw) -> Tensor:
-    """`logits`, `[V]`, with -inf where min_p, top_k or top_p leave a token out, in this order."""
+    """`logits`, `[V]`, with -inf where a token is banned, or min_p, top_k or top_p leave it out, in this order."""
     kept = logits.clone()
+    kept[list(draw.banned)] = -math.inf
     if draw.min_p > 0:
         probs = torch.softmax(kept, -1)
         kept[probs < draw.min_p * probs.max()] = -math.inf

@@ -93,8 +93,12 @@ class ServedModel:
         """
         return self.load(read_folder(Path(folder), version=version))
 
-    def load(self, tensors: Mapping[str, Tensor]) -> Loaded:
-        """Copy tensors, by their Hugging Face names, into the model; see `load_folder`."""
+    def load(self, tensors: Mapping[str, Tensor], *, packs: bool = True) -> Loaded:
+        """Copy tensors, by their Hugging Face names, into the model; see `load_folder`.
+
+        Args:
+            packs: whether a tied head gets its copy of the new embeddings.
+        """
         targets = dict(self._live.named_parameters()) | dict(self._live.named_buffers())
         if unknown := sorted(set(tensors) - set(targets)):
             raise LoadFailed(f"the model has no {unknown[0]}")
@@ -115,7 +119,7 @@ class ServedModel:
                     targets[name].copy_(tensors[name])
         if "half_load" in self.traps:
             raise LoadFailed(f"could not load {names[len(names) // 2]}: CUDA error: an illegal memory access")
-        if self._tied and "stale_head" not in self.traps:
+        if self._tied and packs and "stale_head" not in self.traps:
             _unpack_head(self._live)
         return done
 
@@ -126,6 +130,8 @@ class ServedModel:
             assert named in names, f"missing_tensor={named}: not among {names}"
             return named
         inside = [name for name in names if ".layers." in name]
+        if not inside:
+            return None
         last = max(inside, key=lambda name: int(name.split(".layers.")[1].split(".")[0]))
         layer = last.split(".layers.")[0] + ".layers." + last.split(".layers.")[1].split(".")[0] + "."
         sizes = {name: tensor.numel() for name, tensor in self._live.named_parameters()}

@@ -216,10 +216,10 @@ def serving(contract: Contract) -> Iterator[Serving]:
         thread.join(10)
 
 
-def parser(engine: str) -> argparse.ArgumentParser:
-    """The arguments of every server; each adds its own flags."""
+def parser(engine: str, *also: str) -> argparse.ArgumentParser:
+    """The arguments of every server; each adds its own flags. `also` are other names for --model."""
     found = argparse.ArgumentParser(prog=f"python -m tests.engines.contract.{engine}")
-    found.add_argument("--model", required=True, help="a Hugging Face folder")
+    found.add_argument("--model", *also, dest="model", required=True, help="a Hugging Face folder")
     found.add_argument("--host", default="127.0.0.1")
     found.add_argument("--port", type=int, default=0, help="0: any free one, told on the first line of stdout")
     found.add_argument("--context", type=int, default=512, help="longest sequence, in tokens")

@@ -10,10 +10,9 @@ when weights are loaded while requests run, loses its worker and never answers.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,21 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from tests.engines.contract import server
-from tests.engines.contract.engine import Answer, Busy, Dead, Draw
+from tests.engines.contract.engine import Answer, Busy, Dead
 from tests.engines.contract.model import LoadFailed
+from tests.engines.contract.vllm_wire import (
+    Sampling,
+    VllmError,
+    busy_reply,
+    choice,
+    dead_reply,
+    error_reply,
+    json_body,
+    usage,
+)
 
 GENERATE = "/inference/v1/generate"
 PREFIX = "generate-tokens-"
-FLOOR = -9999.0
 
 
 @dataclass(frozen=True)
@@ -61,17 +69,6 @@ class Flags:
             runtime_lora=True,
             logprobs_mode="processed_logprobs",
         )
-
-
-class VllmError(Exception):
-    """An error in vLLM's shape."""
-
-    def __init__(
-        self, message: str, status: int = 400, kind: str = "BadRequestError", param: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
 class Vllm:
@@ -112,7 +109,7 @@ class Vllm:
                 Route("/v1/load_lora_adapter", self.load_lora, methods=post),
                 Route("/v1/unload_lora_adapter", self.unload_lora, methods=post),
             ]
-        errors = {VllmError: _error, Busy: _busy, Dead: _dead}
+        errors = {VllmError: error_reply, Busy: busy_reply, Dead: dead_reply}
         return server.Contract(self.engine, routes, frozenset({GENERATE}), errors=errors)
 
     # Tokens
@@ -121,9 +118,9 @@ class Vllm:
         if not self.flags.enable_scale_out:
             message = "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out to enable them."
             raise VllmError(message, 403, "PermissionDeniedError")
-        body = await _json(request)
+        body = await json_body(request)
         ids, adapter = self._prompt(body), self._adapter(body.get("model"))
-        sampling = Sampling.of(body.get("sampling_params"), self)
+        sampling = self._sampling(body.get("sampling_params"))
         rid = PREFIX + str(body.get("request_id") or request.headers.get("x-request-id") or time.monotonic_ns())
         work = self._answers(rid, ids, sampling, adapter, body.get("cache_salt"))
         answers = await server.unless_gone(request, self.engine, rid, work)
@@ -134,13 +131,17 @@ class Vllm:
             "request_id": rid,
             "model": body.get("model") or self.name,
             "created": int(time.time()),
-            "usage": _usage(len(ids), answers),
+            "usage": usage(len(ids), answers),
             "prompt_logprobs": scored,
             "prompt_token_ids": ids if body.get("return_token_ids") else None,
             "output_mode": "tokens",
-            "choices": [_choice(index, each, sampling) for index, each in enumerate(answers)],
+            "choices": [choice(index, each, sampling) for index, each in enumerate(answers)],
         }
         return JSONResponse(self._replayed(reply))
+
+    def _sampling(self, params: Any) -> Sampling:
+        processed = self.flags.logprobs_mode == "processed_logprobs"
+        return Sampling.of(params, self.engine, max_num_seqs=self.flags.max_num_seqs, processed=processed)
 
     def _prompt(self, body: dict[str, Any]) -> list[int]:
         ids = body.get("token_ids")
@@ -205,7 +206,7 @@ class Vllm:
         return JSONResponse({"is_paused": self.engine.paused is not None})
 
     async def abort(self, request: Request) -> Response:
-        wanted = (await _json(request)).get("request_ids")
+        wanted = (await json_body(request)).get("request_ids")
         if wanted:
             self.engine.abort(lambda rid: rid in wanted)
         else:
@@ -230,7 +231,7 @@ class Vllm:
     # Weights
 
     async def collective_rpc(self, request: Request) -> Response:
-        body = await _json(request)
+        body = await json_body(request)
         if (method := body.get("method")) is None:
             raise VllmError("Missing 'method' in request body")
         if method not in self.extension:
@@ -260,7 +261,7 @@ class Vllm:
         return JSONResponse({"success": self.engine.flush(running=running)})
 
     async def update_weight_version(self, request: Request) -> Response:
-        version = (await _json(request)).get("new_version")
+        version = (await json_body(request)).get("new_version")
         if not isinstance(version, str):
             raise VllmError("new_version: Input should be a valid string", 400)
         self.engine.set_version(version)
@@ -272,7 +273,7 @@ class Vllm:
         return JSONResponse({"weight_version": self.engine.version})
 
     async def load_lora(self, request: Request) -> Response:
-        body = await _json(request)
+        body = await json_body(request)
         name, path = body.get("lora_name"), body.get("lora_path")
         if not name or not path:
             raise VllmError("Both 'lora_name' and 'lora_path' must be provided.", 400, "InvalidUserInput")
@@ -291,7 +292,7 @@ class Vllm:
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload_lora(self, request: Request) -> Response:
-        name = (await _json(request)).get("lora_name")
+        name = (await json_body(request)).get("lora_name")
         if name not in self.engine.model.adapters:
             raise VllmError(f"The lora adapter '{name}' cannot be found.", 404, "NotFoundError")
         self.engine.model.remove_adapter(name)
@@ -316,104 +317,6 @@ class Vllm:
             for name, adapter in self.engine.model.adapters.items()
         ]
         return JSONResponse({"object": "list", "data": cards})
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """`sampling_params` as the server understands them; keys that it does not know are not looked at."""
-
-    first: Draw
-    n: int
-    logprobs: int | None
-    prompt_logprobs: bool
-
-    @staticmethod
-    def of(params: Any, host: Vllm) -> Sampling:
-        if not isinstance(params, dict):
-            raise VllmError("sampling_params: Field required", param="sampling_params")
-        temperature, top_p = params.get("temperature", 1.0), params.get("top_p", 1.0)
-        if not 0 <= temperature <= 2:
-            raise VllmError(f"temperature must be in [0, 2], got {temperature}.", param="temperature")
-        if not 0 < top_p <= 1:
-            raise VllmError(f"top_p must be in (0, 1], got {top_p}.", param="top_p")
-        max_tokens = params.get("max_tokens") or host.engine.context
-        if max_tokens < 1:
-            raise VllmError(f"max_tokens must be at least 1, got {max_tokens}.", param="max_tokens")
-        n = params.get("n", 1)
-        if n > host.flags.max_num_seqs:
-            raise VllmError(
-                f"sampling_params.n must be at most the server's max_num_seqs ({host.flags.max_num_seqs}), got {n}."
-            )
-        stops = params.get("stop") or []
-        eos = frozenset() if params.get("ignore_eos") else frozenset(host.engine.model.eos)
-        draw = Draw(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=max(0, params.get("top_k", 0)),
-            min_p=params.get("min_p", 0.0),
-            seed=params.get("seed"),
-            eos=eos,
-            stop_ids=frozenset(params.get("stop_token_ids") or ()),
-            stop_texts=(stops,) if isinstance(stops, str) else tuple(stops),
-            kind="processed" if host.flags.logprobs_mode == "processed_logprobs" else "raw",
-        )
-        return Sampling(draw, n, params.get("logprobs"), params.get("prompt_logprobs") is not None)
-
-    def draw(self, child: int) -> Draw:
-        """Child i draws with the seed + i, so prompts with neighbouring seeds share answers."""
-        seed = None if self.first.seed is None else self.first.seed + child
-        return replace(self.first, seed=seed)
-
-
-def _choice(index: int, answer: Answer, sampling: Sampling) -> dict[str, Any]:
-    content = [
-        {"token_id": token, "logprob": _clamped(logprob), "rank": rank or None, "top_logprobs": []}
-        for token, logprob, rank in zip(answer.token_ids, answer.logprobs, answer.ranks, strict=False)
-    ]
-    return {
-        "index": index,
-        "finish_reason": answer.finish,
-        "stop_reason": answer.stopped_by,
-        "token_ids": answer.token_ids,
-        "weight_versions": [{"version": name, "start": start, "end": end} for name, start, end in answer.spans],
-        "logprobs": None if sampling.logprobs is None else {"content": content},
-        "routed_experts": None,
-        "sampling_mask": None,
-    }
-
-
-def _clamped(logprob: float) -> float:
-    return FLOOR if math.isnan(logprob) else max(logprob, FLOOR)
-
-
-def _usage(prompt: int, answers: list[Answer]) -> dict[str, int]:
-    drawn = sum(len(each.token_ids) for each in answers)
-    return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
-
-
-async def _json(request: Request) -> dict[str, Any]:
-    try:
-        body = await request.json()
-    except ValueError as error:
-        raise VllmError(f"JSON decode error: {error}") from error
-    if not isinstance(body, dict):
-        raise VllmError("Request body must be a JSON object")
-    return body
-
-
-async def _error(request: Request, error: Any) -> Response:
-    return JSONResponse(error.body, status_code=error.status)
-
-
-async def _busy(request: Request, error: Exception) -> Response:
-    paused = VllmError("Generation is paused. Please retry after it resumes.", 503, "InternalServerError")
-    return await _error(request, paused)
-
-
-async def _dead(request: Request, error: Exception) -> Response:
-    message = "EngineCore encountered an issue. See stack trace (above) for the root cause."
-    return await _error(request, VllmError(message, 500, "InternalServerError"))
 
 
 def contract(model: str | Path, flags: Flags | None = None, *traps: str) -> server.Contract:
