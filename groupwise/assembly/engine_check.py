@@ -139,7 +139,12 @@ class EngineCheck:
         with tempfile.TemporaryDirectory(prefix="groupwise-engine-", dir=self.config.rollout.weights_dir) as folder:
             weights = _Weights(self.loaded, chunk_tokens=self.config.train.logprob_chunk_tokens)
             policy = cast(Policy, weights)
-            canary = Canary(policy, [prompt.token_ids for prompt in self._prompts()[:2]], tolerance=self.tolerance)
+            canary = Canary(
+                policy,
+                [prompt.token_ids for prompt in self._prompts()[:2]],
+                tolerance=self.tolerance,
+                vocabulary=self.engine.vocabulary,
+            )
             sync = DirectorySync(policy, self.engine, Path(folder), canary=canary)
             try:
                 if await self._check("weights arrive", partial(self._arrive, sync, canary, 1)):

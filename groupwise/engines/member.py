@@ -222,19 +222,19 @@ class Member:
             raise
         except EngineError as error:
             logger.warning("%s; what it holds is unknown: it gets version %d anew", error, ref.version)
-            await self._anew(ref)
+            await self._restart(ref)
+            await self._dialect.load(self._server, ref, self._known())
         self._ref = ref
         self._generation += 1
         if self._prover is not None:
             self._proof = asyncio.ensure_future(self._prover(self, ref))
             self._proof.add_done_callback(_seen)
 
-    async def _anew(self, ref: WeightRef) -> None:
-        """A process of ours is started again; one of somebody else's gets all weights again."""
+    async def _restart(self, ref: WeightRef) -> None:
+        """A process of ours is started again; one of somebody else's cannot be, and gets all weights again."""
         if self._launcher is not None:
             await self._launcher.kill()
             await self._start(ref)
-        await self._dialect.load(self._server, ref, self._known())
 
     async def proven(self) -> None:
         """Until the proof of what is served is there.
@@ -283,7 +283,7 @@ class Member:
                 if self._broken_proofs > 1:
                     raise EngineError(f"{broken}; so it was after it was brought to these weights anew")
                 self._forget_proof()
-                await self._anew(ref)
+                await self._restart(ref)
                 await self._load(ref)
                 return
             await self._bring_back(ref, deadline)

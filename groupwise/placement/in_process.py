@@ -108,6 +108,7 @@ class InProcess:
             policy,
             [prompt.token_ids for prompt in prompts[:2]],
             tolerance=sync_tolerance(rollout, self.loaded, exact=engine.caps.exact_logprobs),
+            vocabulary=engine.vocabulary,
         )
         given = rollout.weights_dir
         root = self.run.path / "weights" if given is None else Path(given)

@@ -9,6 +9,7 @@ before, and drawing that reads old memory while scoring reads the new.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ class Canary:
     Args:
         prompts: two, of at least two tokens each; the same for the whole run.
         tolerance: largest difference of a log-prob, in nats.
+        vocabulary: tokens from 0 up to this are the model's.
         told_apart: the engine computes in the trainer's precision, so its numbers must change where the trainer's do.
 
     Attributes:
@@ -69,12 +71,13 @@ class Canary:
             how many servers are proven.
 
     Example:
-        engine.prover = Canary(policy, prompts=[p.token_ids for p in prompts[:2]], tolerance=1e-4).prove
+        engine.prover = Canary(policy, prompts=[p.token_ids for p in prompts[:2]], tolerance=1e-4, vocabulary=259).prove
     """
 
     policy: Policy
     prompts: Sequence[tuple[int, ...]]
     tolerance: float
+    vocabulary: int
     told_apart: bool = True
     difference: float = 0.0
     seconds: float = 0.0
@@ -115,10 +118,13 @@ class Canary:
             policy_version=ref.version,
         )
         drawn, scored = await asyncio.gather(server.draw(request), server.score(prompt))
+        wrong = drawn.error
         if len(drawn.token_ids) != DRAWN_TOKENS:
-            raise NotProven(
-                f"version {ref.version}: the engine drew {len(drawn.token_ids)} tokens; {DRAWN_TOKENS} were asked for"
-            )
+            wrong = wrong or f"it drew {len(drawn.token_ids)} tokens; {DRAWN_TOKENS} were asked for"
+        elif not all(0 <= token < self.vocabulary for token in drawn.token_ids):
+            wrong = wrong or f"it drew token {max(drawn.token_ids)}, of a vocabulary of {self.vocabulary}"
+        if wrong:
+            raise NotProven(f"version {ref.version}: the engine does not draw as it must: {wrong}")
         logprobs = drawn.logprobs
         if logprobs is None:  # it has none of what it drew, and scores instead
             both = await server.score((*prompt, *drawn.token_ids))
@@ -141,11 +147,12 @@ class Canary:
 
     def _compare(self, answers: Sequence[_Answer], ref: WeightRef) -> None:
         differences = [abs(e - t) for a in answers for e, t in zip(a.engine, a.trainer, strict=True)]
-        self.difference = max(self.difference, *differences)
-        if not self.difference <= self.tolerance:
+        worst = math.inf if any(map(math.isnan, differences)) else max(differences)
+        self.difference = max(self.difference, worst)
+        if worst > self.tolerance:
             raise NotProven(
                 f"version {ref.version}: the engine's log-probs differ from the trainer's by up to "
-                f"{self.difference:.3g} nats ({sum(differences) / len(differences):.3g} on average), and "
+                f"{worst:.3g} nats ({sum(differences) / len(differences):.3g} on average), and "
                 f"{self.tolerance:g} is allowed (rollout.sync_tolerance); it computes with other weights, or otherwise"
             )
 

@@ -35,7 +35,7 @@ class GroupwiseWorker:
         """
         started = time.perf_counter()
         try:
-            found = _verified(Path(path), version)
+            found = verified(Path(path), version)
         except Exception as error:  # noqa: BLE001 - see above
             return {"error": f"{type(error).__name__}: {error}", "touched": False}
         try:
@@ -56,7 +56,7 @@ def _pack_tied_head(model: Any) -> None:
         method.process_weights_after_loading(head)
 
 
-def _verified(folder: Path, version: int) -> dict[str, Tensor]:
+def verified(folder: Path, version: int) -> dict[str, Tensor]:
     """Every tensor of the folder.
 
     Raises:

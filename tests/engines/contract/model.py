@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 
-from groupwise.weight_sync.folder import MANIFEST, read_weights
+from groupwise.engines.vllm_worker.groupwise_vllm_worker import verified
+from groupwise.weight_sync.folder import MANIFEST
 from tests.engines.contract.traps import Traps
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -52,7 +53,7 @@ def read_folder(folder: Path, *, version: int | None = None) -> dict[str, Tensor
     """
     try:
         if version is not None and (folder / MANIFEST).exists():
-            return read_weights(folder, version=version)
+            return verified(folder, version)
         files = sorted(folder.glob("*.safetensors"))
         tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     except Exception as error:  # whatever a reader raises, the server answers it
