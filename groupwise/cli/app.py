@@ -40,6 +40,7 @@ COMMANDS: tuple[Command, ...] = (
     serve.SERVE,
     engine.CHECK,
     engine.COMMAND,
+    engine.METADATA,
     data.GSM8K,
     data.STATS,
     model.TINY,

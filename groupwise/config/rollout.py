@@ -18,7 +18,6 @@ class RolloutConfig(Section):
     urls: tuple[str, ...] = Field(
         (), description="where the engine's servers are, such as http://127.0.0.1:8000; they get the same weights"
     )
-    launch: LaunchConfig = LaunchConfig()  # type: ignore[call-arg]
     engine_timeout: float = Field(
         300.0, gt=0, description="seconds to wait for a server that does not answer, before the run ends"
     )
@@ -56,6 +55,7 @@ class RolloutConfig(Section):
         gt=0,
         description="memory for keys and values; none is 60 % of what training leaves free on the GPU, 4 on a CPU",
     )
+    launch: LaunchConfig = LaunchConfig()  # type: ignore[call-arg]
 
     @field_validator("temperature")
     @classmethod

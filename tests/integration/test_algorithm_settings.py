@@ -76,9 +76,9 @@ def test_the_policy_computes_old_logprobs_only_when_asked(
     calls = []
     real = Learner.log_probs
 
-    def counted(self: Learner, rows: Any) -> torch.Tensor:
+    def counted(self: Learner, rows: Any, **at: Any) -> torch.Tensor:
         calls.append(len(rows))
-        return real(self, rows)
+        return real(self, rows, **at)
 
     monkeypatch.setattr(Learner, "log_probs", counted)
     train(task, tmp_path / "a", algorithm={"old_logprobs": old_logprobs}, train={"micro_batch_tokens": 10_000})

@@ -214,16 +214,15 @@ def test_a_server_that_dies_and_does_not_come_back_ends_the_run(task: Any, tmp_p
 
 def test_a_server_that_cannot_take_weights_or_has_no_room_is_said_before(task: Any, tmp_path: Path) -> None:
     flags = replace(vllm.Flags.as_it_should(), dev_mode=False)
-    with server.serving(vllm.contract(task.model, flags)) as serving:
-        with pytest.raises(ConfigError, match="VLLM_SERVER_DEV_MODE=1"):
-            run_training(task.config(tmp_path / "run", rollout=over("vllm", serving.url)))
-    with served("vllm", task) as serving:
-        long = over("vllm", serving.url, max_completion_tokens=2000)
-        with pytest.raises(ConfigError, match="tokens of prompt and completion"):
-            run_training(task.config(tmp_path / "run", rollout=long))
-    with server.serving(lmdeploy.contract(task.model)) as serving:
-        with pytest.raises(ConfigError, match=r"only when it starts.*rollout.launch.python"):
-            run_training(task.config(tmp_path / "run", rollout=over("lmdeploy", serving.url)))
+
+    def refused(contract: server.Contract, kind: str, said: str, **settings: Any) -> None:
+        with server.serving(contract) as serving, pytest.raises(ConfigError, match=said):
+            run_training(task.config(tmp_path / "run", rollout=over(kind, serving.url, **settings)))
+
+    refused(vllm.contract(task.model, flags), "vllm", "VLLM_SERVER_DEV_MODE=1")
+    long = "tokens of prompt and completion"
+    refused(vllm.contract(task.model), "vllm", long, max_completion_tokens=2000)
+    refused(lmdeploy.contract(task.model), "lmdeploy", r"only when it starts.*rollout.launch.python")
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "lmdeploy", "openai"])

