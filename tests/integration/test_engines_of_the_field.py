@@ -208,7 +208,7 @@ def test_a_server_that_dies_and_does_not_come_back_ends_the_run(task: Any, tmp_p
     with served("vllm", task) as serving:
         reward = Sabotage(serving, "dies=2", after=2)
         config = task.config(tmp_path / "run", reward=[], rollout=over("vllm", serving.url, engine_timeout=1.0))
-        with pytest.raises(EngineError, match="does not answer|was lost"):
+        with pytest.raises(EngineError, match=r"does not answer|was lost"):
             run_training(config, given=Given(rewards=[reward]))
 
 
