@@ -36,7 +36,7 @@ class SamplingBody(_Body):
     min_tokens: int = Field(0, ge=0)
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
-    seed: int = 0
+    seed: int | None = None
     n: Literal[1] = 1
     logprobs: Literal[0, 1] = 1
     skip_special_tokens: bool = False
@@ -52,6 +52,7 @@ class SamplingBody(_Body):
         """What the engine takes; vLLM's -1 for `top_k` keeps all tokens, as 0 does."""
         named: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
         named["top_k"] = max(0, self.top_k)
+        named["seed"] = self.seed or 0
         return SamplingParams(**named)
 
 

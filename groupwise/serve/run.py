@@ -16,6 +16,7 @@ from groupwise.errors import ConfigError
 from groupwise.model.limits import find_limits
 from groupwise.model.loading import LoadedModel, load_model, prepare_device, with_adapter
 from groupwise.serve.app import Server
+from groupwise.serve.served import Served
 
 _GRACE_SECONDS = 5
 
@@ -39,13 +40,13 @@ def serve(config: Config, *, host: str, port: int, ready: Callable[[str], None])
 
 
 async def _run(config: Config, loaded: LoadedModel, opened: socket.socket, ready: Callable[[str], None]) -> None:
-    server = Server(
+    served = Served(
         loaded,
         NativeEngine(loaded, config.rollout),
         name=config.model.path,
         positions=find_limits(loaded, config.model).positions,
-        key=os.environ.get(KEY_VARIABLE) or None,
     )
+    server = Server(served, key=os.environ.get(KEY_VARIABLE) or None, most=config.rollout.max_completion_tokens)
     settings = uvicorn.Config(
         server.app(),
         log_level="warning",

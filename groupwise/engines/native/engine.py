@@ -8,8 +8,9 @@ trainer's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 
 import torch
 
@@ -24,6 +25,17 @@ from groupwise.model.fast_cpu.linear import ordered_weights
 from groupwise.model.forward.hidden_states import depends_on_length
 from groupwise.model.loading import LoadedModel
 from groupwise.types import Completion, EngineCaps, FinishReason, SampleRequest
+
+_LOOK_SECONDS = 0.02
+"""How often a stream looks at what was drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """Tokens `[n]` of a sample under way, and their log-probs."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
 
 
 class NativeEngine:
@@ -61,10 +73,7 @@ class NativeEngine:
         samples = [Sample(request, outbox) for request in requests]
         for sample in samples:
             self._check(sample.request)
-        self._scheduler.waiting.extend(samples)
-        if samples and (self._worker is None or self._worker.done()):
-            self._worker = asyncio.get_running_loop().create_task(self._work())
-            self._worker.add_done_callback(_failure_of)  # callers have it; asyncio need not warn of it
+        self._begin(samples)
         arrived = 0
         try:
             while arrived < len(samples):
@@ -76,6 +85,37 @@ class NativeEngine:
         finally:
             if arrived < len(samples):
                 self._scheduler.remove(samples)
+
+    async def stream(self, request: SampleRequest) -> AsyncGenerator[Drawing | Completion]:
+        """What was drawn since the last look, as it is drawn, and the whole completion at the end."""
+        self._check(request)
+        sample = Sample(request, asyncio.Queue())
+        self._begin([sample])
+        seen = 0
+        try:
+            while True:
+                completion = None
+                with suppress(TimeoutError):
+                    completion = await asyncio.wait_for(sample.outbox.get(), _LOOK_SECONDS)
+                if isinstance(completion, BaseException):
+                    raise completion
+                if completion is not None:
+                    if len(completion.token_ids) > seen:
+                        yield Drawing(completion.token_ids[seen:], completion.logprobs[seen:])
+                    yield completion
+                    return
+                drawn, logprobs = tuple(sample.drawn[seen:]), tuple(sample.logprobs[seen:])
+                if drawn and len(drawn) == len(logprobs):
+                    seen += len(drawn)
+                    yield Drawing(drawn, logprobs)
+        finally:
+            self._scheduler.remove([sample])
+
+    def _begin(self, samples: list[Sample]) -> None:
+        self._scheduler.waiting.extend(samples)
+        if samples and (self._worker is None or self._worker.done()):
+            self._worker = asyncio.get_running_loop().create_task(self._work())
+            self._worker.add_done_callback(_failure_of)  # callers have it; asyncio need not warn of it
 
     def _check(self, request: SampleRequest) -> None:
         vocabulary = self._loaded.text_config.vocab_size
