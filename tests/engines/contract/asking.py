@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,10 @@ class Asking:
         engine = self.engine
         engine.paused, engine.dead, engine.asleep, engine.version = None, False, set(), "default"
         engine.abort(lambda rid: True)
+        deadline = time.monotonic() + 5
+        while engine.running:
+            assert time.monotonic() < deadline, engine.running
+            time.sleep(0.002)
         engine.load(str(self.folders.old))
         for name in engine.model.adapters:
             engine.model.remove_adapter(name)

@@ -1,4 +1,14 @@
-"""What all contract servers share: an app with the traps of a process around it, run in a thread or as a process.
+"""Servers that behave as vLLM, SGLang, LMDeploy and OpenAI-compatible ones do on the wire: what all of them share.
+
+Real HTTP over a real tiny model on a CPU, so that an adapter's tests compare values and not shapes. What each server
+does was read in the engines' wheels, or seen with vLLM on a CPU; a trap (`traps.py`) is what such an engine does when
+it goes wrong, switched on by name. In a process of its own, or in a thread of a test:
+
+    python -m tests.engines.contract.vllm --model DIR --port 8000 --enable-scale-out --trap half_load
+
+    with server.serving(vllm.contract(folder)) as serving:
+        serving.set_traps("half_load")
+        httpx.post(serving.url + "/collective_rpc", json=…)
 
 Beside an engine's own routes each app has `/_trap` (GET: those that are on; POST: exactly these from now, by name, with
 their values) and `/_seen` (the requests that came, as method, path with its query, and body).
@@ -56,7 +66,7 @@ class Contract:
             Route("/_trap", self._trap, methods=["GET", "POST"]),
             Route("/_seen", self._seen_route, methods=["GET"]),
         ]
-        return _Trapped(Starlette(routes=[*self.routes, *own], exception_handlers=self.errors), self)
+        return _Trapped(Starlette(routes=[*self.routes, *own], exception_handlers={**self.errors, Gone: _nobody}), self)
 
     async def _trap(self, request: Request) -> Response:
         traps = self.engine.traps
@@ -101,7 +111,7 @@ class _Trapped:
 
     def _deaf(self, path: str) -> bool:
         traps = self._contract.engine.traps
-        control = path not in self._contract.token_paths and path != "/v1/models"
+        control = path not in self._contract.token_paths | {"/v1/models", "/health"}
         return "control_hangs" in traps and control and traps.text("control_hangs") in path
 
 
@@ -135,16 +145,27 @@ def _plain(body: bytes) -> Any:
         return f"{len(body)} bytes"
 
 
+class Gone(Exception):
+    """The client went away."""
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
+
+
 async def unless_gone(request: Request, engine: Engine, rid: str, work: Awaitable[Any]) -> Any:
     """Do the work; if the client goes, the request of this id is aborted."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))
     await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
-    if not task.done():
-        engine.abort(lambda each: each == rid)
-        task.cancel()
     gone.cancel()
-    return await task
+    if task.done():
+        return task.result()
+    engine.abort(lambda each: each == rid)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    raise Gone
 
 
 async def _gone(request: Request) -> None:

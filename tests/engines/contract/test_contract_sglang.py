@@ -163,3 +163,13 @@ def test_what_it_says_of_itself(asking: SglangAsking, folders: Folders):
 def test_too_long_is_refused(asking: SglangAsking):
     assert asking.ask("a" * 32, most=500).status_code == 400
     assert asking.ask("a" * 32, prompt=[5] * 512).status_code == 400
+
+
+def test_a_paused_server_is_not_healthy_in_the_end(folders: Folders):
+    with server.serving(sglang.contract(folders.old, sglang.Flags(health_check_timeout=0.1))) as serving:
+        asking = SglangAsking(serving, folders)
+        assert asking.http.get("/health").status_code == 200
+        asking.post("/pause_generation", {"mode": "retract"})
+        assert asking.http.get("/health").status_code == 503
+        asking.post("/continue_generation", {})
+        assert asking.http.get("/health").status_code == 200

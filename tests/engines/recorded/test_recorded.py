@@ -15,7 +15,8 @@ from tests.engines.contract.asking import Asking, LmdeployAsking, SglangAsking, 
 from tests.engines.contract.buckets import METADATA, FlattenedTensorMetadata
 from tests.engines.contract.sglang_wire import SAMPLING
 from tests.engines.contract.tiny import Folders
-from tests.engines.recorded import extract, fields, record, required, route
+from tests.engines.recorded import extract
+from tests.engines.recorded.fields import fields, record, required, route
 
 
 @pytest.fixture(scope="module")
