@@ -39,7 +39,8 @@ from tests.engines.contract.engine import Engine
 from tests.engines.contract.model import ServedModel
 from tests.engines.contract.traps import TRAPS, Traps
 
-Handler = Callable[[Request], Awaitable[Response]]
+_LONGEST_KEPT = 100_000
+"""Bytes of a body, or characters of a value, from which on they are not kept."""
 
 
 @dataclass
@@ -139,10 +140,14 @@ def _again(body: bytes, receive: Receive) -> Receive:
 
 
 def _plain(body: bytes) -> Any:
+    """A body as it is kept: without the weights that it may carry."""
     try:
-        return json.loads(body) if body else None
+        found = json.loads(body) if body else None
     except ValueError:
         return f"{len(body)} bytes"
+    if not isinstance(found, dict) or len(body) < _LONGEST_KEPT:
+        return found
+    return {name: value if len(str(value)) < _LONGEST_KEPT else "left out" for name, value in found.items()}
 
 
 class Gone(Exception):

