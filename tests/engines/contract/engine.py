@@ -21,6 +21,7 @@ from tests.engines.contract.traps import Traps
 
 BLOCK = 16
 """Tokens that the prefix cache takes together."""
+MOST_PREFIXES = 256
 
 LogprobKind = Literal["processed", "temperature", "raw"]
 """Of what is drawn from; of logits / temperature before truncation; of the logits."""
@@ -266,6 +267,8 @@ class Engine:
                 (layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone())  # type: ignore[union-attr]
                 for layer in cache.layers
             ]
+        for oldest in list(self._blocks)[: max(0, len(self._blocks) - MOST_PREFIXES)]:
+            del self._blocks[oldest]
 
 
 def drawn(logits: Tensor, draw: Draw, generator: torch.Generator | None) -> tuple[int, float, int]:

@@ -1,4 +1,14 @@
-"""What all contract servers share: an app with the traps of a process around it, run in a thread or as a process.
+"""Servers that behave as vLLM, SGLang, LMDeploy and OpenAI-compatible ones do on the wire: what all of them share.
+
+Real HTTP over a real tiny model on a CPU, so that an adapter's tests compare values and not shapes. What each server
+does was read in the engines' wheels, or seen with vLLM on a CPU; a trap (`traps.py`) is what such an engine does when
+it goes wrong, switched on by name. In a process of its own, or in a thread of a test:
+
+    python -m tests.engines.contract.vllm --model DIR --port 8000 --enable-scale-out --trap half_load
+
+    with server.serving(vllm.contract(folder)) as serving:
+        serving.set_traps("half_load")
+        httpx.post(serving.url + "/collective_rpc", json=…)
 
 Beside an engine's own routes each app has `/_trap` (GET: those that are on; POST: exactly these from now, by name, with
 their values) and `/_seen` (the requests that came, as method, path with its query, and body).
@@ -29,7 +39,8 @@ from tests.engines.contract.engine import Engine
 from tests.engines.contract.model import ServedModel
 from tests.engines.contract.traps import TRAPS, Traps
 
-Handler = Callable[[Request], Awaitable[Response]]
+_LONGEST_KEPT = 100_000
+"""Bytes of a body, or characters of a value, from which on they are not kept."""
 
 
 @dataclass
@@ -56,7 +67,7 @@ class Contract:
             Route("/_trap", self._trap, methods=["GET", "POST"]),
             Route("/_seen", self._seen_route, methods=["GET"]),
         ]
-        return _Trapped(Starlette(routes=[*self.routes, *own], exception_handlers=self.errors), self)
+        return _Trapped(Starlette(routes=[*self.routes, *own], exception_handlers={**self.errors, Gone: _nobody}), self)
 
     async def _trap(self, request: Request) -> Response:
         traps = self.engine.traps
@@ -101,7 +112,7 @@ class _Trapped:
 
     def _deaf(self, path: str) -> bool:
         traps = self._contract.engine.traps
-        control = path not in self._contract.token_paths and path != "/v1/models"
+        control = path not in self._contract.token_paths | {"/v1/models", "/health"}
         return "control_hangs" in traps and control and traps.text("control_hangs") in path
 
 
@@ -129,10 +140,22 @@ def _again(body: bytes, receive: Receive) -> Receive:
 
 
 def _plain(body: bytes) -> Any:
+    """A body as it is kept: without the weights that it may carry."""
     try:
-        return json.loads(body) if body else None
+        found = json.loads(body) if body else None
     except ValueError:
         return f"{len(body)} bytes"
+    if not isinstance(found, dict) or len(body) < _LONGEST_KEPT:
+        return found
+    return {name: value if len(str(value)) < _LONGEST_KEPT else "left out" for name, value in found.items()}
+
+
+class Gone(Exception):
+    """The client went away."""
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
 
 
 async def unless_gone(request: Request, engine: Engine, rid: str, work: Awaitable[Any]) -> Any:
@@ -140,11 +163,14 @@ async def unless_gone(request: Request, engine: Engine, rid: str, work: Awaitabl
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))
     await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
-    if not task.done():
-        engine.abort(lambda each: each == rid)
-        task.cancel()
     gone.cancel()
-    return await task
+    if task.done():
+        return task.result()
+    engine.abort(lambda each: each == rid)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    raise Gone
 
 
 async def _gone(request: Request) -> None:

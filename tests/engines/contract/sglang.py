@@ -4,7 +4,8 @@ What it does as SGLang does: refuses sampling keys that it does not know and ign
 started with --enable-deterministic-inference, and with seed 42 where none is given then; reports log-probs of
 logits / temperature, before top_p and top_k; lets `ignore_eos` switch off `stop_token_ids` too; hides NaN behind a stop
 called "NaN happened"; aborts every request whose id begins with that of one it knows; answers 400 to an update whose
-cache it could not flush, though the weights have changed; lets requests wait while it is paused.
+cache it could not flush, though the weights have changed; lets requests wait while it is paused, the one token that
+/health draws among them, so that a pause looks unhealthy in the end.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ from tests.engines.contract.sglang_wire import (
 
 @dataclass(frozen=True)
 class Flags:
-    """How it was started; names are SGLang's, defaults too."""
+    """How it was started; names are SGLang's, defaults too.
+
+    Attributes:
+        health_check_timeout: SGLANG_HEALTH_CHECK_TIMEOUT, in seconds.
+    """
 
     context_length: int = 512
     enable_deterministic_inference: bool = False
@@ -47,6 +52,7 @@ class Flags:
     enable_memory_saver: bool = False
     allow_auto_truncate: bool = False
     disable_radix_cache: bool = False
+    health_check_timeout: float = 20.0
 
     @staticmethod
     def as_it_should() -> Flags:
@@ -89,7 +95,8 @@ class Sglang:
             Route("/unload_lora_adapter", self.unload_lora, methods=post),
         ]
         errors = {SglangError: error_reply, Busy: busy_reply, Dead: dead_reply}
-        return server.Contract(self.engine, routes, frozenset({"/generate"}), errors=errors)
+        # Its health draws a token, so it hangs with the rest.
+        return server.Contract(self.engine, routes, frozenset({"/generate"}), frozenset(), errors=errors)
 
     # Tokens
 
@@ -323,7 +330,14 @@ class Sglang:
     # What it says of itself
 
     async def health(self, request: Request) -> Response:
-        return Response(status_code=503 if self.engine.dead else 200)
+        """Draws one token, so a paused server is not healthy after a while."""
+        ids, draw = [0], Draw(max_tokens=1, temperature=0.0)
+        try:
+            async with asyncio.timeout(self.flags.health_check_timeout):
+                await self.engine.answer(f"HEALTH_CHECK_{time.monotonic_ns()}", ids, draw)
+        except (TimeoutError, Busy, Dead):
+            return Response(status_code=503)
+        return Response(status_code=200)
 
     async def model_info(self, request: Request) -> Response:
         return JSONResponse(

@@ -15,6 +15,7 @@ SAMPLING = (
     "frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens", "n", "beam_width", "json_schema",
     "regex", "ebnf", "structural_tag", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens",
     "no_stop_trim", "stream_interval", "logit_bias", "sampling_seed", "custom_params", "watermark",
+    "choice",
 )  # fmt: skip
 """The keys of `sampling_params` that its schema lets through."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -47,6 +50,7 @@ class Folders:
     def _save_adapter(self) -> None:
         self.adapter.mkdir()
         settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+        settings |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(self.old)}
         (self.adapter / "adapter_config.json").write_text(json.dumps(settings))
         torch.manual_seed(3)
         shapes = {"self_attn.q_proj": (32, 32), "mlp.down_proj": (64, 32)}
@@ -66,6 +70,22 @@ class Folders:
     def logprobs(self, folder: Path, ids: list[int], temperature: float = 1.0) -> list[float]:
         """Of each token after the first, by Hugging Face."""
         return logprobs(self.model(folder), ids, temperature)
+
+    def mixed(self, folder: Path, others: dict[str, tuple[Path, str]]) -> Callable[[list[int]], list[float]]:
+        """Log-probs of a folder's model in which some weights are another's: by name, from which folder and name."""
+        model = copy.deepcopy(self.model(folder))
+        if "lm_head.weight" in others:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, (other, its_name) in others.items():
+                parameters[name].copy_(dict(self.model(other).named_parameters())[its_name])
+        return lambda ids: logprobs(model, ids)
+
+    def merged(self) -> Callable[[list[int]], list[float]]:
+        """Log-probs of the old model with the adapter, by peft."""
+        model = PeftModel.from_pretrained(copy.deepcopy(self.model(self.old)), self.adapter).merge_and_unload()
+        return lambda ids: logprobs(model, ids)
 
 
 def logprobs(model: Any, ids: list[int], temperature: float = 1.0) -> list[float]:

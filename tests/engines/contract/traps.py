@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 TRAPS: dict[str, str] = {
     # The process
     "dies": "VALUE=n: the process ends at the n-th request for tokens from now (default 1), without an answer",
-    "hangs": "health is 200, every other request waits until the trap is taken away",
+    "hangs": "every request waits until the trap is taken away; /health is 200, but of SGLang, where it draws",
     "control_hangs": "a control call never returns and does nothing; VALUE: only calls whose path contains it",
     "slow": "VALUE=seconds: every token takes so long (default 0.02)",
     # Weights
