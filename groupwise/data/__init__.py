@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from groupwise.data.chat import (
     EncodedConversation,
+    check_read,
     check_template,
     encode_conversation,
     encode_rendered,
@@ -35,6 +36,7 @@ __all__ = [
     "SourceRow",
     "StreamItem",
     "SupervisedSet",
+    "check_read",
     "check_rows",
     "check_supervised_rows",
     "check_template",

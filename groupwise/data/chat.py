@@ -7,8 +7,9 @@ exactly that prompt, so that what is learned is what is asked later.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,21 @@ def check_template(tokenizer: Tokenizer, template_kwargs: Mapping[str, Any]) -> 
             )
 
 
+def check_read(tokenizer: Tokenizer, names: Iterable[str]) -> None:
+    """Check that the chat template reads what it is to be given.
+
+    Raises:
+        ConfigError: it does not, or there is none.
+    """
+    template = tokenizer.chat_template
+    if not template:
+        check_template(tokenizer, {})
+    text = str(template.get("default", "")) if isinstance(template, Mapping) else str(template)
+    if unread := sorted(set(names) - _variables_of(text)):
+        raise ConfigError(f"the model's chat template has no place for {', '.join(unread)}; leave it out")
+
+
+@lru_cache(maxsize=8)
 def _variables_of(template: str) -> set[str]:
     """The variables that a template takes from outside; words in its comments and texts are none."""
     import jinja2

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from groupwise.data import encode_rendered, encode_text, render
+from groupwise.data import check_read, encode_rendered, encode_text, render
 from groupwise.engines.native.engine import Drawing
 from groupwise.errors import GroupwiseError
 from groupwise.inputs import ModelInput, SampleKey
@@ -91,6 +91,7 @@ class OpenAi:
             kwargs: dict[str, Any] = dict(body.chat_template_kwargs or {})
             if tools := body.template_tools:
                 kwargs["tools"] = tools
+            check_read(self._tokenizer, kwargs)
             text = render(
                 messages,
                 self._tokenizer,

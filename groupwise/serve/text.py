@@ -55,6 +55,8 @@ class GrowingText:
         return self._show(final=True)
 
     def _show(self, *, final: bool) -> str:
+        if self.stopped:
+            return ""
         found = [place for stop in self._stops if (place := self._text.find(stop, max(0, self._shown))) >= 0]
         if found:
             self._text, self.stopped, final = self._text[: min(found)], True, True
