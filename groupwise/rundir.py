@@ -36,9 +36,9 @@ from groupwise.place import Place
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "bitsandbytes")
 FREE_ON_RESUME = (
     *("data.eval", "train.output", "train.trajectories", "train.stop_after_empty_steps"),
-    *("train.save_every", "train.save_every_minutes", "train.keep_checkpoints", "train.keep_best"),
+    *("train.save_every", "train.save_every_minutes", "train.keep_checkpoints", "train.keep_best", "train.stop_on"),
 )
-FREE_SECTIONS_ON_RESUME = ("eval.", "tracking.")
+FREE_SECTIONS_ON_RESUME = ("eval.", "tracking.", "train.doctor.")
 _STEP_FILE = re.compile(r".*_(\d+)\.jsonl(?:\.gz)?")
 
 

@@ -15,6 +15,7 @@ from groupwise.checkpoint.saver import Saver
 from groupwise.config import Config
 from groupwise.config.algorithm import MovingReference
 from groupwise.data import PromptSampler, PromptSet
+from groupwise.doctor import Doctor, build_rules
 from groupwise.empty_steps import EmptySteps
 from groupwise.evaluation.counted import counted_remarks, counted_rewards
 from groupwise.evaluation.evaluator import Evaluator, NoEvaluation
@@ -100,6 +101,7 @@ def assemble_rl(
     upkeep = _upkeep(config, policy, adaptive)
     evaluator = _evaluator(ready, sample, scorer=judge, reports=reports)
     empty = _empty_steps(config)
+    doctor = _doctor(config, eval_rows=0 if ready.eval is None else len(ready.eval.prompts))
     saved: dict[str, Stateful] = {
         "policy": policy,
         "upkeep": upkeep,
@@ -108,6 +110,7 @@ def assemble_rl(
         "evaluator": evaluator,
         "reports": reports,
         "empty": empty,
+        "doctor": doctor,
     }
     weights = scorer.weights | ready.environments.weights
     keep = partial(teaches, algorithm=algorithm, reward_weights=weights)
@@ -133,6 +136,7 @@ def assemble_rl(
         run=opened.run,
         num_steps=steps,
         empty=empty,
+        doctor=doctor,
         stop=opened.stop,
         watcher=opened.watcher,
     )
@@ -146,7 +150,8 @@ def assemble_sft(ready: PreparedSft, opened: Opened, placement: InProcess) -> tu
     policy = placement.policy(objective, updates=ready.steps, supervised=True)
     source = SupervisedSource(ready.data.rows, config)
     empty = EmptySteps(config.train.stop_after_empty_steps, remedy=_SFT_REMEDY)
-    saved: dict[str, Stateful] = {"policy": policy, "progress": source, "empty": empty}
+    doctor = _doctor(config, supervised=True)
+    saved: dict[str, Stateful] = {"policy": policy, "progress": source, "empty": empty, "doctor": doctor}
     parts = TrainParts(
         config=config,
         policy=policy,
@@ -159,6 +164,7 @@ def assemble_sft(ready: PreparedSft, opened: Opened, placement: InProcess) -> tu
         run=opened.run,
         num_steps=ready.steps,
         empty=empty,
+        doctor=doctor,
         stop=opened.stop,
         watcher=opened.watcher,
     )
@@ -257,3 +263,8 @@ def _evaluator(ready: Prepared, sample: Sample, *, scorer: RewardScorer, reports
 def _empty_steps(config: Config) -> EmptySteps:
     where = _WHERE if config.train.trajectories else ""
     return EmptySteps(config.train.stop_after_empty_steps, remedy=_REMEDY + where)
+
+
+def _doctor(config: Config, *, eval_rows: int = 0, supervised: bool = False) -> Doctor:
+    rules = build_rules(config, eval_rows=eval_rows, supervised=supervised)
+    return Doctor(rules, stop_on=config.train.stop_on, kept=config.train.doctor.flat_steps)

@@ -12,6 +12,7 @@ from groupwise.config.limits import check_lengths, say_high_rate
 from groupwise.config.model_name import short_name
 from groupwise.data import SupervisedSet, check_supervised_rows, load_supervised
 from groupwise.data.files import Source, read_for_training
+from groupwise.doctor import check_rules
 from groupwise.fingerprint import machine_facts, model_facts, supervised_facts
 from groupwise.model.checkpoints import settle_model
 from groupwise.model.limits import find_limits
@@ -61,6 +62,7 @@ def prepare_sft(
     config, model = begun.config, begun.model
     check_supervised(config, provided=[*provided, *begun.provided])
     check_backends(config.tracking)
+    check_rules(config, supervised=True)
     prepare_device(config.model.device)
     needed = None if config.train.steps is None else config.train.steps * config.sft.rows_per_step
     given_rows = config.data.train if train_data is None else train_data
