@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _REMEDY = "Mend what it names: the reward, the columns that it reads, or the limits on completions"
 _WHERE = ". Every sample is in trajectories/ with its text and cause"
+_SFT_LINES_EVERY = 5.0  # seconds: its steps are many and short, and each says little
 _SFT_REMEDY = "Raise sft.max_tokens, or look at the rows: each needs an answer within it"
 
 
@@ -159,7 +160,7 @@ def assemble_sft(ready: PreparedSft, opened: Opened, placement: InProcess) -> tu
         source=source,
         weight_sync=Unsynced(),
         evaluator=NoEvaluation(),
-        trackers=_trackers(config, opened, steps=ready.steps),
+        trackers=_trackers(config, opened, steps=ready.steps, lines_every=_SFT_LINES_EVERY),
         saver=opened.saver(saved, config),
         run=opened.run,
         num_steps=ready.steps,
@@ -205,13 +206,16 @@ def _shape(config: Config) -> BatchShape:
     )
 
 
-def _trackers(config: Config, opened: Opened, *, steps: int, accuracy_of: str = "") -> Trackers:
+def _trackers(
+    config: Config, opened: Opened, *, steps: int, accuracy_of: str = "", lines_every: float = 0.0
+) -> Trackers:
     return build_trackers(
         config.tracking,
         run_name=opened.run.path.name,
         total_steps=steps,
         resumed_step=opened.start.step,
         accuracy_of=accuracy_of,
+        lines_every=lines_every,
     )
 
 
