@@ -77,13 +77,14 @@ def derived(numbers: Mapping[str, float]) -> Facts:
     """What rules read of the metrics in another form.
 
     Returns:
-        `speed`: tokens, prompts included, per second of sampling and training; evaluations do not count.
+        `busy`: seconds of sampling and training; evaluations do not count.
+        `speed`: tokens, prompts included, per second of these.
         `entropy_or_surprise`: nats, the logged entropy where there is one.
     """
     facts: Facts = {}
     seconds = numbers.get("time/rollout", 0.0) + numbers.get("time/train", 0.0)
     if seconds and numbers.get("num_tokens"):
-        facts["speed"] = numbers["num_tokens"] / seconds
+        facts |= {"busy": seconds, "speed": numbers["num_tokens"] / seconds}
     found = numbers.get("entropy", numbers.get("surprise"))
     if found is not None:
         facts["entropy_or_surprise"] = found

@@ -135,12 +135,17 @@ class MismatchHigh:
 
 @dataclass(frozen=True, slots=True)
 class ThroughputHalved:
-    """Tokens per second fell to half, while answers did not become much shorter."""
+    """Tokens per second fell to half, while answers did not become much shorter.
 
-    steps: int = 5
-    before: int = 25
+    Attributes:
+        seconds: that the newest steps took together; less is a breath, not a speed.
+    """
+
+    steps: int = 10
+    before: int = 20
+    seconds: float = 5.0
     name: ClassVar[str] = "throughput_halved"
-    reads: ClassVar[tuple[str, ...]] = ("speed", "completions/mean_length")
+    reads: ClassVar[tuple[str, ...]] = ("speed", "busy", "completions/mean_length")
     helps: ClassVar[str] = (
         "see what else uses the machine, whether it throttles or swaps, and in time/* of metrics.jsonl which phase "
         "became slow: sampling, rewards or training"
@@ -148,8 +153,8 @@ class ThroughputHalved:
     told: ClassVar[bool] = False
 
     def look(self, history: History) -> Iterable[Seen]:
-        speeds = history.last("speed", self.before + self.steps)
-        if speeds is None:
+        speeds, busy = history.last("speed", self.before + self.steps), history.last("busy", self.steps)
+        if speeds is None or busy is None or sum(busy) < self.seconds:
             return
         usual, now = statistics.median(speeds[: self.before]), statistics.median(speeds[-self.steps :])
         lengths = history.last("completions/mean_length", self.before + self.steps)

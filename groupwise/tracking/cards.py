@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -24,7 +25,7 @@ def cards(step: int, samples: Sequence[Sample], console: Console) -> Iterator[Te
     yield from _wrapped(Text(f"samples of step {step}", "bold"), console)
     for number, sample in enumerate(samples, start=1):
         yield Text()
-        yield from _wrapped(Text(_title(number, len(samples), sample), "bold"), console)
+        yield from _title(number, len(samples), sample, console.width)
         if sample.prompt != prompt:
             prompt = sample.prompt
             yield Text("prompt")
@@ -33,10 +34,18 @@ def cards(step: int, samples: Sequence[Sample], console: Console) -> Iterator[Te
         yield from _block(sample.completion, console, limit=LONGEST_TEXT)
 
 
-def _title(number: int, count: int, sample: Sample) -> str:
-    shown = [f"{one_line(name)} {_number(value)}" for name, value in sample.rewards.items()]
-    parts = [f"{number} of {count}", f"reward {_number(sample.reward)}", *(shown if len(shown) > 1 else [])]
-    return "  ".join([*parts, f"advantage {sample.advantage:+.3g}"])
+def _title(number: int, count: int, sample: Sample, width: int) -> Iterator[Text]:
+    """Which sample it is and its numbers, each with its name; as many to a line as fit."""
+    shown = [f"{one_line(name, limit=30)} {_number(value)}" for name, value in sample.rewards.items()]
+    parts = [f"reward {_number(sample.reward)}", *(shown if len(shown) > 1 else [])]
+    line = f"{number} of {count}"
+    for part in (*parts, f"advantage {sample.advantage:+.3g}"):
+        if cell_len(f"{line}  {part}") > width:
+            yield Text(line, "bold")
+            line = f" {part}"
+        else:
+            line = f"{line}  {part}"
+    yield Text(line, "bold")
 
 
 def _number(value: float | None) -> str:

@@ -294,7 +294,7 @@ CASES = (
     Case(
         "throughput_halved",
         numbers(time__rollout=lambda step: Sum(1.0 if step < 40 else 9.0)),
-        "tokens per second in the last 5 steps, ",
+        "tokens per second in the last 10 steps, ",
         numbers(time__rollout=lambda step: Sum(9.0 if step % 4 == 0 else 1.0)),
     ),
 )
