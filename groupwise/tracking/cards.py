@@ -42,7 +42,7 @@ def _title(number: int, count: int, sample: Sample, width: int) -> Iterator[Text
     for part in (*parts, f"advantage {sample.advantage:+.3g}"):
         if cell_len(f"{line}  {part}") > width:
             yield Text(line, "bold")
-            line = f" {part}"
+            line = f"{_INDENT}{part}"
         else:
             line = f"{line}  {part}"
     yield Text(line, "bold")

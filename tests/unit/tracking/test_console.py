@@ -98,7 +98,7 @@ def test_an_answer_is_wrapped_and_whole(width: int) -> None:
     assert lines[:6] == [
         "samples of step 3",
         "",
-        *(["1 of 1  reward 0.75  advantage -0.5"] if width == 40 else ["1 of 1  reward 0.75  advantage -0.5"]),
+        "1 of 1  reward 0.75  advantage -0.5",
         "prompt",
         "  Why?",
         "  Tell me.",
@@ -109,17 +109,16 @@ def test_an_answer_is_wrapped_and_whole(width: int) -> None:
 
 
 def test_of_long_prompts_the_middle_is_left_out() -> None:
-    [*lines] = lines_of([sample("Begin. " + "x" * 5_000 + " How many?", "4")], 80)
-    text = "".join(line.strip() for line in lines)
-    assert "Begin. " in text
-    assert "(4,617 characters left out)" in text.replace("charactersleft", "characters left")
-    assert "How many?" in text
+    lines = lines_of([sample("Begin. " + "x" * 5_000 + " How many?", "4")], 80)
+    assert "  Begin." in lines
+    assert "(4,617 characters left out)" in " ".join(line.strip() for line in lines)
+    assert any(line.endswith("x How many?") for line in lines)
 
 
 def test_of_an_answer_without_end_both_ends_stay() -> None:
     lines = lines_of([sample("?", "first " + "y" * 100_000 + " #### 7")], 80)
     assert lines[-1].endswith(" #### 7")
-    assert any("first y" in line for line in lines)
+    assert "  first" in lines
     assert sum(map(len, lines)) < 25_000
 
 
