@@ -1,7 +1,7 @@
 """The run directory: what is where, who may write into it, and what a resumed run may change.
 
 runs/NAME/
-  config.json  versions.json  trust.json  log.txt  metrics.jsonl  ledger.jsonl  summary.json
+  config.json  versions.json  trust.json  log.txt  metrics.jsonl  ledger.jsonl  findings.jsonl  summary.json
   samples.jsonl  trajectories/  checkpoints/  base/  final/  bundles/  tensorboard/  tracking/
   .lock.1  who holds it, or held it
   report.html
@@ -77,6 +77,10 @@ class RunDirectory:
         return self.path / "ledger.jsonl"
 
     @property
+    def findings_file(self) -> Path:
+        return self.path / "findings.jsonl"
+
+    @property
     def summary_file(self) -> Path:
         return self.path / "summary.json"
 
@@ -139,12 +143,13 @@ class RunDirectory:
         append_rows(self.ledger_file, rows)
 
     def truncate_after(self, step: int) -> None:
-        """Forget what a killed run wrote after the checkpoint of `step`: ledger rows and trajectory files.
+        """Forget what a killed run wrote after the checkpoint of `step`: ledger rows, findings and trajectory files.
 
         Raises:
-            DataError: a ledger row that is not the last is damaged.
+            DataError: a row that is not the last is damaged.
         """
         truncate_rows(self.ledger_file, step)
+        truncate_rows(self.findings_file, step)
         for file in self.trajectories.iterdir() if self.trajectories.is_dir() else ():
             match = _STEP_FILE.fullmatch(file.name)
             if match and int(match[1]) > step:

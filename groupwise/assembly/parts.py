@@ -19,6 +19,7 @@ from groupwise.doctor import Doctor, build_rules
 from groupwise.empty_steps import EmptySteps
 from groupwise.evaluation.counted import counted_remarks, counted_rewards
 from groupwise.evaluation.evaluator import Evaluator, NoEvaluation
+from groupwise.files import append_rows
 from groupwise.interrupt import StopRequest
 from groupwise.lock import FolderLock
 from groupwise.model.loading import load_model
@@ -102,7 +103,7 @@ def assemble_rl(
     upkeep = _upkeep(config, policy, adaptive)
     evaluator = _evaluator(ready, sample, scorer=judge, reports=reports)
     empty = _empty_steps(config)
-    doctor = _doctor(config, eval_rows=0 if ready.eval is None else len(ready.eval.prompts))
+    doctor = _doctor(config, opened.run, eval_rows=0 if ready.eval is None else len(ready.eval.prompts))
     saved: dict[str, Stateful] = {
         "policy": policy,
         "upkeep": upkeep,
@@ -151,7 +152,7 @@ def assemble_sft(ready: PreparedSft, opened: Opened, placement: InProcess) -> tu
     policy = placement.policy(objective, updates=ready.steps, supervised=True)
     source = SupervisedSource(ready.data.rows, config)
     empty = EmptySteps(config.train.stop_after_empty_steps, remedy=_SFT_REMEDY)
-    doctor = _doctor(config, supervised=True)
+    doctor = _doctor(config, opened.run, supervised=True)
     saved: dict[str, Stateful] = {"policy": policy, "progress": source, "empty": empty, "doctor": doctor}
     parts = TrainParts(
         config=config,
@@ -269,6 +270,10 @@ def _empty_steps(config: Config) -> EmptySteps:
     return EmptySteps(config.train.stop_after_empty_steps, remedy=_REMEDY + where)
 
 
-def _doctor(config: Config, *, eval_rows: int = 0, supervised: bool = False) -> Doctor:
-    rules = build_rules(config, eval_rows=eval_rows, supervised=supervised)
-    return Doctor(rules, stop_on=config.train.stop_on, kept=config.train.doctor.flat_steps)
+def _doctor(config: Config, run: RunDirectory, *, eval_rows: int = 0, supervised: bool = False) -> Doctor:
+    return Doctor(
+        build_rules(config, eval_rows=eval_rows, supervised=supervised),
+        stop_on=config.train.stop_on,
+        kept=config.train.doctor.flat_steps,
+        record=lambda finding: append_rows(run.findings_file, [finding]),
+    )

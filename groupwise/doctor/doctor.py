@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from groupwise.types import RolloutGroup
 logger = logging.getLogger(__name__)
 
 KEPT = 60
-"""Newest values of each number that are remembered, or `train.doctor.flat_steps` where that is more."""
+"""What the rules look back on, where no bound asks for more."""
 _EVAL_WINDOW = 5  # steps whose rewards stand for the time of an evaluation
 
 
@@ -47,6 +47,8 @@ class Doctor:
 
     Args:
         stop_on: rules that end the run.
+        kept: newest values of each number that are remembered; at least `KEPT`.
+        record: told of each finding when it is first seen.
 
     Example:
         doctor = Doctor(build_rules(config), stop_on=("answers_empty",))
@@ -54,8 +56,16 @@ class Doctor:
         doctor.check(1, run=Path("runs/one"))
     """
 
-    def __init__(self, rules: Sequence[Rule], *, stop_on: Collection[str] = (), kept: int = KEPT) -> None:
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        *,
+        stop_on: Collection[str] = (),
+        kept: int = KEPT,
+        record: Callable[[Mapping[str, Any]], None] = lambda finding: None,
+    ) -> None:
         self._rules = rules
+        self._record = record
         self._stop_on = frozenset(stop_on)
         names = {name for rule in rules for name in rule.reads}
         self._history = History(names, kept=max(kept, KEPT))
@@ -108,6 +118,7 @@ class Doctor:
         before = self._findings.get(key)
         if before is None:
             self._findings[key] = Finding(step, rule.name, text, rule.helps)
+            self._record({"step": step, "rule": rule.name, "seen": text, "helps": rule.helps})
             say = logger.info if rule.told else logger.warning
             say("step %d, %s: %s. What usually helps: %s", step, rule.name, text, rule.helps)
         else:

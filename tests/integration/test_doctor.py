@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from groupwise.cli import main
 from groupwise.errors import ConfigError, TrainingError
 from groupwise.launch import Given, run_sft, run_training
 
+ReadRows = Callable[[Path], list[dict[str, Any]]]
 QUIET = {"doctor": {"ignore": ["throughput_halved"]}}  # which depends on what else the machine does
 
 
@@ -75,7 +77,7 @@ def test_answers_that_are_all_cut_and_a_reward_for_length_are_found(task: Any, t
 
 
 def test_it_ends_the_run_with_a_checkpoint_and_a_resume_goes_on(
-    task: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    task: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], read_jsonl: ReadRows
 ) -> None:
     run = tmp_path / "run"
     flags = [*task.flags(run, "--train.steps", "5"), "--rollout.max_completion_tokens", "2"]
@@ -86,12 +88,14 @@ def test_it_ends_the_run_with_a_checkpoint_and_a_resume_goes_on(
     assert "Traceback" not in errors
     assert (run / "checkpoints" / "step_000003" / "manifest.json").is_file()
     assert not (run / "final").exists()
+    [row] = read_jsonl(run / "findings.jsonl")
+    assert (row["step"], row["rule"]) == (3, "answers_cut")
     assert main(["train", "--resume", "--output", str(run), "--train.stop_on", "[]"]) == 0
     found = rules_of(json.loads((run / "summary.json").read_text(encoding="utf-8")))
     assert (found["answers_cut"]["step"], found["answers_cut"]["count"]) == (3, 3)
 
 
-def test_a_resumed_run_gives_the_findings_of_the_whole_one(task: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_gives_the_findings_of_the_whole_one(task: Any, tmp_path: Path, read_jsonl: ReadRows) -> None:
     def run(folder: str, steps: int, **options: Any) -> list[dict[str, Any]]:
         config = task.config(tmp_path / folder, reward=[], train={"steps": steps, **QUIET})
         found: list[dict[str, Any]] = run_training(config, given=Given(rewards=[same]), **options)["findings"]
@@ -101,6 +105,8 @@ def test_a_resumed_run_gives_the_findings_of_the_whole_one(task: Any, tmp_path: 
     assert len(whole) > 1
     run("parts", 7)
     assert run("parts", 14, resume=True) == whole
+    rows = [read_jsonl(tmp_path / folder / "findings.jsonl") for folder in ("whole", "parts")]
+    assert rows[0] == rows[1] == [{key: finding[key] for key in finding if key != "count"} for finding in whole]
 
 
 def test_names_are_refused_before_a_model_is_loaded(
