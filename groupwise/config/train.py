@@ -40,13 +40,13 @@ class TrainConfig(Section):
     stop_on: tuple[str, ...] = Field(
         (), description="rules of the doctor that end the run, as failed and with a checkpoint; docs/doctor.md has them"
     )
-    doctor: DoctorConfig = DoctorConfig()  # type: ignore[call-arg]
     keep_best: str | None = Field(
         None,
         description="a number of the evaluation, such as eval/accuracy; the checkpoint where it was highest is kept "
         "beyond keep_checkpoints, as RUN@best, and an evaluation that is better is saved at once; needs eval.every",
     )
     trajectories: bool = Field(True, description="write every rollout to trajectories/")
+    doctor: DoctorConfig = DoctorConfig()  # type: ignore[call-arg]
 
     @model_validator(mode="before")
     @classmethod
