@@ -120,7 +120,9 @@ class Doctor:
             self._findings[key] = Finding(step, rule.name, text, rule.helps)
             self._record({"step": step, "rule": rule.name, "seen": text, "helps": rule.helps})
             say = logger.info if rule.told else logger.warning
-            say("step %d, %s: %s. What usually helps: %s", step, rule.name, text, rule.helps)
+            # A kind of its own: findings are no variants of one warning, of which the terminal shows a few alone.
+            kind = {"kind": f"{__name__}/{key}"}
+            say("step %d, %s: %s. What usually helps: %s", step, rule.name, text, rule.helps, extra=kind)
         else:
             self._findings[key] = replace(before, count=before.count + 1)
         if rule.name in self._stop_on:

@@ -1,4 +1,4 @@
-"""The lines that README.md and the tutorial show are those that come: numbers read from them give the same lines again."""
+"""The lines that README.md and the tutorial show are those that come: their numbers give the same lines again."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from groupwise.doctor import Doctor, build_rules, rule_names
 from groupwise.errors import TrainingError
 from groupwise.inputs import ModelInput, SampleKey
 from groupwise.metrics import Last, Mean, Metric, Sum, merge, resolve
+from groupwise.notices import once_each
 from groupwise.rollout.batch import batch_metrics
 from groupwise.types import Completion, FinishReason, Prompt, Rollout, RolloutGroup
 
@@ -331,6 +332,15 @@ def test_a_finding_is_said_once_and_counted(caplog: pytest.LogCaptureFixture) ->
     assert [record.getMessage().partition(". What")[0] for record in said] == [
         "step 3, answers_cut: 100% of the answers of the last 3 steps were cut by their limit"
     ]
+
+
+def test_many_findings_are_all_said(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"r{number}" for number in range(14)]
+    script = samples(rewards=lambda step, chance: {**dict.fromkeys(names, 1.0), "right": float(chance < step / 60)})
+    with once_each():
+        watch(doctor_of(), script, last=11)
+    told = capsys.readouterr().err
+    assert all(told.count(f"reward_constant: reward {name!r} gave 1") == 1 for name in names)
 
 
 def test_rewards_have_findings_of_their_own() -> None:
