@@ -39,7 +39,9 @@ def metrics_of(cells: list[str]) -> dict[str, float]:
 
 def summary_of(lines: list[str]) -> dict[str, Any]:
     """What `summary.json` would have to hold for a run to end so."""
-    steps, seconds = re.fullmatch(r"done: (\d+) steps in (\d+) s", lines[0]).groups()  # type: ignore[union-attr]
+    done = re.fullmatch(r"done: (\d+) steps in (\d+) s", lines[0])
+    assert done
+    steps, seconds = done.groups()
     evaluations = []
     for line, step in zip(lines[2:4], (0, int(steps)), strict=True):
         accuracy, low, high = (float(number) / 100 for number in re.findall(r"([\d.]+)%", line))
@@ -74,9 +76,9 @@ def test_the_end_is_shown_as_it_comes(page: Path) -> None:
 def test_findings_are_shown_as_they_come(page: Path) -> None:
     [told] = [line for line in shown(page) if line.startswith("warning: ")]
     rules = {rule.name: rule for rule in build_rules(Config())}  # type: ignore[call-arg]
-    step, name, seen, helps = re.fullmatch(  # type: ignore[union-attr]
-        r"warning: step (\d+), (\w+): (.*)\. What usually helps: (.*)", told
-    ).groups()
+    found = re.fullmatch(r"warning: step (\d+), (\w+): (.*)\. What usually helps: (.*)", told)
+    assert found
+    step, name, seen, helps = found.groups()
     assert helps == rules[name].helps
     assert f"  {name}: step {step}" in "\n".join(shown(page))
     assert re.fullmatch(
