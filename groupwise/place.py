@@ -21,6 +21,7 @@ KNOWN_NAMES = frozenset(
         "metrics.jsonl",
         "samples.jsonl",
         "ledger.jsonl",
+        "findings.jsonl",
         "summary.json",
         "report.html",
         "trajectories",

@@ -1,7 +1,7 @@
 """The run directory: what is where, who may write into it, and what a resumed run may change.
 
 runs/NAME/
-  config.json  versions.json  trust.json  log.txt  metrics.jsonl  ledger.jsonl  summary.json
+  config.json  versions.json  trust.json  log.txt  metrics.jsonl  ledger.jsonl  findings.jsonl  summary.json
   samples.jsonl  trajectories/  checkpoints/  base/  final/  bundles/  tensorboard/  tracking/
   .lock.1  who holds it, or held it
   report.html
@@ -36,9 +36,9 @@ from groupwise.place import Place
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "bitsandbytes")
 FREE_ON_RESUME = (
     *("data.eval", "train.output", "train.trajectories", "train.stop_after_empty_steps"),
-    *("train.save_every", "train.save_every_minutes", "train.keep_checkpoints", "train.keep_best"),
+    *("train.save_every", "train.save_every_minutes", "train.keep_checkpoints", "train.keep_best", "train.stop_on"),
 )
-FREE_SECTIONS_ON_RESUME = ("eval.", "tracking.")
+FREE_SECTIONS_ON_RESUME = ("eval.", "tracking.", "train.doctor.")
 _STEP_FILE = re.compile(r".*_(\d+)\.jsonl(?:\.gz)?")
 
 
@@ -75,6 +75,10 @@ class RunDirectory:
     @property
     def ledger_file(self) -> Path:
         return self.path / "ledger.jsonl"
+
+    @property
+    def findings_file(self) -> Path:
+        return self.path / "findings.jsonl"
 
     @property
     def summary_file(self) -> Path:
@@ -139,12 +143,13 @@ class RunDirectory:
         append_rows(self.ledger_file, rows)
 
     def truncate_after(self, step: int) -> None:
-        """Forget what a killed run wrote after the checkpoint of `step`: ledger rows and trajectory files.
+        """Forget what a killed run wrote after the checkpoint of `step`: ledger rows, findings and trajectory files.
 
         Raises:
-            DataError: a ledger row that is not the last is damaged.
+            DataError: a row that is not the last is damaged.
         """
         truncate_rows(self.ledger_file, step)
+        truncate_rows(self.findings_file, step)
         for file in self.trajectories.iterdir() if self.trajectories.is_dir() else ():
             match = _STEP_FILE.fullmatch(file.name)
             if match and int(match[1]) > step:

@@ -17,6 +17,7 @@ from groupwise.batches import TrainingBatch
 from groupwise.checkpoint.saver import Saver
 from groupwise.clock import Clock
 from groupwise.config import Config
+from groupwise.doctor import Doctor
 from groupwise.empty_steps import EmptySteps, Usable
 from groupwise.errors import Interrupted
 from groupwise.evaluation.evaluator import Evaluation
@@ -69,6 +70,7 @@ class TrainParts:
     Attributes:
         num_steps: training steps of the whole run, those before a resume included.
         empty: judges steps without one usable sample.
+        doctor: looks at every step, and may end the run.
         stop: becomes true when the user asks the run to end.
         watcher: follows the run, and may end it.
     """
@@ -84,6 +86,7 @@ class TrainParts:
     run: RunDirectory
     num_steps: int
     empty: EmptySteps
+    doctor: Doctor
     stop: StopRequest
     watcher: Watcher
 
@@ -93,7 +96,8 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
 
     Raises:
         Interrupted: the user asked to stop; the step was finished and a checkpoint saved.
-        TrainingError: too many steps in a row had not one usable sample; everything of them is written.
+        TrainingError: too many steps in a row had not one usable sample, or a rule of `train.stop_on` saw something;
+            everything of them is written.
     """
     await parts.weight_sync.publish(start)
     if scores := await parts.evaluator.maybe_run(start):
@@ -119,10 +123,11 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
             scores = await parts.evaluator.maybe_run(step + 1, final=step + 1 == parts.num_steps, asked=asked)
         stopping = bool(parts.stop)  # read once: a request that comes after the save must wait for the next one
         found = metrics.merge(batch.metrics, parts.source.metrics(), *learned, scores)
-        wish = _log(parts, step + 1, found | clock.metrics() | _throughput(batch, clock))
+        wish = _log(parts, step + 1, found | clock.metrics() | _throughput(batch, clock), batch)
         last = wish.stop or step + 1 == parts.num_steps
-        parts.saver.after(step + 1, now=last or stopping or wish.save)
+        parts.saver.after(step + 1, now=last or stopping or wish.save or parts.doctor.stops)
         parts.empty.check(step + 1, last=last)
+        parts.doctor.check(step + 1, run=parts.run.path)
         if last:
             return step + 1
         if stopping:
@@ -131,10 +136,11 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
     return parts.num_steps
 
 
-def _log(parts: TrainParts, step: int, found: Metrics) -> Wish:
+def _log(parts: TrainParts, step: int, found: Metrics, batch: TrainingBatch | None = None) -> Wish:
     numbers = metrics.resolve(found)
     parts.source.note(numbers)
     parts.trackers.log(step, numbers)
+    parts.doctor.after(step, numbers, () if batch is None else (*batch.groups, *batch.dropped))
     return parts.watcher.logged(step, numbers)
 
 

@@ -15,9 +15,11 @@ from groupwise.checkpoint.saver import Saver
 from groupwise.config import Config
 from groupwise.config.algorithm import MovingReference
 from groupwise.data import PromptSampler, PromptSet
+from groupwise.doctor import Doctor, build_rules
 from groupwise.empty_steps import EmptySteps
 from groupwise.evaluation.counted import counted_remarks, counted_rewards
 from groupwise.evaluation.evaluator import Evaluator, NoEvaluation
+from groupwise.files import append_rows
 from groupwise.interrupt import StopRequest
 from groupwise.lock import FolderLock
 from groupwise.model.loading import load_model
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _REMEDY = "Mend what it names: the reward, the columns that it reads, or the limits on completions"
 _WHERE = ". Every sample is in trajectories/ with its text and cause"
+_SFT_LINES_EVERY = 5.0  # seconds: its steps are many and short, and each says little
 _SFT_REMEDY = "Raise sft.max_tokens, or look at the rows: each needs an answer within it"
 
 
@@ -100,6 +103,7 @@ def assemble_rl(
     upkeep = _upkeep(config, policy, adaptive)
     evaluator = _evaluator(ready, sample, scorer=judge, reports=reports)
     empty = _empty_steps(config)
+    doctor = _doctor(config, opened.run, eval_rows=0 if ready.eval is None else len(ready.eval.prompts))
     saved: dict[str, Stateful] = {
         "policy": policy,
         "upkeep": upkeep,
@@ -108,6 +112,7 @@ def assemble_rl(
         "evaluator": evaluator,
         "reports": reports,
         "empty": empty,
+        "doctor": doctor,
     }
     weights = scorer.weights | ready.environments.weights
     keep = partial(teaches, algorithm=algorithm, reward_weights=weights)
@@ -133,6 +138,7 @@ def assemble_rl(
         run=opened.run,
         num_steps=steps,
         empty=empty,
+        doctor=doctor,
         stop=opened.stop,
         watcher=opened.watcher,
     )
@@ -146,7 +152,8 @@ def assemble_sft(ready: PreparedSft, opened: Opened, placement: InProcess) -> tu
     policy = placement.policy(objective, updates=ready.steps, supervised=True)
     source = SupervisedSource(ready.data.rows, config)
     empty = EmptySteps(config.train.stop_after_empty_steps, remedy=_SFT_REMEDY)
-    saved: dict[str, Stateful] = {"policy": policy, "progress": source, "empty": empty}
+    doctor = _doctor(config, opened.run, supervised=True)
+    saved: dict[str, Stateful] = {"policy": policy, "progress": source, "empty": empty, "doctor": doctor}
     parts = TrainParts(
         config=config,
         policy=policy,
@@ -154,11 +161,12 @@ def assemble_sft(ready: PreparedSft, opened: Opened, placement: InProcess) -> tu
         source=source,
         weight_sync=Unsynced(),
         evaluator=NoEvaluation(),
-        trackers=_trackers(config, opened, steps=ready.steps),
+        trackers=_trackers(config, opened, steps=ready.steps, lines_every=_SFT_LINES_EVERY),
         saver=opened.saver(saved, config),
         run=opened.run,
         num_steps=ready.steps,
         empty=empty,
+        doctor=doctor,
         stop=opened.stop,
         watcher=opened.watcher,
     )
@@ -206,13 +214,16 @@ def _shape(config: Config) -> BatchShape:
     )
 
 
-def _trackers(config: Config, opened: Opened, *, steps: int, accuracy_of: str = "") -> Trackers:
+def _trackers(
+    config: Config, opened: Opened, *, steps: int, accuracy_of: str = "", lines_every: float = 0.0
+) -> Trackers:
     return build_trackers(
         config.tracking,
         run_name=opened.run.path.name,
         total_steps=steps,
         resumed_step=opened.start.step,
         accuracy_of=accuracy_of,
+        lines_every=lines_every,
     )
 
 
@@ -265,3 +276,12 @@ def _evaluator(ready: Prepared, sample: Sample, *, scorer: RewardScorer, reports
 def _empty_steps(config: Config) -> EmptySteps:
     where = _WHERE if config.train.trajectories else ""
     return EmptySteps(config.train.stop_after_empty_steps, remedy=_REMEDY + where)
+
+
+def _doctor(config: Config, run: RunDirectory, *, eval_rows: int = 0, supervised: bool = False) -> Doctor:
+    return Doctor(
+        build_rules(config, eval_rows=eval_rows, supervised=supervised),
+        stop_on=config.train.stop_on,
+        kept=config.train.doctor.flat_steps,
+        record=lambda finding: append_rows(run.findings_file, [finding]),
+    )

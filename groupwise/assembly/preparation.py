@@ -17,6 +17,7 @@ from groupwise.config.limits import check_lengths
 from groupwise.config.model_name import settled_model, short_name
 from groupwise.data import PromptSet, check_rows, load_prompts
 from groupwise.data.files import Source, read_for_training
+from groupwise.doctor import check_rules
 from groupwise.engines import check_engine, is_exact
 from groupwise.environments import Environments, load_environments
 from groupwise.errors import ConfigError
@@ -118,6 +119,7 @@ def prepare(config: Config, *, resume: bool = False, overwrite: bool = False, gi
     check_engine(config.rollout)
     config = _corrected(config)
     check_backends(config.tracking)
+    check_rules(config)
     prepare_device(config.model.device)
     algorithm = build_algorithm(config.algorithm)
     scorer = make_scorer(config, given)

@@ -38,7 +38,7 @@ def restore(parts: TrainParts, start: Start) -> int:
     if start.checkpoint is None:
         return 0
     step = start.checkpoint.load(
-        parts.saver.parts, optional=sorted({"reports", "progress", "empty"} & set(parts.saver.parts))
+        parts.saver.parts, optional=sorted({"reports", "progress", "empty", "doctor"} & set(parts.saver.parts))
     )
     mark_best(parts.run.checkpoints, parts.evaluator.best.step)
     parts.source.resumed()

@@ -12,6 +12,7 @@ from groupwise.config.limits import check_lengths, say_high_rate
 from groupwise.config.model_name import short_name
 from groupwise.data import SupervisedSet, check_supervised_rows, load_supervised
 from groupwise.data.files import Source, read_for_training
+from groupwise.doctor import check_rules
 from groupwise.fingerprint import machine_facts, model_facts, supervised_facts
 from groupwise.model.checkpoints import settle_model
 from groupwise.model.limits import find_limits
@@ -57,10 +58,11 @@ def prepare_sft(
         ConfigError, DataError: what the run would be refused for.
     """
     provided = [name for name, value in (("model.path", loaded), ("data.train", train_data)) if value is not None]
-    begun = settle_model(config, _output(config), resume=resume, given=loaded)
+    begun = settle_model(config, supervised_folder(config), resume=resume, given=loaded)
     config, model = begun.config, begun.model
     check_supervised(config, provided=[*provided, *begun.provided])
     check_backends(config.tracking)
+    check_rules(config, supervised=True)
     prepare_device(config.model.device)
     needed = None if config.train.steps is None else config.train.steps * config.sft.rows_per_step
     given_rows = config.data.train if train_data is None else train_data
@@ -75,7 +77,7 @@ def prepare_sft(
     check_lengths(whole, limits, most=0, setting="sft.max_tokens", prompts="conversations")
     say_high_rate(config.optim, limits, lora=config.lora.rank > 0)
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * len(data.rows) / config.sft.rows_per_step))
-    output = _output(config)
+    output = supervised_folder(config)
     check_place(output, resume=resume, overwrite=overwrite)
     if loaded is None:
         check_model(model, config.lora)
@@ -93,6 +95,7 @@ def _identity(config: Config, given: LoadedModel | None, data: SupervisedSet, to
     )
 
 
-def _output(config: Config) -> Path:
+def supervised_folder(config: Config) -> Path:
+    """`train.output`, or what stands for it when it is empty."""
     name = f"{short_name(config.model.path)}-{Path(config.data.train).stem or 'data'}-sft"
     return Path(config.train.output) if config.train.output else Path("runs") / name

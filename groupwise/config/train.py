@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from groupwise.config.base import Section
+from groupwise.config.doctor import DoctorConfig
 
 
 class TrainConfig(Section):
@@ -36,12 +37,16 @@ class TrainConfig(Section):
         ge=0,
         description="end the run, as failed, after so many steps in a row without one usable sample; 0 never does",
     )
+    stop_on: tuple[str, ...] = Field(
+        (), description="rules of the doctor that end the run, as failed and with a checkpoint; docs/doctor.md has them"
+    )
     keep_best: str | None = Field(
         None,
         description="a number of the evaluation, such as eval/accuracy; the checkpoint where it was highest is kept "
         "beyond keep_checkpoints, as RUN@best, and an evaluation that is better is saved at once; needs eval.every",
     )
     trajectories: bool = Field(True, description="write every rollout to trajectories/")
+    doctor: DoctorConfig = DoctorConfig()  # type: ignore[call-arg]
 
     @model_validator(mode="before")
     @classmethod

@@ -65,8 +65,10 @@ def run_training(
         _describe(ready)
         reports = Reports(opened.run)
         placement = InProcess(ready.config, loaded, opened.run)
-        done = _carry_out(assemble_rl(ready, opened, placement, judge=judge, reports=reports), opened)
-        found = {"eval": reports.summaries} if reports.summaries else {}
+        parts = assemble_rl(ready, opened, placement, judge=judge, reports=reports)
+        done = _carry_out(parts, opened)
+        found: dict[str, Any] = {"eval": reports.summaries} if reports.summaries else {}
+        found["findings"] = parts.doctor.findings
         return _finish(opened, ready.config, done, started=started, found=found)
 
 
@@ -99,7 +101,8 @@ def run_sft(
         logger.log(level, "supervised data: %s", ready.data.describe())
         parts, source = assemble_sft(ready, opened, InProcess(ready.config, model, opened.run))
         done = _carry_out(parts, opened)
-        return _finish(opened, ready.config, done, started=started, found={"loss": source.loss})
+        found = {"loss": source.loss, "findings": parts.doctor.findings}
+        return _finish(opened, ready.config, done, started=started, found=found)
 
 
 @contextmanager

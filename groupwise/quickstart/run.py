@@ -41,7 +41,7 @@ def run_quickstart(output: str | Path, seed: int = 0, *, overwrite: bool = False
         "model": str(recipe.folders.grpo / "final"),
     }
     write_json_atomic(root / "summary.json", summary)
-    _show(recipe, summary, training["eval"])
+    _show(recipe, summary, training)
     return summary
 
 
@@ -59,14 +59,16 @@ def _make_way(root: Path, *, overwrite: bool) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _show(recipe: QuickstartRecipe, summary: dict[str, Any], evaluations: list[dict[str, Any]]) -> None:
+def _show(recipe: QuickstartRecipe, summary: dict[str, Any], training: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from groupwise.launch.ending import findings_lines, next_lines
 
     table = Table(title="Held-out accuracy, greedy, 95 % interval")
     for column in ("after", "accuracy", "interval", "tokens"):
         table.add_column(column, justify="left" if column == "after" else "right")
-    for evaluation in evaluations:
+    for evaluation in training["eval"]:
         step = evaluation["step"]
         table.add_row(
             f"{step} GRPO steps" if step else "warm-up",
@@ -78,6 +80,7 @@ def _show(recipe: QuickstartRecipe, summary: dict[str, Any], evaluations: list[d
     console.print(table)
     gain = 100 * (summary["accuracy_after"] - summary["accuracy_before"])
     console.print(f"{gain:+.1f} points in {summary['seconds']:.0f} s, seed {summary['seed']}")
-    for label, path in (("run directory", recipe.folders.grpo), ("model", recipe.folders.grpo / "final")):
-        console.print(f"{label}: {path}", soft_wrap=True)
-    console.print(f"try it: groupwise chat {recipe.folders.grpo}", soft_wrap=True)
+    run = recipe.folders.grpo
+    places = (f"run directory: {run}", f"model: {run / 'final'}")
+    for line in (*findings_lines(training["findings"]), *places, *next_lines(str(run))):
+        console.print(line, soft_wrap=True)

@@ -20,6 +20,7 @@ class RunFacts:
     Attributes:
         total_steps: of the whole run, those before a resume included.
         accuracy_of: the reward that `eval/accuracy` counts.
+        lines_every: seconds between two lines on the terminal; 0 has one for each step.
         resumed_step: last step of the checkpoint that the run continues from; None in a new run.
         mode: `auto` is online where the user is logged in.
         folder: for trackers' local files; None is a folder of the run directory.
@@ -32,6 +33,7 @@ class RunFacts:
     mode: Literal["auto", "online", "local"] = "auto"
     folder: Path | None = None
     accuracy_of: str = ""
+    lines_every: float = 0.0
 
     @property
     def title(self) -> str:

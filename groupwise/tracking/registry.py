@@ -23,7 +23,11 @@ from groupwise.tracking.wandb import WandbTracker
 
 BUILDERS: Mapping[str, Callable[[RunFacts], Tracker]] = {
     "console": lambda run: ConsoleTracker(
-        title=run.title, total_steps=run.total_steps, resumed_step=run.resumed_step, accuracy_of=run.accuracy_of
+        title=run.title,
+        total_steps=run.total_steps,
+        resumed_step=run.resumed_step,
+        accuracy_of=run.accuracy_of,
+        lines_every=run.lines_every,
     ),
     "jsonl": lambda run: JsonlTracker(resumed_step=run.resumed_step),
     "tensorboard": lambda run: TensorBoardTracker(title=run.title, resumed_step=run.resumed_step),
@@ -41,6 +45,7 @@ def build_trackers(
     total_steps: int | None = None,
     resumed_step: int | None = None,
     accuracy_of: str = "",
+    lines_every: float = 0.0,
 ) -> Trackers:
     """The trackers that the config names; nothing is opened before `start`.
 
@@ -49,6 +54,7 @@ def build_trackers(
         total_steps: of the whole run, those before a resume included; None when it is not known.
         resumed_step: last step of the checkpoint that the run continues from; None in a new run.
         accuracy_of: the reward that `eval/accuracy` counts.
+        lines_every: seconds between two lines on the terminal; 0 has one for each step.
 
     Raises:
         ConfigError: a name is unknown, or stands twice.
@@ -62,6 +68,7 @@ def build_trackers(
         mode=config.mode,
         folder=Path(config.folder) if config.folder else None,
         accuracy_of=accuracy_of,
+        lines_every=lines_every,
     )
     built = {name: BUILDERS[name](facts) for name in config.backends}
     return Trackers(built, samples_every=config.samples_every, samples=config.samples)

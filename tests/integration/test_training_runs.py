@@ -54,8 +54,10 @@ def test_a_run_directory_is_complete(task: Any, tmp_path: Path, read_jsonl: Read
     config = task.config(run, tracking={"backends": ["jsonl", "tensorboard", "console"]}, train={"save_every": 2})
     summary = run_training(config)
     names = {path.name for path in run.iterdir()}
-    files = ["config.json", "versions.json", "log.txt", "metrics.jsonl", "ledger.jsonl", "summary.json", ".lock.1"]
-    assert names == {*files, "trust.json", "trajectories", "checkpoints", "final", "tensorboard"}
+    # Answers of 8 tokens are all cut, which is a finding.
+    files = ["config.json", "versions.json", "log.txt", "metrics.jsonl", "ledger.jsonl", "findings.jsonl"]
+    folders = ["trajectories", "checkpoints", "final", "tensorboard"]
+    assert names == {*files, *folders, "trust.json", "summary.json", ".lock.1"}
     assert json.loads((run / "summary.json").read_text()) == summary
     assert summary["steps"] == 4
     assert json.loads((run / "config.json").read_text())["train"]["seed"] == 3

@@ -39,6 +39,7 @@ def load(monkeypatch: pytest.MonkeyPatch):
         ("vs_trl", "--kl-coef"),
         ("gpu", "--model-shape"),
         ("off_loop", "--threads"),
+        ("doctor", "--pairs"),
         ("algorithms", "--warm-up-steps"),
         ("head_memory", "--plain-tokens"),
         ("exactness", "--rounds"),
@@ -50,6 +51,12 @@ def test_help_lists_the_options(load, capsys: pytest.CaptureFixture[str], script
         load(script).main(["--help"])
     assert ended.value.code == 0
     assert option in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_doctor_costs_less_than_a_hundredth_of_a_step(load, capsys: pytest.CaptureFixture[str]) -> None:
+    assert 0 < load("doctor").main(["--pairs", "3", "--warm-up", "2"]) < 0.01
+    assert "3 pairs; a step without the doctor" in capsys.readouterr().out
 
 
 def test_gpu_benchmark_on_a_cpu(load, tmp_path: Path) -> None:

@@ -194,8 +194,8 @@ with logged_to(Path({str(tmp_path / "log.txt")!r})):
     whole = "warning: a warning of the run that is longer than the terminal is wide, so that it has to be broken up"
     assert [line for line in lines if line.startswith("warning: a warning")] == [whole]
     assert sum("UserWarning: python's" in line for line in lines) == 1
-    assert [line for line in lines if "3/3" in line and "reward 0.500" in line]
-    assert sum("/3" in line for line in lines) == 1
+    assert [line for line in lines if line.startswith("step")] == [f"step {k}/3  reward 0.500" for k in (1, 2, 3)]
+    assert sum("/3" in line and not line.startswith("step") for line in lines) == 1, "one bar"
     assert "(… 2 more times: warning: a warning" in "\n".join(lines)
 
 

@@ -22,10 +22,12 @@ _SFT_SETTINGS = (
     "algorithm.router_aux_loss_coef",
     *(f"tracking.{name}" for name in ("backends", "project", "run_name", "mode", "folder")),
 )
-# It evaluates nothing, routes no rewards, and makes one update of each batch.
+# It evaluates nothing, routes no rewards, and makes one update of each batch; few of the doctor's rules look at
+# anything that it has, and none of those has a bound.
 _SFT_IDLE = (
     *("data.eval", "data.data_source", "optim.steps_per_batch", "optim.passes_per_batch"),
     *("train.keep_best", "train.trajectories"),
+    *(f"train.doctor.{name}" for name in ("flat_steps", "equal_share", "max_kl", "min_entropy", "max_mismatch")),
 )
 _EPILOG = (
     "Any setting can be given as --section.key VALUE, e.g. --optim.lr 1e-6; it wins over the recipe.\n"
@@ -130,7 +132,7 @@ def _train(args: argparse.Namespace) -> None:
     _show(loaded, args)
     if not args.resume:  # what needs no libraries is refused before they are loaded
         check_trainable(loaded.config)
-    from groupwise.launch import prepare, run_training
+    from groupwise.launch import ending, prepare, run_folder, run_training
     from groupwise.resume import find_start
 
     if args.dry_run:
@@ -139,7 +141,9 @@ def _train(args: argparse.Namespace) -> None:
         find_start(ready.output, ready.identity, resume=args.resume, accept=args.accept_changes)
         say(ready.describe(resume=args.resume))
         return
-    run_training(loaded.config, resume=args.resume, overwrite=args.overwrite, accept_changes=args.accept_changes)
+    config = loaded.config
+    done = run_training(config, resume=args.resume, overwrite=args.overwrite, accept_changes=args.accept_changes)
+    say("\n".join(ending(done, str(run_folder(config)))))
 
 
 def _sft(args: argparse.Namespace) -> None:
@@ -149,7 +153,7 @@ def _sft(args: argparse.Namespace) -> None:
     _show(loaded, args)
     if not args.resume:
         check_supervised(loaded.config)
-    from groupwise.launch import prepare_sft, run_sft
+    from groupwise.launch import ending, prepare_sft, run_sft, supervised_folder
     from groupwise.resume import find_start
 
     if args.dry_run:
@@ -158,7 +162,9 @@ def _sft(args: argparse.Namespace) -> None:
         find_start(ready.output, ready.identity, resume=args.resume, accept=args.accept_changes)
         say(ready.describe(resume=args.resume))
         return
-    run_sft(loaded.config, resume=args.resume, overwrite=args.overwrite, accept_changes=args.accept_changes)
+    config = loaded.config
+    done = run_sft(config, resume=args.resume, overwrite=args.overwrite, accept_changes=args.accept_changes)
+    say("\n".join(ending(done, str(supervised_folder(config)))))
 
 
 def _show(loaded: LoadedConfig, args: argparse.Namespace) -> None:
