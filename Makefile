@@ -4,6 +4,8 @@ VENV ?= .venv
 VENV_EXTRAS ?= .venv-extras
 VENV_NEWEST ?= .venv-newest
 VENV_VLLM ?= .venv-vllm
+VENV_OPENENV ?= .venv-openenv
+VENV_VERIFIERS ?= .venv-verifiers
 # More arguments for pip, e.g. PIP_ARGS="--extra-index-url URL" for a CPU-only build of torch.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
@@ -15,7 +17,7 @@ PIP_EXTRAS := $(BIN_EXTRAS)/python -m pip install --quiet --disable-pip-version-
 BIN_NEWEST := $(VENV_NEWEST)/bin
 FAST := not slow and not gpu
 
-.PHONY: help demo test test-slow test-all test-extras test-engines test-newest check check-deps format docs clean
+.PHONY: help demo test test-slow test-all test-extras test-engines test-clients test-newest check check-deps format docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,11 +27,12 @@ help:
 	@echo "make test-all  all tests that need no GPU"
 	@echo "make test-extras  the tests with the real trackers, llama.cpp and Triton, in $(VENV_EXTRAS) (2 GB; compiles for minutes)"
 	@echo "make test-engines  the tests with vLLM itself on the CPU, in $(VENV_VLLM) (3 GB)"
+	@echo "make test-clients  the tests with openai's, OpenEnv's and verifiers' own clients, in environments of theirs (1 GB)"
 	@echo "make test-newest  the fast tests with the newest releases that pyproject.toml allows, in $(VENV_NEWEST)"
 	@echo "make check     lint, format, types, import layers"
 	@echo "make format    mend lint and format"
 	@echo "make docs      write the generated pages"
-	@echo "make clean     remove $(VENV), $(VENV_EXTRAS), $(VENV_NEWEST), $(VENV_VLLM) and caches"
+	@echo "make clean     remove the environments and caches"
 
 %/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -96,6 +99,21 @@ $(VENV_VLLM)/.installed: $(VENV_VLLM)/.python $(VENV)/.installed-dev
 test-engines: $(VENV_VLLM)/.installed
 	@GROUPWISE_VLLM_PYTHON=$(VENV_VLLM)/bin/python $(BIN)/python -m pytest -q tests/integration/test_real_vllm.py $(PYTEST_ARGS)
 
+# Two environments, since they want different releases of mcp.
+$(VENV_OPENENV)/.installed: $(VENV_OPENENV)/.python
+	@echo "== installing openenv into $(VENV_OPENENV)"
+	@$(VENV_OPENENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) 'openenv==0.10.*' openai
+	@touch $@
+
+$(VENV_VERIFIERS)/.installed: $(VENV_VERIFIERS)/.python
+	@echo "== installing verifiers into $(VENV_VERIFIERS)"
+	@$(VENV_VERIFIERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) 'verifiers==0.4.*'
+	@touch $@
+
+test-clients: $(VENV)/.installed-dev $(VENV_OPENENV)/.installed $(VENV_VERIFIERS)/.installed
+	@GROUPWISE_OPENENV_PYTHON=$(VENV_OPENENV)/bin/python GROUPWISE_VERIFIERS_PYTHON=$(VENV_VERIFIERS)/bin/python \
+		$(BIN)/python -m pytest -q tests/integration/test_clients.py $(PYTEST_ARGS)
+
 # What a plain `pip install -e .` brings today. It is made anew each time, since the newest releases change; torch
 # alone is that of the constraints, whose newest build is several GB of CUDA.
 test-newest:
@@ -127,5 +145,5 @@ docs: $(VENV)/.installed
 	@mv docs/config.md.new docs/config.md
 
 clean:
-	rm -rf $(VENV) $(VENV_EXTRAS) $(VENV_NEWEST) $(VENV_VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV_EXTRAS) $(VENV_NEWEST) $(VENV_VLLM) $(VENV_OPENENV) $(VENV_VERIFIERS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -308,3 +308,29 @@ def test_calls_of_tools_are_read_and_other_text_stays() -> None:
         assert tool_calls(other) == (other, [])
     with pytest.raises(ValueError, match="another type"):
         for_template({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]})
+
+
+def resident_mib(pid: int) -> float:
+    fields = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return next(int(words[1]) / 1024 for words in fields if words and words[0] == "VmRSS:")
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_ten_thousand_requests(task: Any) -> None:
+    server = Served(task.model)
+
+    def ask(number: int) -> None:
+        body = {"prompt": [5, 6, number % 200 + 3], "max_tokens": 3, "stream": number % 5 == 0}
+        answer = clients[number % 32].post("/v1/completions", json=body)
+        assert answer.status_code == 200
+
+    try:
+        clients = [httpx.Client(base_url=server.url, timeout=60) for _ in range(32)]
+        with ThreadPoolExecutor(32) as pool:
+            list(pool.map(ask, range(2_000)))
+            before = resident_mib(server.process.pid)
+            list(pool.map(ask, range(2_000, 10_000)))
+        assert resident_mib(server.process.pid) - before < 20
+        assert metric(server.url, "groupwise_samples_running") == 0
+    finally:
+        server.stop()

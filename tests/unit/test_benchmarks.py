@@ -39,6 +39,8 @@ def load(monkeypatch: pytest.MonkeyPatch):
         ("vs_trl", "--kl-coef"),
         ("gpu", "--model-shape"),
         ("off_loop", "--threads"),
+        ("engines", "--vllm"),
+        ("serve", "--clients"),
         ("doctor", "--pairs"),
         ("algorithms", "--warm-up-steps"),
         ("head_memory", "--plain-tokens"),
