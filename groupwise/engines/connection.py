@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -12,9 +13,13 @@ import httpx
 from groupwise.errors import EngineError, EngineLost
 
 _PROBE_SECONDS = 10.0
+_ALIVE_SECONDS = 30.0
 _PER_POOL = 8
 """httpx looks at every idle connection of a pool at each request: of 256 in one pool, a batch of 256 requests costs
 6.4 s of this process's time, in pools of 8 it costs 0.35 s."""
+
+_IDLE_SECONDS = 3.0
+"""Servers close what is idle for five seconds (uvicorn's default); a request that meets that is lost."""
 
 _GONE = frozenset({502, 503, 504})
 
@@ -39,17 +44,17 @@ class Connection:
     Args:
         most: requests under way at one time.
         headers: sent with every request, such as a key.
-        health: a route that answers at once while the server lives; asked while another answer takes long.
+        alive: a route that answers while the server and what is behind it live; asked while another answer takes long.
 
     Example:
-        connection = Connection("http://127.0.0.1:8000", most=256, health="/health")
+        connection = Connection("http://127.0.0.1:8000", most=256, alive="/health")
         answer = await connection.post("/inference/v1/generate", {"token_ids": [5, 6]})
     """
 
-    def __init__(self, url: str, *, most: int, health: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, url: str, *, most: int, alive: str, headers: Mapping[str, str] | None = None) -> None:
         self.url = url.rstrip("/")
         self._headers = dict(headers or {})
-        self._health = health
+        self._alive = alive
         self._pools = max(1, -(-(most + _PER_POOL) // _PER_POOL))
         self._clients: list[httpx.AsyncClient] = []
         self._running: list[int] = []
@@ -94,12 +99,16 @@ class Connection:
             try:
                 while not (await asyncio.wait({sent}, timeout=_PROBE_SECONDS))[0]:
                     if seconds is None:
-                        await self.get(self._health)
+                        await self._lives()
                 return self._content(sent.result())
             except httpx.HTTPError as error:
                 raise EngineLost(f"{self.url} was lost: {_told(error)}") from error
             finally:
                 sent.cancel()
+
+    async def _lives(self) -> None:
+        with suppress(Refused):  # it says no, so it lives
+            await self.get(self._alive, seconds=_ALIVE_SECONDS)
 
     def _content(self, answer: httpx.Response) -> Any:
         if answer.is_success:
@@ -122,7 +131,9 @@ class Connection:
         """The pool with the fewest requests."""
         if not self._clients:
             context = httpx.create_ssl_context()
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=_PER_POOL)
+            limits = httpx.Limits(
+                max_connections=None, max_keepalive_connections=_PER_POOL, keepalive_expiry=_IDLE_SECONDS
+            )
             self._clients = [
                 httpx.AsyncClient(base_url=self.url, headers=self._headers, timeout=None, limits=limits, verify=context)
                 for _ in range(self._pools)

@@ -209,7 +209,7 @@ def _started_with(engine: str, start: Start, ref: WeightRef) -> Command:
 def _connection(dialect: Dialect, url: str, *, most: int) -> Connection:
     key = os.environ.get(KEY_VARIABLE)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return Connection(url, most=most + _SPARE, health=dialect.health, headers=headers)
+    return Connection(url, most=most + _SPARE, alive=dialect.alive, headers=headers)
 
 
 def _in_a_loop(work: Coroutine[Any, Any, T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,10 @@ from groupwise.engines.external import Launched, Speaks, external_engine, launch
 from groupwise.engines.http import HttpEngine
 from groupwise.engines.identity import model_identity
 from groupwise.errors import ConfigError
+from groupwise.model.exact.experts import experts_of
 from groupwise.model.loading import LoadedModel
+
+logger = logging.getLogger(__name__)
 
 _FLOAT32, _LESS = 1e-4, 0.1
 """Nats. vLLM's log-probs are off by 2e-6 in float32, and by 0.02 in bfloat16, at most, where its weights are right."""
@@ -39,6 +43,12 @@ def engine_elsewhere(config: Config, loaded: LoadedModel, *, length: int, logs: 
             )
         if rollout.engine == "http":
             _check_same(facts.identity, model_identity(loaded), url=url)
+    if rollout.engine != "http" and experts_of(loaded.model):
+        logger.warning(
+            "rollout.engine = %r chooses experts by itself, and its choices are not replayed in training; see how far "
+            "sampling/sampling_logp_difference/mean is from 0, and use 'native' where that is too far",
+            rollout.engine,
+        )
     launched = Launched(
         base=str(loaded.model.config.name_or_path),
         length=length,

@@ -8,7 +8,7 @@ import openai
 url, model = sys.argv[1:]
 client = openai.OpenAI(base_url=url, api_key="right")
 asked = {"model": model, "messages": [{"role": "user", "content": "say red:"}], "max_tokens": 12, "seed": 3}
-found = {"models": [each.id for each in client.models.list().data]}
+found: dict = {"models": [each.id for each in client.models.list().data]}
 
 whole = client.chat.completions.create(**asked, logprobs=True, n=2)
 found["chat"] = [choice.message.content for choice in whole.choices]
@@ -32,7 +32,7 @@ left = client.chat.completions.create(**{**asked, "max_tokens": 2000}, extra_bod
 next(iter(left))
 left.close()
 
-refused = {}
+refused: dict = {}
 wrong_key = openai.OpenAI(base_url=url, api_key="wrong")
 for name, who, change in (
     ("model", client, {"model": "other"}),

@@ -212,6 +212,23 @@ def test_a_server_that_dies_and_does_not_come_back_ends_the_run(task: Any, tmp_p
             run_training(config, given=Given(rewards=[reward]))
 
 
+@pytest.mark.parametrize("kind", SOME)
+def test_an_engine_that_is_frozen_behind_its_front_is_noticed(
+    task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Its health says 200; nothing else answers."""
+    monkeypatch.setattr("groupwise.engines.connection._PROBE_SECONDS", 0.5)
+    monkeypatch.setattr("groupwise.engines.connection._ALIVE_SECONDS", 1.0)
+    with served(kind, task) as serving:
+        if kind == "sglang":  # whose health is no front: it waits with the engine
+            serving.contract.health_paths = frozenset()
+        reward = Sabotage(serving, "hangs", after=2)
+        slowly = over(kind, serving.url, engine_timeout=3.0, max_concurrent_samples=4)
+        with pytest.raises(EngineError, match="does not answer"):
+            run_training(task.config(tmp_path / "run", reward=[], rollout=slowly), given=Given(rewards=[reward]))
+        serving.set_traps()
+
+
 def test_a_server_that_cannot_take_weights_or_has_no_room_is_said_before(task: Any, tmp_path: Path) -> None:
     flags = replace(vllm.Flags.as_it_should(), dev_mode=False)
 

@@ -75,7 +75,8 @@ class Dialect(Protocol):
 
     Attributes:
         takes: what it takes weights as; the first one is what it is given. Empty: it cannot be given any.
-        health: a route that answers at once while the server lives.
+        health: a route that answers once the server is ready.
+        alive: one that answers only while the engine behind the server works, as far as there is one.
         restarts: it reads weights only when it starts.
         stops: it ends an answer at the stop tokens and strings that it is given; else the answer is cut here.
     """
@@ -88,6 +89,9 @@ class Dialect(Protocol):
 
     @property
     def health(self) -> str: ...
+
+    @property
+    def alive(self) -> str: ...
 
     @property
     def restarts(self) -> bool: ...

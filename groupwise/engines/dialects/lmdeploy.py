@@ -56,7 +56,7 @@ class LmDeploy:
         temperature: that samples are learned at.
     """
 
-    health = "/health"
+    health = alive = "/health"
     takes: Sequence[WeightKind] = ("model",)
     restarts = True
     stops = False

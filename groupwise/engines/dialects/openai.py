@@ -48,7 +48,7 @@ class _Models(BaseModel):
 class OpenAi:
     """Over HTTP."""
 
-    health = "/v1/models"
+    health = alive = "/v1/models"
     takes: Sequence[WeightKind] = ()
     restarts = False
     stops = True

@@ -22,7 +22,7 @@ class Own:
         exact: its log-probs are the trainer's, as it says itself.
     """
 
-    health = wire.HEALTH
+    health = alive = wire.HEALTH
     restarts = False
     stops = True
     takes: Sequence[WeightKind] = ("tensors",)

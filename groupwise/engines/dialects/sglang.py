@@ -74,7 +74,7 @@ class _Started(BaseModel):
 class SgLang:
     """Over HTTP; nothing of SGLang is imported. Arguments as for `Vllm`."""
 
-    health = "/health"
+    health = alive = "/health"  # it draws a token
     restarts = False
     stops = True
 

@@ -109,6 +109,7 @@ class Vllm:
     """
 
     health = "/health"
+    alive = "/weight_info"  # the other says 200 while the engine behind it is frozen
     restarts = False
     stops = True
 
