@@ -265,15 +265,22 @@ def _settings_in(value: Any, dotted: str) -> Iterator[tuple[str, Any]]:
 
 def settings_of_today(saved: Mapping[str, Any]) -> Mapping[str, Any]:
     """What `settings` gave in an earlier version, in the names of today; as it is where that is no config today."""
-    if not RENAMED.keys() & saved.keys():
-        return saved
-    of_algorithm = {name.removeprefix("algorithm."): v for name, v in saved.items() if name.startswith("algorithm.")}
-    try:
-        algorithm = AlgorithmConfig.model_validate(of_today({"algorithm": of_algorithm}).values["algorithm"])
-    except ValidationError:
-        return saved
     others = {name: value for name, value in saved.items() if not name.startswith("algorithm.")}
-    return others | dict(_settings_in(algorithm, "algorithm"))
+    algorithm = {name: value for name, value in saved.items() if name.startswith("algorithm.")}
+    return _algorithm_of_today(algorithm) | {
+        RENAMED.get(name, name): value for name, value in others.items() if value is not None or name not in RENAMED
+    }
+
+
+def _algorithm_of_today(saved: Mapping[str, Any]) -> dict[str, Any]:
+    if not RENAMED.keys() & saved.keys():
+        return dict(saved)
+    flat = {name.removeprefix("algorithm."): value for name, value in saved.items()}
+    try:
+        algorithm = AlgorithmConfig.model_validate(of_today({"algorithm": flat}).values["algorithm"])
+    except ValidationError:
+        return dict(saved)
+    return dict(_settings_in(algorithm, "algorithm"))
 
 
 def render_resolved(loaded: LoadedConfig) -> str:

@@ -40,6 +40,7 @@ RENAMED: Mapping[str, str] = {
     "algorithm.correction_high": "algorithm.correction.high",
     "algorithm.correction_veto": "algorithm.correction.veto",
     "algorithm.off_policy_mask": "algorithm.correction.off_policy_mask",
+    "rollout.url": "rollout.urls",
 }
 """The name in an earlier version -> the name today. The first three are tables today, and hold other keys."""
 
@@ -108,8 +109,11 @@ def of_today(values: Mapping[str, Any]) -> Renaming:
         if value is None and old not in _NEVER_NONE:
             continue
         found.named[old] = new
-        _, part, inside = new.split(".")
-        node = table[part] = _copied(table.get(part, {}))
+        *parts, inside = new.split(".")[1:]
+        node: Any = table
+        for part in parts:
+            node[part] = _copied(node.get(part, {}))
+            node = node[part]
         if not isinstance(node, dict) or inside in node:
             found.clashes.append(old)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, field_validator
 
 from groupwise.config.base import Section
@@ -56,6 +58,11 @@ class RolloutConfig(Section):
         description="memory for keys and values; none is 60 % of what training leaves free on the GPU, 4 on a CPU",
     )
     launch: LaunchConfig = LaunchConfig()  # type: ignore[call-arg]
+
+    @field_validator("urls", mode="before")
+    @classmethod
+    def _one_or_several(cls, urls: Any) -> Any:
+        return (urls,) if isinstance(urls, str) else urls
 
     @field_validator("temperature")
     @classmethod
