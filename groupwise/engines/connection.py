@@ -116,7 +116,9 @@ class Connection:
                 return answer.json()
             except ValueError:
                 return answer.text
-        said = answer.text.strip()[:500]
+        said = " ".join(answer.text.split())[:500]
+        if said.startswith("<"):
+            said = "a page of HTML"
         if answer.status_code in _GONE:
             raise EngineLost(f"{self.url} is not there ({answer.status_code}): {said}")
         raise Refused(self.url, answer.status_code, said)

@@ -43,6 +43,12 @@ def engine_elsewhere(config: Config, loaded: LoadedModel, *, length: int, logs: 
             )
         if rollout.engine == "http":
             _check_same(facts.identity, model_identity(loaded), url=url)
+    longest = rollout.launch.max_model_len
+    if longest is not None and longest < length:
+        raise ConfigError(
+            f"rollout.launch.max_model_len = {longest:,}: this run has up to {length:,} tokens of prompt and "
+            "completion; raise it, leave it out, or lower rollout.max_completion_tokens"
+        )
     if rollout.engine != "http" and experts_of(loaded.model):
         logger.warning(
             "rollout.engine = %r chooses experts by itself, and its choices are not replayed in training; see how far "

@@ -14,6 +14,8 @@ from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
 from groupwise.types import EngineCaps, SampleRequest
 
+_NO_KEY = (401, 403)
+
 
 class Own:
     """The native engine in a process of its own.
@@ -32,13 +34,16 @@ class Own:
 
     async def reach(self, server: Connection) -> Facts:
         """What model it has; see `Dialect.reach`."""
-        answer = await server.get(wire.MODELS)
         try:
-            model = answer["data"][0]
+            model = (await server.get(wire.MODELS))["data"][0]
             served = wire.ServedModel.model_validate(model["groupwise"])
             return Facts(
                 model["id"], model["max_model_len"], str(served.version), identity=served.identity, exact=served.exact
             )
+        except Refused as error:
+            if error.status in _NO_KEY:
+                raise
+            raise EngineError(f"{server.url} is a server, but none of `groupwise serve`: {error.said}") from error
         except (KeyError, IndexError, TypeError, ValidationError) as error:
             raise EngineError(
                 f"{server.url} is a server, but none of `groupwise serve`: it does not say what model it has "

@@ -38,6 +38,7 @@ _ABORT_PREFIX = "generate-tokens-"
 """Without it, the route answers 200 and aborts nothing."""
 
 _NOT_FOUND = 404
+_NO_KEY = (401, 403)
 
 _FINISHED: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort", "repetition": "length"}
 
@@ -123,11 +124,15 @@ class Vllm:
 
     async def reach(self, server: Connection) -> Facts:
         """See `Dialect.reach`."""
-        models = await server.get("/v1/models")
         try:
+            models = await server.get("/v1/models")
             base = next(model for model in models["data"] if not model.get("parent"))
             name, positions = str(base["id"]), base.get("max_model_len")
-        except (KeyError, StopIteration, TypeError) as error:
+        except Refused as error:
+            if error.status in _NO_KEY:
+                raise
+            raise EngineError(f"{server.url} is a server, but none of vLLM: {error.said}") from error
+        except (KeyError, StopIteration, TypeError, AttributeError) as error:
             raise EngineError(f"{server.url} is a server, but none of vLLM: it lists no model") from error
         try:
             info = _Info.model_validate(await server.get("/weight_info"))
