@@ -24,6 +24,7 @@ KNOWN_NAMES = frozenset(
         "findings.jsonl",
         "summary.json",
         "report.html",
+        "plot.svg",
         "trajectories",
         "checkpoints",
         "base",

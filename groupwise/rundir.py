@@ -5,7 +5,7 @@ runs/NAME/
   samples.jsonl  trajectories/  checkpoints/  base/  final/  bundles/  tensorboard/  tracking/
   weights/ engines/  what goes to engines in other processes, and what those that the run started print
   .lock.1  who holds it, or held it
-  report.html
+  report.html  plot.svg
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ COMMANDS: tuple[Command, ...] = (
     xtuner.XTUNER,
     evaluate.EVAL,
     runs.RUNS,
+    runs.PLOT,
     generate.GENERATE,
     chat.CHAT,
     serve.SERVE,

@@ -150,8 +150,6 @@ def run_hf(words: list[str]) -> None:
 
 def run_python(words: list[str]) -> None:
     script, *arguments = words
-    if script == "docs/plot_run.py":
-        pytest.importorskip("matplotlib")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *arguments])
         runpy.run_path(script, run_name="__main__")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -177,36 +174,3 @@ def test_the_documented_reward_does_what_the_page_says() -> None:
     exec(source, scope)
     [claim] = re.findall(r"`(close_to\(.*)`\.", page.read_text(encoding="utf-8"))
     assert eval(claim, scope) is True
-
-
-def plot_run() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plot_run", ROOT / "docs" / "plot_run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_run_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    rows = [
-        {"step": 0, "eval/accuracy": 0.1},
-        *({"step": k, "reward": k / 10} for k in range(1, 9)),
-        {"step": 9, "reward": None},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    module = plot_run()
-    curve = module.read_curve(tmp_path, "reward")
-    assert curve.steps == tuple(range(1, 9))
-    assert curve.smoothed(2)[:3] == pytest.approx((0.1, 0.15, 0.25))
-    for name in ("one.svg", "two.svg", "deep/picture.png"):
-        module.main([str(tmp_path), str(tmp_path / name)])
-    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
-    assert (tmp_path / "deep" / "picture.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_folder_without_metrics_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"holds no metrics\.jsonl"):
-        plot_run().main([str(tmp_path), str(tmp_path / "out.svg")])

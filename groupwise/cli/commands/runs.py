@@ -1,4 +1,4 @@
-"""`groupwise runs`: all runs below a folder, side by side."""
+"""`groupwise runs` and `groupwise plot`: runs side by side, and drawn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from groupwise.cli.output import say
-from groupwise.cli.parsing import Command, Parser
+from groupwise.cli.parsing import Command, Parser, whole_number
 from groupwise.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,4 +60,31 @@ RUNS = Command(
     summary="list all runs below a folder, with what they reached and where they differ",
     add_arguments=_arguments,
     run=_runs,
+)
+
+
+def _plot_arguments(parser: Parser) -> None:
+    parser.add_argument("run", nargs="+", metavar="RUN", help="run directories; several are laid over each other")
+    parser.add_argument("--output", metavar="FILE", help=".svg, .png or .pdf (default plot.svg in the first run)")
+    parser.add_argument(
+        "--metrics", metavar="A,B", help="names in metrics.jsonl (default reward, accuracy, length, entropy, mismatch)"
+    )
+    parser.add_argument("--smooth", type=whole_number(1), default=5, metavar="N", help="running mean (default 5 steps)")
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from groupwise.runs.plot import chosen_panels, draw, read_metrics
+
+    runs = [read_metrics(Path(run)) for run in args.run]
+    names = [name.strip() for name in (args.metrics or "").split(",") if name.strip()]
+    out = Path(args.output) if args.output else Path(args.run[0]) / "plot.svg"
+    draw(runs, chosen_panels(runs, names), out, smooth=args.smooth)
+    say(f"wrote {out}")
+
+
+PLOT = Command(
+    name="plot",
+    summary="draw the metrics of one run or several",
+    add_arguments=_plot_arguments,
+    run=_plot,
 )
