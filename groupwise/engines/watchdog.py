@@ -20,8 +20,8 @@ GRACE_SECONDS = 10.0
 def main() -> int:
     """`watchdog.py LOG JSON`, where JSON is a list of words."""
     log, command = Path(sys.argv[1]), json.loads(sys.argv[2])
-    for ignored in (signal.SIGINT, signal.SIGHUP):  # of the trainer's terminal: the trainer decides
-        signal.signal(ignored, signal.SIG_IGN)
+    for told in (signal.SIGINT, signal.SIGHUP):  # by the trainer's terminal: the trainer decides
+        signal.signal(told, lambda *_: None)  # not ignored: the command would inherit that, and be deaf to Ctrl-C
     with log.open("ab") as out:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True

@@ -29,6 +29,7 @@ def rules_of(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {finding["rule"]: finding for finding in summary["findings"]}
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_has_no_findings(task: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = task.config(tmp_path / "run", rollout={"max_completion_tokens": 200}, train={"steps": 25, **QUIET})
     assert run_training(config)["findings"] == []

@@ -60,7 +60,7 @@ def test_every_check_of_the_contract_passes(task: Any, kind: str, lora: dict[str
     assert len(found) == len(lines) == 10
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME)
 def test_a_run_learns_over_it_and_says_how_far_it_was_off(task: Any, tmp_path: Path, kind: str) -> None:
     with served(kind, task) as one, served(kind, task) as two:
         run_training(task.config(tmp_path / "run", rollout=over(kind, one.url, two.url)))
@@ -129,7 +129,7 @@ SABOTAGES = [
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME)
 @pytest.mark.parametrize(("trap", "lora", "said"), SABOTAGES, ids=[name for name, *_ in SABOTAGES])
 def test_a_sabotaged_update_is_caught_before_a_sample_of_it_is_trained(
     task: Any,
@@ -212,7 +212,8 @@ def test_a_server_that_dies_and_does_not_come_back_ends_the_run(task: Any, tmp_p
             run_training(config, given=Given(rewards=[reward]))
 
 
-@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_engine_that_is_frozen_behind_its_front_is_noticed(
     task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

@@ -126,6 +126,7 @@ def test_a_pipe_gets_whole_lines_and_nothing_that_acts(task: Any, own_folder: Pa
     assert done.stdout.decode().splitlines()[0].startswith("done: 4 steps")
 
 
+@pytest.mark.slow
 def test_supervised_lines_are_thinned_and_the_last_is_there(task: Any, own_folder: Path) -> None:
     given = [str(task.worked) if flag == str(task.rows) else flag for flag in task.supervised_flags(own_folder / "sft")]
     arguments = [*given, "--train.steps", "150", "--tracking.backends", "console"]
