@@ -6,11 +6,12 @@ Nothing here imports torch.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from groupwise.batches import Knobs, MiniBatch, ScoreRequest
 from groupwise.inputs import SampleKey
-from groupwise.types import Completion, Done, EngineCaps, Message, Prompt, Reply, SampleRequest, Segment
+from groupwise.types import Completion, Done, Message, Prompt, Reply, SampleRequest, Segment
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +19,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from groupwise.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCaps:
+    """What an engine can promise. The trainer refuses a configuration that these cannot make exact.
+
+    Attributes:
+        exact_logprobs: its log-probs are those of the trainer's own forward, so no second forward is needed.
+        seeded: a sample depends on weights, prompt, seed and index alone.
+        logprobs: it has log-probs of the distribution that it draws from; without, the trainer's own stand for them.
+        routes: it tells which experts were chosen.
+        scores: it scores given tokens.
+        images: it takes inputs with images.
+    """
+
+    name: str
+    exact_logprobs: bool
+    seeded: bool
+    logprobs: bool = True
+    routes: bool = False
+    scores: bool = False
+    images: bool = False
 
 
 class Engine(Protocol):

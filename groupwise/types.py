@@ -355,28 +355,6 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineCaps:
-    """What an engine can promise. The trainer refuses a configuration that these cannot make exact.
-
-    Attributes:
-        exact_logprobs: its log-probs are those of the trainer's own forward, so no second forward is needed.
-        seeded: a sample depends on weights, prompt, seed and index alone.
-        logprobs: it has log-probs of the distribution that it draws from; without, the trainer's own stand for them.
-        routes: it tells which experts were chosen.
-        scores: it scores given tokens.
-        images: it takes inputs with images.
-    """
-
-    name: str
-    exact_logprobs: bool
-    seeded: bool
-    logprobs: bool = True
-    routes: bool = False
-    scores: bool = False
-    images: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Reply:
     """An environment's answer to a turn, after which the model goes on.
 

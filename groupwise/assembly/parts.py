@@ -26,7 +26,7 @@ from groupwise.model.loading import load_model
 from groupwise.placement import InProcess
 from groupwise.policy import LocalPolicy
 from groupwise.policy.upkeep import AdaptiveEntropy, ReferenceSync, Upkeep
-from groupwise.protocols import Policy, Stateful
+from groupwise.protocols import EngineCaps, Policy, Stateful
 from groupwise.resume import Identity, Start
 from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, LogprobPass, Producer, Selection
@@ -38,7 +38,7 @@ from groupwise.rundir import RunDirectory
 from groupwise.sft import SupervisedLoss, SupervisedSource
 from groupwise.tracking import Trackers, build_trackers
 from groupwise.train import TrainParts
-from groupwise.types import EngineCaps, RolloutGroup
+from groupwise.types import RolloutGroup
 from groupwise.watching import Watcher
 from groupwise.weight_sync import Unsynced
 

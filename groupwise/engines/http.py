@@ -15,7 +15,8 @@ from groupwise.engines.dialects.base import Drawn, Facts
 from groupwise.engines.member import Member, Prover
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
-from groupwise.types import Completion, EngineCaps, SampleRequest
+from groupwise.protocols import EngineCaps
+from groupwise.types import Completion, SampleRequest
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ def main() -> int:
     """`watchdog.py LOG JSON`, where JSON is a list of words."""
     log, command = Path(sys.argv[1]), json.loads(sys.argv[2])
     for told in (signal.SIGINT, signal.SIGHUP):  # by the trainer's terminal: the trainer decides
-        signal.signal(told, lambda *_: None)  # not ignored: the command would inherit that, and be deaf to Ctrl-C
+        signal.signal(told, _go_on)  # not ignored: the command would inherit that, and be deaf to Ctrl-C
     with log.open("ab") as out:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
@@ -30,6 +30,10 @@ def main() -> int:
     code = child.wait()
     _end_session(child.pid)  # what it left behind
     return code if code >= 0 else 128 - code
+
+
+def _go_on(number: int, frame: object) -> None:
+    """It is for the trainer to say."""
 
 
 def _listen(child: "subprocess.Popen[bytes]") -> None:

@@ -12,7 +12,8 @@ from groupwise.engines.connection import Connection
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
 from groupwise.inputs import SampleKey
-from groupwise.types import EngineCaps, FinishReason, SampleRequest
+from groupwise.protocols import EngineCaps
+from groupwise.types import FinishReason, SampleRequest
 
 Answer: TypeAlias = Any
 """JSON, as a server sent it."""

@@ -16,7 +16,8 @@ from groupwise.engines.connection import Connection, Refused
 from groupwise.engines.dialects.base import Answer, Call, Drawn, Facts, Whose, new_name, seed_of, tokens_of
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
-from groupwise.types import EngineCaps, FinishReason, SampleRequest
+from groupwise.protocols import EngineCaps
+from groupwise.types import FinishReason, SampleRequest
 
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 _CONTROL_SECONDS = 60.0

@@ -12,7 +12,8 @@ from groupwise.engines.connection import Connection, Refused
 from groupwise.engines.dialects.base import Answer, Call, Drawn, Facts, KeptOld, Whose, tokens_of
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
-from groupwise.types import EngineCaps, SampleRequest
+from groupwise.protocols import EngineCaps
+from groupwise.types import SampleRequest
 
 _NO_KEY = (401, 403)
 

@@ -25,7 +25,8 @@ from groupwise.engines.dialects.base import (
 )
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
-from groupwise.types import EngineCaps, FinishReason, SampleRequest
+from groupwise.protocols import EngineCaps
+from groupwise.types import FinishReason, SampleRequest
 
 _CONTROL_SECONDS = 60.0
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}

@@ -28,7 +28,8 @@ from groupwise.engines.dialects.base import (
 )
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError, EngineLost
-from groupwise.types import EngineCaps, FinishReason, SampleRequest
+from groupwise.protocols import EngineCaps
+from groupwise.types import FinishReason, SampleRequest
 
 _GENERATE = "/inference/v1/generate"
 _CONTROL_SECONDS = 60.0

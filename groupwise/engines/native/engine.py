@@ -24,7 +24,8 @@ from groupwise.errors import EngineError
 from groupwise.model.fast_cpu.linear import ordered_weights
 from groupwise.model.forward.hidden_states import depends_on_length
 from groupwise.model.loading import LoadedModel
-from groupwise.types import Completion, EngineCaps, FinishReason, SampleRequest
+from groupwise.protocols import EngineCaps
+from groupwise.types import Completion, FinishReason, SampleRequest
 
 _LOOK_SECONDS = 0.02
 """How often a stream looks at what was drawn."""

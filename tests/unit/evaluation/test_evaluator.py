@@ -19,11 +19,12 @@ from groupwise.evaluation.counted import counted_remarks, counted_rewards
 from groupwise.files import json_line
 from groupwise.inputs import ModelInput
 from groupwise.metrics import resolve
+from groupwise.protocols import EngineCaps
 from groupwise.rewards import RewardScorer
 from groupwise.rollout.episode import sampled_by
 from groupwise.rollout.sampling import eval_sampling
 from groupwise.trajectories import eval_from_json, eval_to_json
-from groupwise.types import Completion, EngineCaps, FinishReason, Prompt, Rollout, SampleRequest, SamplingParams
+from groupwise.types import Completion, FinishReason, Prompt, Rollout, SampleRequest, SamplingParams
 
 ANSWERS: dict[str, Sequence[str]] = {}
 """What the engine says to each prompt."""

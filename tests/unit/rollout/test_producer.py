@@ -13,10 +13,11 @@ from groupwise.data import PromptSampler
 from groupwise.environments import SINGLE_TURN
 from groupwise.errors import CheckpointError, EngineError
 from groupwise.inputs import ModelInput, SampleKey
+from groupwise.protocols import EngineCaps
 from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, Producer
 from groupwise.rollout.episode import run_group, sampled_by
-from groupwise.types import Completion, EngineCaps, FinishReason, Prompt, RolloutGroup, SampleRequest, SamplingParams
+from groupwise.types import Completion, FinishReason, Prompt, RolloutGroup, SampleRequest, SamplingParams
 
 COLUMNS: dict[str, dict[str, Any]] = {}
 """Of every prompt, by its uid: a request holds what a model is given, and no more."""

@@ -16,11 +16,12 @@ from groupwise.data import PromptSampler
 from groupwise.environments import SINGLE_TURN
 from groupwise.inputs import ModelInput
 from groupwise.metrics import resolve
+from groupwise.protocols import EngineCaps
 from groupwise.rewards import RewardScorer
 from groupwise.rollout import Buffer, Producer, Selection
 from groupwise.rollout.episode import sampled_by
 from groupwise.rollout.selection import Selected
-from groupwise.types import Completion, EngineCaps, Prompt, RolloutGroup, SampleRequest, SamplingParams
+from groupwise.types import Completion, Prompt, RolloutGroup, SampleRequest, SamplingParams
 
 
 class Engine:
