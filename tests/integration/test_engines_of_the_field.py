@@ -352,3 +352,48 @@ def test_samples_that_were_lost_are_neither_missing_nor_counted_twice(task: Any,
     keys = [(row["step"], row["uid"]) for row in rows_of(tmp_path / "run", "ledger.jsonl")]
     assert len(keys) == len(set(keys)) == 16
     assert not math.isnan(sum(row["step"] for row in rows_of(tmp_path / "run", "ledger.jsonl")))
+
+
+ENVIRONMENT = """
+from groupwise.types import Done, Reply
+
+
+class Nods:
+    def __init__(self, *_, **__):
+        self.turns = 0
+
+    def begin(self, prompt, key):
+        return None
+
+    def answer(self, turn):
+        self.turns += 1
+        return Reply(text=" ok ", reward=len(turn.token_ids) / 10) if self.turns < 3 else Done(reward=float(self.turns))
+
+    def close(self):
+        pass
+
+
+def make(*_, **__):
+    return Nods()
+"""
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_turns_of_an_environment_go_on_where_they_were(task: Any, tmp_path: Path, kind: str) -> None:
+    """What follows the prompt is sent again, as tokens, and the next turn has another seed."""
+    file = tmp_path / "nods.py"
+    file.write_text(ENVIRONMENT)
+    with served(kind, task) as serving:
+        config = task.config(
+            tmp_path / "run",
+            reward=[],
+            environment={"name": f"{file}:make", "max_turns": 3},
+            rollout=over(kind, serving.url, stop_token_ids=list(range(60, 160)), max_completion_tokens=48),
+            train={"steps": 1},
+        )
+        run_training(config)
+        asked = [body for _, path, body in serving.contract.seen if "generate" in path]
+    lengths = {len(body.get("token_ids") or body.get("input_ids")) for body in asked}
+    assert len(lengths) > 3
+    [step] = [row for row in rows_of(tmp_path / "run", "metrics.jsonl") if "reward" in row]
+    assert 0 < step["sampling/sampling_logp_difference/mean"] < 1e-5
