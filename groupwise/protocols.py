@@ -131,6 +131,10 @@ class WeightSync(Protocol):
         """
         ...
 
+    async def rest(self) -> None:
+        """Nothing is sampled until the next `publish`."""
+        ...
+
     async def wait(self) -> None:
         """Until the last `publish` has read all that it reads: then weights may change."""
         ...

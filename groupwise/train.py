@@ -107,6 +107,7 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
         parts.watcher.begins(step + 1, parts.num_steps)
         clock = Clock()
         batch = await parts.source.take(step, clock)
+        await parts.weight_sync.rest()
         learned: list[Metrics] = []
         for minibatch in batch.minibatches:
             with clock("train"):

@@ -23,6 +23,11 @@ class RolloutConfig(Section):
     engine_timeout: float = Field(
         300.0, gt=0, description="seconds to wait for a server that does not answer, before the run ends"
     )
+    engine_sleeps: bool = Field(
+        False,
+        description="vllm, sglang and lmdeploy give their GPU memory back while the policy learns, as where both share "
+        "one",
+    )
     weights_dir: str | None = Field(
         None,
         description="folder that weights travel through, under one name for trainer and servers, such as one in "

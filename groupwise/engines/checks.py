@@ -24,7 +24,7 @@ OLDEST: Mapping[str, tuple[int, ...]] = {"vllm": (0, 32), "sglang": (0, 5, 23), 
 _NEED_GPU = ("sglang", "lmdeploy")
 _SERVER_PACKAGES = ("starlette", "uvicorn", "httpx")
 _CLIENT_PACKAGES = ("httpx",)
-_ELSEWHERE = ("urls", "launch", "engine_timeout", "weights_dir", "sync_tolerance")
+_ELSEWHERE = ("urls", "launch", "engine_timeout", "engine_sleeps", "weights_dir", "sync_tolerance")
 _IMPORT_SECONDS = 60
 
 
@@ -58,6 +58,10 @@ def check_engine(rollout: RolloutConfig, *, trains: bool = True) -> None:
         raise ConfigError(
             f"{' and '.join(unknown)} does not go with rollout.engine = 'openai', whose interface has no such setting; "
             "leave it out"
+        )
+    if rollout.engine_sleeps and name not in OLDEST:
+        raise ConfigError(
+            f"rollout.engine_sleeps has no effect with rollout.engine = {name!r}, which does not sleep; leave it out"
         )
     if trains:
         _check_trains(rollout)

@@ -90,6 +90,8 @@ def _vllm(start: Start) -> Command:
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     if start.on_gpu:
         words += ["--tensor-parallel-size", str(launch.tensor_parallel)]
+        if rollout.engine_sleeps:
+            words += ["--enable-sleep-mode"]
         if launch.gpu_memory is not None:
             words += ["--gpu-memory-utilization", str(launch.gpu_memory)]
     else:
@@ -111,6 +113,8 @@ def _sglang(start: Start) -> Command:
     ]
     if launch.gpu_memory is not None:
         words += ["--mem-fraction-static", str(launch.gpu_memory)]
+    if rollout.engine_sleeps:
+        words += ["--enable-memory-saver"]
     if start.lora_rank:
         words += ["--enable-lora", "--max-loras-per-batch", "2", "--max-lora-rank", str(start.lora_rank)]
         words += ["--lora-target-modules", "all"]

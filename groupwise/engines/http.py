@@ -163,6 +163,10 @@ class HttpEngine:
         """Until each server's proof is there."""
         await asyncio.gather(*(member.proven() for member in self.members))
 
+    async def rest(self) -> None:
+        """Nothing is drawn until the next weights come: give memory back."""
+        await asyncio.gather(*(member.rest() for member in self.members))
+
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:
         """End these requests (or all) now."""
         names = None if request_ids is None else set(request_ids)

@@ -94,6 +94,7 @@ class Member:
         self._proof: asyncio.Future[None] | None = None
         self._broken_proofs = 0
         self._generation = 0
+        self._asleep = False
         self._mending = asyncio.Lock()
         self._names: dict[str, set[str]] = {}
 
@@ -195,6 +196,7 @@ class Member:
             while True:
                 try:
                     await self.reach()
+                    await self._wake()
                     await self._load(ref)
                     return
                 except EngineLost as lost:
@@ -203,8 +205,25 @@ class Member:
                     logger.warning("%s; bringing it version %d again", lost, ref.version)
                     await self._bring_back(ref, deadline)
 
+    async def rest(self) -> None:
+        """Give memory back until the next weights come. A server that is lost meanwhile is found to be then."""
+        if self._asleep or self._ref is None:
+            return
+        self._asleep = True
+        if self._dialect.restarts and self._launcher is not None:
+            await self._launcher.kill()
+            return
+        with suppress(EngineLost):
+            await self._dialect.sleep(self._server)
+
+    async def _wake(self) -> None:
+        if self._asleep and not self._dialect.restarts:
+            await self._dialect.wake(self._server)
+        self._asleep = False
+
     async def _start(self, ref: WeightRef) -> None:
         assert self._launcher is not None
+        self._asleep = False
         await self._launcher.start(ref)
         self._facts = None
         await self.reach()

@@ -112,4 +112,4 @@ class InProcess:
         )
         given = rollout.weights_dir
         root = self.run.path / "weights" if given is None else Path(given)
-        return DirectorySync(policy, engine, root, canary=canary)
+        return DirectorySync(policy, engine, root, canary=canary, sleeps=rollout.engine_sleeps)

@@ -25,18 +25,27 @@ class DirectorySync:
         root: where the folders go: a disk, or memory such as `/dev/shm`, that the servers see under the same name.
         canary: proves a server; samples of a version wait for it.
 
+        sleeps: between the last sample of a step and the next version, servers give their memory back.
+
     Attributes:
         seconds: that the last version took to be written and loaded.
     """
 
-    def __init__(self, policy: Policy, engine: HttpEngine, root: Path, *, canary: Canary) -> None:
+    def __init__(self, policy: Policy, engine: HttpEngine, root: Path, *, canary: Canary, sleeps: bool = False) -> None:
         self._policy = policy
         self._engine = engine
         self._root = root.absolute()
         self._canary = canary
+        self._sleeps = sleeps
         self.seconds = 0.0
         self._bytes = 0
         engine.prover = canary.prove
+
+    async def rest(self) -> None:
+        """Let the servers sleep, where they are to."""
+        await self.wait()
+        if self._sleeps:
+            await self._engine.rest()
 
     async def wait(self) -> None:
         """The proof reads weights; samples waited for it already, where there were any.

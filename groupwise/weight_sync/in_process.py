@@ -21,6 +21,9 @@ class InProcessSync:
         self._policy = policy
         self._engine = engine
 
+    async def rest(self) -> None:
+        """What the engine keeps is the policy's own."""
+
     async def wait(self) -> None:
         """Nothing is under way between calls."""
 
@@ -43,6 +46,9 @@ class InProcessSync:
 
 class Unsynced:
     """No engine samples from the policy, as in supervised training."""
+
+    async def rest(self) -> None:
+        """Nobody samples."""
 
     async def wait(self) -> None:
         """Nothing is under way."""

@@ -26,6 +26,7 @@ from groupwise.engines.launch import EngineProcess
 from groupwise.engines.weights import WeightRef
 from groupwise.errors import ConfigError, EngineError
 from groupwise.launch import Given, run_training
+from groupwise.policy import Learner
 from tests.engines.contract import lmdeploy, openai, server, sglang, vllm
 
 KINDS: dict[str, Any] = {"vllm": vllm, "sglang": sglang}
@@ -192,6 +193,27 @@ def test_a_cache_that_was_not_forgotten_is_asked_to_again(task: Any, tmp_path: P
         config = task.config(tmp_path / "run", reward=[], rollout=over(kind, serving.url))
         run_training(config, given=Given(rewards=[reward]))
     assert reward.calls == 16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_engine_that_shares_the_gpu_sleeps_while_the_policy_learns(
+    task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """It is asleep in every backward pass, and awake for every sample."""
+    asleep: list[bool] = []
+    real = Learner.learn
+    with served(kind, task) as serving:
+
+        def watched(self: Learner, *words: Any, **named: Any) -> Any:
+            asleep.append(bool(serving.contract.engine.asleep))
+            return real(self, *words, **named)
+
+        monkeypatch.setattr(Learner, "learn", watched)
+        run_training(task.config(tmp_path / "run", rollout=over(kind, serving.url, engine_sleeps=True)))
+        assert not serving.contract.engine.asleep
+    assert asleep == [True] * 4
+    steps = [row for row in rows_of(tmp_path / "run", "metrics.jsonl") if "reward" in row]
+    assert all(row["sync/verified"] == 1 for row in steps)
 
 
 def test_half_a_load_is_never_served(task: Any, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ _SETTINGS = (
     "rollout.urls",
     "rollout.launch.",
     "rollout.engine_timeout",
+    "rollout.engine_sleeps",
     "rollout.weights_dir",
     "rollout.sync_tolerance",
     "rollout.kv_cache_gib",

@@ -157,6 +157,14 @@ class Dialect(Protocol):
         """
         ...
 
+    async def sleep(self, server: Connection) -> None:
+        """Give memory back; nothing is drawn until `wake`."""
+        ...
+
+    async def wake(self, server: Connection) -> None:
+        """Take it again; then weights are loaded."""
+        ...
+
     async def abort(self, server: Connection, names: Sequence[str] | None) -> None:
         """End these requests, or all."""
         ...

@@ -161,6 +161,12 @@ class LmDeploy:
     async def load(self, server: Connection, ref: WeightRef, facts: Facts) -> None:
         """It was started with these weights."""
 
+    async def sleep(self, server: Connection) -> None:
+        """Its process is ended, since the next version starts it anew."""
+
+    async def wake(self, server: Connection) -> None:
+        """It is started."""
+
     async def abort(self, server: Connection, names: Sequence[str] | None) -> None:
         """Of single ones it hears nothing: they end when their connection does."""
         if names is None:

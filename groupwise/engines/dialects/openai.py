@@ -117,6 +117,12 @@ class OpenAi:
     async def load(self, server: Connection, ref: WeightRef, facts: Facts) -> None:
         raise EngineError(f"{server.url} takes no weights")
 
+    async def sleep(self, server: Connection) -> None:
+        raise EngineError("this server does not sleep")
+
+    async def wake(self, server: Connection) -> None:
+        raise EngineError("this server does not sleep")
+
     async def abort(self, server: Connection, names: Sequence[str] | None) -> None:
         """A request ends with its connection."""
 

@@ -106,6 +106,12 @@ class Own:
         if answer.get("version") != ref.version:
             raise EngineError(f"{server.url} took version {ref.version} of the weights and says {answer!r}")
 
+    async def sleep(self, server: Connection) -> None:
+        raise EngineError("this server does not sleep")
+
+    async def wake(self, server: Connection) -> None:
+        raise EngineError("this server does not sleep")
+
     async def abort(self, server: Connection, names: Sequence[str] | None) -> None:
         """By the samples' own names."""
         given = None if names is None else tuple(names)

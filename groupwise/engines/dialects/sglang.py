@@ -227,6 +227,14 @@ class SgLang:
             except Refused:
                 continue  # it was unloaded before, or never there
 
+    async def sleep(self, server: Connection) -> None:
+        """It has to be started with `--enable-memory-saver`."""
+        await server.post("/release_memory_occupation", {}, seconds=_CONTROL_SECONDS)
+
+    async def wake(self, server: Connection) -> None:
+        """See `Dialect.wake`."""
+        await server.post("/resume_memory_occupation", {}, seconds=_CONTROL_SECONDS)
+
     async def abort(self, server: Connection, names: Sequence[str] | None) -> None:
         """See `Dialect.abort`."""
         bodies: list[dict[str, Any]] = [{"abort_all": True}] if names is None else [{"rid": name} for name in names]

@@ -293,6 +293,14 @@ class Vllm:
             except Refused:
                 continue  # it was unloaded before, or never there
 
+    async def sleep(self, server: Connection) -> None:
+        """Its weights go to the host's memory: of the two levels, the one that a failed load can come back from."""
+        await self._control(server, "/sleep", query={"level": "1"})
+
+    async def wake(self, server: Connection) -> None:
+        """See `Dialect.wake`."""
+        await self._control(server, "/wake_up")
+
     async def abort(self, server: Connection, names: Sequence[str] | None) -> None:
         """See `Dialect.abort`."""
         body = {} if names is None else {"request_ids": [_ABORT_PREFIX + name for name in names]}
