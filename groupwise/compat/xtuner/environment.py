@@ -34,8 +34,9 @@ def script_variables(*, backend: str, model: str, train: str, evaluation: str) -
         ConfigError: the backend is none of XTuner's and no engine of groupwise.
     """
     name = backend.lower()
-    if name not in (*BACKENDS, *ENGINES):
-        raise ConfigError(f"BACKEND {backend!r} is unknown; expected one of {', '.join((*BACKENDS, *ENGINES))}")
+    known = dict.fromkeys((*BACKENDS, *ENGINES))
+    if name not in known:
+        raise ConfigError(f"BACKEND {backend!r} is unknown; expected one of {', '.join(known)}")
     place = Path("work_dirs").absolute() / f"{Path(model).name}_{Path(train).parent.name}_{name}"
     theirs = {
         "ACCELERATOR": "GPU",
