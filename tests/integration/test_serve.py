@@ -249,7 +249,8 @@ def test_a_key_is_asked_for_everywhere_but_by_probes(task: Any, monkeypatch: pyt
         server.stop()
 
 
-@pytest.mark.parametrize("lora", [{}, pytest.param({"rank": 2}, marks=pytest.mark.slow)], ids=["whole", "adapter"])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [{}, {"rank": 2}], ids=["whole", "adapter"])
 def test_a_run_is_followed(task: Any, tmp_path: Path, lora: dict[str, Any]) -> None:
     """The server takes each checkpoint as it appears, and draws as the model of that step does."""
     run = tmp_path / "run"

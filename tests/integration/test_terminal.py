@@ -109,6 +109,7 @@ def test_lines_fit_the_terminal(task: Any, own_folder: Path, columns: int, fourt
     assert max(map(cell_len, end)) <= columns
 
 
+@pytest.mark.slow
 def test_no_color_has_no_color(task: Any, own_folder: Path) -> None:
     arguments = ("train", *flags(task, own_folder / "one"), "--tracking.samples_every", "4")
     colors = r"\x1b\[[0-9;]*?\b(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])\b[0-9;]*m"
