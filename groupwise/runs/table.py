@@ -41,8 +41,7 @@ def differing(runs: Sequence[RunRecord]) -> list[str]:
     return [
         name
         for name in names
-        if not name.startswith(_NOT_COMPARED)
-        and len({literal(settings.get(name)) for settings in readable}) > 1
+        if not name.startswith(_NOT_COMPARED) and len({literal(settings.get(name)) for settings in readable}) > 1
     ]
 
 
@@ -56,8 +55,10 @@ def table(runs: Sequence[RunRecord], *, root: Path, width: int) -> list[str]:
     lines: list[str] = []
     for run, row in zip((None, *runs), rows, strict=True):
         cells = [_fitted(row[0], sizes[0])]
-        cells += [cell.ljust(size) if column == 1 else cell.rjust(size)
-                  for column, (cell, size) in enumerate(zip(row[1:], sizes[1:], strict=True), 1)]
+        cells += [
+            cell.ljust(size) if column == 1 else cell.rjust(size)
+            for column, (cell, size) in enumerate(zip(row[1:], sizes[1:], strict=True), 1)
+        ]
         last = "differs in" if run is None else _differences(run, names)
         lines.append("  ".join([*cells, last])[:width].rstrip())
     return lines

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from groupwise.cli import main
-from groupwise.runs.plot import chosen_panels, read_metrics
 from groupwise.runs import SORTED_BY, differing, find_runs, read_run, sort_runs, table
+from groupwise.runs.plot import chosen_panels, read_metrics
 
 CONFIG: dict[str, Any] = {
     section: {}
@@ -27,7 +27,9 @@ def make(root: Path, name: str, *, steps: int = 3, lock: dict[str, Any] | None =
     config |= {"train": {"steps": 5, "output": str(run)}, "optim": {"lr": settings.get("lr", 1e-6)}, "reward": []}
     (run / "config.json").write_text(json.dumps(config))
     rows = [{"step": 0, "eval/accuracy": 0.25}]
-    rows += [{"step": n, "reward": n / 10, "time/step": 2.0, "eval/accuracy": 0.25 + n / 10} for n in range(1, steps + 1)]
+    rows += [
+        {"step": n, "reward": n / 10, "time/step": 2.0, "eval/accuracy": 0.25 + n / 10} for n in range(1, steps + 1)
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 99, "rew')
     if settings.get("summary"):
         (run / "summary.json").write_text(json.dumps({"steps": steps, "seconds": 12.5, "findings": [{}, {}]}))
@@ -145,7 +147,9 @@ def test_runs_are_drawn_and_the_same_run_gives_the_same_file(
 
 def test_a_curve_leaves_out_what_is_missing_and_is_smoothed(tmp_path: Path) -> None:
     rows = [{"step": 0, "eval/accuracy": 0.1}, *({"step": k, "reward": k / 10} for k in range(1, 9))]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"step": 9, "reward": None}]))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"step": 9, "reward": None}])
+    )
     curve = read_metrics(tmp_path).curve("reward")
     assert curve.steps == tuple(range(1, 9))
     assert curve.smoothed(2)[:3] == pytest.approx((0.1, 0.15, 0.25))
