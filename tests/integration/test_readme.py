@@ -132,7 +132,9 @@ def run_make(words: list[str]) -> None:
 
 def run_pip(words: list[str]) -> None:
     """Asserts that what would be installed is there: this environment is the outcome."""
-    assert words in (["install", "-c", "constraints.txt", "torch"], ["install", "-c", "constraints.txt", "-e", "."])
+    constrained = ["install", "-c", "constraints.txt"]
+    assert words in ([*constrained, "torch"], [*constrained, "-e", ".[plot]"])
+    assert "\nplot = [" in Path("pyproject.toml").read_text(encoding="utf-8")
     assert "torch==" in Path("constraints.txt").read_text(encoding="utf-8")
     assert 'name = "groupwise"' in Path("pyproject.toml").read_text(encoding="utf-8")
 
