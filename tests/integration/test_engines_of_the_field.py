@@ -306,6 +306,7 @@ def sessions_of(text: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_started_engine_is_watched_restarted_and_leaves_nothing(task: Any, tmp_path: Path) -> None:
     port = "18437"
     contract = _Contract(task)
