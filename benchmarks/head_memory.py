@@ -46,7 +46,7 @@ class Work:
 def measure(work: Work) -> dict[str, Any]:
     """Peak bytes of one pass above what was there before it, and its seconds of processor time."""
     import torch
-    from gpu_models import ModelShape, build_model
+    from gpu.shapes import ModelShape, build_model
 
     from groupwise.model.loading import resolve_device, resolve_dtype
 

@@ -9,12 +9,17 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from groupwise.model.loading import LoadedModel, wrap_model
+from groupwise.config import LoraConfig
+from groupwise.model.loading import LoadedModel, with_adapter, wrap_model
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The shape of a Qwen3 with tied embeddings."""
+    """The shape of a Qwen3.
+
+    Attributes:
+        tied: embedding and head are one matrix.
+    """
 
     hidden: int
     layers: int
@@ -23,6 +28,7 @@ class ModelShape:
     head_dim: int
     mlp: int
     vocab: int
+    tied: bool = True
 
     @property
     def layer_weights(self) -> int:
@@ -48,6 +54,8 @@ SHAPES = {
     "tiny": ModelShape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=32, mlp=128, vocab=512),
     "0.6b": ModelShape(hidden=1024, layers=28, heads=16, kv_heads=8, head_dim=128, mlp=3072, vocab=151_936),
     "1.7b": ModelShape(hidden=2048, layers=28, heads=16, kv_heads=8, head_dim=128, mlp=6144, vocab=151_936),
+    "4b": ModelShape(hidden=2560, layers=36, heads=32, kv_heads=8, head_dim=128, mlp=9728, vocab=151_936),
+    "8b": ModelShape(hidden=4096, layers=36, heads=32, kv_heads=8, head_dim=128, mlp=12_288, vocab=151_936, tied=False),
 }
 
 
@@ -61,15 +69,20 @@ class NoTokenizer:
         return f"{len(token_ids)} tokens"
 
 
-def build_model(
-    shape: ModelShape, device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False
-) -> LoadedModel:
-    config = Qwen3Config(
+def hf_config(shape: ModelShape) -> Qwen3Config:
+    return Qwen3Config(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.mlp, head_dim=shape.head_dim,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        tie_word_embeddings=shape.tied, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        architectures=["Qwen3ForCausalLM"],
     )  # fmt: skip
+
+
+def build_model(
+    shape: ModelShape, device: torch.device, dtype: torch.dtype, *, batch_invariant: bool = False, lora_rank: int = 0
+) -> LoadedModel:
     torch.manual_seed(0)
     with torch.device(device):
-        model: PreTrainedModel = Qwen3ForCausalLM._from_config(config, dtype=dtype)
-    return wrap_model(model, cast(Any, NoTokenizer()), batch_invariant=batch_invariant)
+        model: PreTrainedModel = Qwen3ForCausalLM._from_config(hf_config(shape), dtype=dtype)
+    loaded = wrap_model(model, cast(Any, NoTokenizer()), batch_invariant=batch_invariant)
+    return with_adapter(loaded, LoraConfig(rank=lora_rank))  # type: ignore[call-arg]
