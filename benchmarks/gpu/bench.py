@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu.shapes import ModelShape
 
+from gpu.shapes import ModelShape
 from groupwise.model.loading import LoadedModel
 
 
@@ -133,8 +133,6 @@ def measure_ceiling(bench: Bench, size: int) -> Ceiling:
         tflops=flops / 1e12, copy_tb_per_s=bandwidth / 1e12, us_per_launch=_micro(launch_seconds(device)),
     )  # fmt: skip
     return Ceiling(flops, bandwidth)
-
-
 
 
 def _micro(seconds: float | None) -> float | None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+
 from gpu.bench import Bench, Ceiling
 from gpu.shapes import ModelShape
-
 from groupwise.batches import TrainingRow
 from groupwise.config import RolloutConfig
 from groupwise.engines.native import NativeEngine
@@ -136,10 +136,8 @@ def measure_decode(bench: Bench, ceiling: Ceiling, samples: int, *, graphs: bool
     floor = max(read / ceiling.bandwidth, 2 * count * bench.shape.weights / ceiling.flops)
     per_step = found.seconds / steps
     bench.record(
-        "decode", samples=count, graphs=graphs and bench.device.type == "cuda", prompt_tokens=bench.prompt_tokens, tokens=found.tokens, capped=found.capped,
-        tokens_per_s=found.tokens_per_s, ms_per_step=per_step * 1e3, floor_ms_per_step=floor * 1e3,
-        percent_of_floor=100 * floor / per_step, peak_gib=bench.peak_gib(),
+        "decode", samples=count, graphs=graphs and bench.device.type == "cuda", prompt_tokens=bench.prompt_tokens,
+        tokens=found.tokens, capped=found.capped, tokens_per_s=found.tokens_per_s, ms_per_step=per_step * 1e3,
+        floor_ms_per_step=floor * 1e3, percent_of_floor=100 * floor / per_step, peak_gib=bench.peak_gib(),
     )  # fmt: skip
     return found
-
-

@@ -1,4 +1,4 @@
-"""All parts in turn, each in a process of its own with a limit: what hangs or ends badly takes no other part with it."""
+"""All parts in turn, each in a process of its own with a limit: what hangs or ends badly takes no other part along."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PARTS = (
     Part("learning", (*_SELF, "learning"), 120,
          (*_SELF, "learning", "--device", "cpu", "--steps", "4", "--warm-up-steps", "3")),
     Part("1.7b", (*_SELF, "model", "--model-shape", "1.7b", "--cap", "30"), 90),
-    Part("8b", (*_SELF, "model", "--model-shape", "8b", "--samples", "64", "256", "--lora-rank", "16", "--cap", "30"), 120),
+    Part("8b", (*_SELF, "model", "--model-shape", "8b", "--lora-rank", "16", "--cap", "30"), 120),
 )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from gpu.bench import write_record
-
 from groupwise.config import Config
 from groupwise.launch import run_sft, run_training
 from groupwise.quickstart.recipe import prepare

@@ -12,7 +12,6 @@ from gpu.bench import Bench, Ceiling, measure_ceiling
 from gpu.decode import ENTROPY, make_prompts, measure_decode, set_entropy
 from gpu.shapes import SHAPES, build_model
 from gpu.training import measure_training
-
 from groupwise.model.invariant.use import require_gpu
 from groupwise.model.loading import resolve_device, resolve_dtype
 

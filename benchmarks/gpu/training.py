@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from gpu.bench import Bench, Ceiling, median_seconds
 from gpu.decode import Sampled
 from gpu.shapes import ModelShape
-from torch import Tensor
-
 from groupwise.algorithms import build_algorithm
 from groupwise.batches import Denominators
 from groupwise.config import AlgorithmConfig, OptimConfig, TrainConfig
@@ -85,5 +85,3 @@ def measure_training(bench: Bench, ceiling: Ceiling, found: Sampled) -> float:
         tflops=flops / seconds / 1e12, mfu_percent=100 * flops / seconds / ceiling.flops, peak_gib=bench.peak_gib(),
     )  # fmt: skip
     return tokens / seconds
-
-

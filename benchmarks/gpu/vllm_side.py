@@ -1,4 +1,4 @@
-"""vLLM on the same card, the same shape with random weights, the same prompts and lengths, log-probs of what is drawn."""
+"""vLLM on the same card: the same shape with random weights, prompts and lengths, and log-probs of what is drawn."""
 
 from __future__ import annotations
 

@@ -22,6 +22,8 @@ def load(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
     def load_script(name: str) -> ModuleType:
+        if (BENCHMARKS / name.split(".")[0]).is_dir():
+            return importlib.import_module(name)
         spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
@@ -37,7 +39,6 @@ def load(monkeypatch: pytest.MonkeyPatch):
     ("script", "option"),
     [
         ("vs_trl", "--kl-coef"),
-        ("gpu", "--model-shape"),
         ("off_loop", "--threads"),
         ("engines", "--vllm"),
         ("serve", "--clients"),
@@ -61,17 +62,31 @@ def test_the_doctor_costs_less_than_a_hundredth_of_a_step(load, capsys: pytest.C
     assert "3 pairs; a step without the doctor" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("part", "option"), [("all", "--seconds"), ("model", "--model-shape"), ("vllm", "--site"), ("learning", "--steps")]
+)
+def test_help_of_the_gpu_benchmarks_parts(load, capsys: pytest.CaptureFixture[str], part: str, option: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        load("gpu.__main__").main([part, "--help"])
+    assert ended.value.code == 0
+    assert option in capsys.readouterr().out
+
+
+TINY = ("--model-shape", "tiny", "--device", "cpu")
+
+
 def test_gpu_benchmark_on_a_cpu(load, tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
-    arguments = ["--model-shape", "tiny", "--device", "cpu", "--samples", "8", "16", "--tokens", "6"]
-    load("gpu").main([*arguments, "--prompt-tokens", "9", "--matmul-size", "64", "--json", str(out)])
+    arguments = ["model", *TINY, "--samples", "8", "16", "--tokens", "6", "--eager"]
+    load("gpu.__main__").main([*arguments, "--prompt-tokens", "9", "--matmul-size", "64", "--json", str(out)])
 
     rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
-    assert [row["section"] for row in rows] == ["ceiling", "model", "decode", "decode", "mismatch", "training"]
+    sections = ["ceiling", "model", "decode", "decode", "decode", "mismatch", "training"]
+    assert [row["section"] for row in rows] == sections
     assert not [row for row in rows for value in row.values() if isinstance(value, float) and not math.isfinite(value)]
-    ceiling, model, first, second, mismatch, training = rows
+    ceiling, model, eager, first, second, mismatch, training = rows
     assert model["entropy_nats"] == pytest.approx(1.0, abs=0.1)
-    assert (first["tokens"], second["tokens"]) == (8 * 6, 16 * 6)
+    assert (eager["tokens"], first["tokens"], second["tokens"]) == (8 * 6, 8 * 6, 16 * 6)
     assert not first["capped"]
     assert (mismatch["compared"], mismatch["unequal"], mismatch["max"]) == (16 * 6, 0, 0.0)
     assert training["tokens"] == 16 * (9 + 6)
@@ -85,12 +100,12 @@ def test_gpu_benchmark_refuses_batch_invariance_on_a_cpu(load) -> None:
     from groupwise.errors import ConfigError
 
     with pytest.raises(ConfigError, match="leave it out"):
-        load("gpu").main(["--model-shape", "tiny", "--device", "cpu", "--batch-invariant"])
+        load("gpu.__main__").main(["model", *TINY, "--batch-invariant"])
 
 
 def test_price_of_batch_invariance_is_a_ratio_of_speeds(load, capsys: pytest.CaptureFixture[str]) -> None:
-    gpu = load("gpu")
-    bench = gpu.Bench(gpu.SHAPES["tiny"], None, prompt_tokens=1, tokens=1, micro_batch_tokens=1, cap=1.0, out=None)
+    gpu, shapes = load("gpu.model"), load("gpu.shapes")
+    bench = gpu.Bench(shapes.SHAPES["tiny"], None, prompt_tokens=1, tokens=1, micro_batch_tokens=1, cap=1.0, out=None)
     gpu.record_price(bench, gpu.Speed({8: 300.0, 16: 500.0}, 900.0), gpu.Speed({8: 100.0, 16: 250.0}, 600.0))
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["part"], row.get("samples"), row["times_slower"]) for row in rows] == [
@@ -105,9 +120,9 @@ def test_gpu_sampling_ends_at_its_cap(load) -> None:
 
     import torch
 
-    gpu = load("gpu")
-    shape = gpu.SHAPES["tiny"]
-    loaded = gpu.build_model(shape, torch.device("cpu"), torch.float32)
+    gpu, shapes = load("gpu.decode"), load("gpu.shapes")
+    shape = shapes.SHAPES["tiny"]
+    loaded = shapes.build_model(shape, torch.device("cpu"), torch.float32)
     engine = gpu.NativeEngine(loaded, gpu.RolloutConfig())
     found = asyncio.run(gpu.sample(engine, gpu.make_prompts(shape, 1, 4), 4000, cap=0.2))
     assert found.capped
@@ -116,13 +131,47 @@ def test_gpu_sampling_ends_at_its_cap(load) -> None:
 
 
 def test_training_flops_of_a_model_worked_by_hand(load) -> None:
-    gpu = load("gpu")
-    shape = gpu.ModelShape(hidden=4, layers=1, heads=2, kv_heads=1, head_dim=2, mlp=8, vocab=10)
-    row = gpu.TrainingRow(0, gpu.ModelInput.of((1, 2, 3)), gpu.ModelInput.of((4, 5)), (1, 1), (1.0, 1.0), (0.0, 0.0))
+    from groupwise.batches import TrainingRow
+    from groupwise.inputs import ModelInput
+    from groupwise.model.forward.packing import pack
+
+    shape = load("gpu.shapes").ModelShape(hidden=4, layers=1, heads=2, kv_heads=1, head_dim=2, mlp=8, vocab=10)
+    row = TrainingRow(0, ModelInput.of((1, 2, 3)), ModelInput.of((4, 5)), (1, 1), (1.0, 1.0), (0.0, 0.0))
     weights = 4 * 2 * (2 + 1 + 1 + 2) + 3 * 4 * 8
     pairs = (1 + 2 + 3) + 4
     expected = 6 * (weights * 4 + 4 * 10 * 2) + 12 * 2 * 2 * pairs
-    assert gpu.training_flops(shape, gpu.pack([row])) == expected
+    assert load("gpu.training").training_flops(shape, pack([row])) == expected
+
+
+def test_a_part_that_hangs_is_cut_and_one_that_fails_is_named(load, tmp_path: Path) -> None:
+    driver, out = load("gpu.driver"), tmp_path / "results.jsonl"
+    assert driver._run_part("good", [sys.executable, "-c", ""], 30, out)
+    assert not driver._run_part("bad", [sys.executable, "-c", "raise SystemExit(3)"], 30, out)
+    assert not driver._run_part("slow", ["sleep", "60"], 0.3, out)
+    rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    found = [(row["part"], row["outcome"]) for row in rows]
+    assert found == [("good", "ok"), ("bad", "ended with 3"), ("slow", "cut at its limit")]
+
+
+def test_a_part_that_is_not_there_is_refused(load) -> None:
+    with pytest.raises(SystemExit, match=r"no part is called 9b; there are tests, 0\.6b"):
+        load("gpu.__main__").main(["--only", "9b", "--rehearse"])
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmarks_rehearsal_on_a_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    command = [sys.executable, str(BENCHMARKS / "gpu"), "--rehearse", "--json", str(out)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert [(row["part"], row["outcome"]) for row in rows if row["section"] == "part"] == [
+        ("0.6b", "ok"),
+        ("learning", "ok"),
+    ]
+    resumed = next(row for row in rows if row["section"] == "killed_and_resumed")
+    assert resumed["equal"] is True
+    assert (resumed["steps"], resumed["mismatch_max"]) == (5, 0.0)
 
 
 def test_stopwatch_measures_whole_steps_whatever_the_order_of_calls(load) -> None:

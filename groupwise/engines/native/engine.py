@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 
 from groupwise.config import RolloutConfig
+from groupwise.engines.native.ahead import Flight
 from groupwise.engines.native.cache import CacheShape
 from groupwise.engines.native.next_tokens import Draws
 from groupwise.engines.native.scheduler import Outbox, Sample, Scheduler
 from groupwise.engines.native.steps import DecodeSteps
+from groupwise.engines.native.stopping import find_finish
 from groupwise.engines.native.threads import SMALL_BYTES, StepThreads
 from groupwise.errors import EngineError
 from groupwise.model.fast_cpu.linear import ordered_weights
@@ -61,6 +63,7 @@ class NativeEngine:
         )
         self._steps = DecodeSteps(loaded, self._scheduler)
         self._draws: tuple[int, Draws] | None = None  # for the samples that run since this change
+        self._flight: Flight | None = None  # a step whose tokens have not been read
         self._threads = StepThreads(torch.get_num_threads())
         small = sum(weight.nbytes for weight in loaded.model.parameters()) <= SMALL_BYTES
         self._tries_threads = small and shape.device.type == "cpu"
@@ -162,17 +165,40 @@ class NativeEngine:
                 sample.outbox.put_nowait(error)
             self._scheduler.clear()
             self._steps.forget()
+            self._flight = None
             raise
 
     def _step(self) -> None:
         if not self._scheduler.running:  # caches may be made anew, and the old ones must be free then
             self._steps.forget()
+            self._flight = None
         admitted = self._scheduler.admit()
         if admitted:
             self._prefill(admitted)
-        if self._scheduler.running:
+        if self._scheduler.running and not self._flew():
             with self._threads.step() if self._tries_threads else nullcontext():
                 self._decode(self._scheduler.running)
+
+    def _flew(self) -> bool:
+        """Ask for the next step, where a GPU draws by itself, and read the one before meanwhile."""
+        before, self._flight = self._flight, None
+        if before is None or not before.is_last:
+            self._flight = self._steps.launch(self._scheduler.running, self._scheduler.prompts, before)
+        if before is not None:
+            self._land(before)
+        return before is not None or self._flight is not None
+
+    def _land(self, flight: Flight) -> None:
+        ended: list[tuple[Sample, FinishReason]] = []
+        for sample, token, logprob in flight.read():
+            if sample.over:
+                continue
+            sample.tokens.append(token)
+            sample.logprobs.append(logprob)
+            reason = find_finish(sample, self._loaded)
+            if reason is not None:
+                ended.append((sample, reason))
+        self._release(ended)
 
     def _prefill(self, admitted: list[Sample]) -> None:
         """Compute what the admitted samples begin with, and draw the first token of each."""

@@ -7,30 +7,34 @@ and graphs are thrown away when a cache is replaced. The model's weights change 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from groupwise.engines.native.cache import ArenaCache
 from groupwise.engines.native.decode_attention import DecodeLayout, StepInputs, StepShape
-from groupwise.engines.native.decode_attention_invariant import InvariantDecodeLayout
+from groupwise.engines.native.decode_attention_kernel import KernelDecodeLayout, kernel_attends
 from groupwise.engines.native.scheduler import Scheduler
 from groupwise.model.forward.hidden_states import hidden_states
 from groupwise.model.loading import LoadedModel
 
 logger = logging.getLogger(__name__)
 
+_Replay = TypeVar("_Replay")
 
-def make_layout(loaded: LoadedModel, scheduler: Scheduler, shape: StepShape) -> DecodeLayout | InvariantDecodeLayout:
-    kind = InvariantDecodeLayout if loaded.batch_invariant else DecodeLayout
+
+def make_layout(loaded: LoadedModel, scheduler: Scheduler, shape: StepShape) -> DecodeLayout | KernelDecodeLayout:
+    kind = KernelDecodeLayout if kernel_attends(loaded) else DecodeLayout
     return kind(scheduler.prompt_cache, scheduler.sample_cache, shape)
 
 
 def run_step(
     loaded: LoadedModel,
-    layout: DecodeLayout | InvariantDecodeLayout,
+    layout: DecodeLayout | KernelDecodeLayout,
     *,
     inputs: StepInputs,
     positions: Sequence[int] = (),
@@ -40,49 +44,80 @@ def run_step(
     return hidden_states(loaded.model, inputs.tokens, inputs.position_ids, layout)
 
 
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    graph: torch.cuda.CUDAGraph
-    inputs: StepInputs
-    hidden: Tensor
+class Graphs(Generic[_Replay]):
+    """What was captured, by key, all in one memory pool; void with the caches that it reads."""
 
-
-class DecodeGraphs:
-    """One graph per shape, captured at its first use, all in one memory pool."""
-
-    def __init__(self, loaded: LoadedModel) -> None:
-        self._loaded = loaded
-        self._captured: dict[StepShape, _Captured] = {}
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._captured: dict[Hashable, _Replay] = {}
         self._generation = (-1, -1)
+        self._pool: Any = None
 
-    def run(self, scheduler: Scheduler, shape: StepShape, inputs: StepInputs) -> Tensor:
+    def get(self, key: Hashable, scheduler: Scheduler, make: Callable[[], _Replay]) -> _Replay:
+        """The one of this key; `make` captures it, by `capture`, where there is none."""
         prompts, samples = scheduler.prompt_cache, scheduler.sample_cache
         assert isinstance(prompts, ArenaCache) and isinstance(samples, ArenaCache), "graphs need caches that stay"
         if self._generation != (prompts.generation, samples.generation):
-            self._captured.clear()
+            self.clear()
             self._generation = (prompts.generation, samples.generation)
-        with torch.cuda.device(self._loaded.device):  # streams and graphs belong to the current one
-            if shape not in self._captured:
-                self._captured[shape] = self._capture(scheduler, shape, inputs)
-            captured = self._captured[shape]
-            for kept, fresh in zip(captured.inputs.tensors, inputs.tensors, strict=True):
-                kept.copy_(fresh)
-            captured.graph.replay()
-            return captured.hidden.clone()
+        if key not in self._captured:
+            self._captured[key] = make()
+            logger.debug("captured a decode graph of %s", key)
+        return self._captured[key]
+
+    def capture(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """The step as a graph; each call replays it, and writes over the result of the last. On a CPU, the step."""
+        if self._device.type != "cuda":
+            return step
+        with torch.cuda.device(self._device):  # streams and graphs belong to the current one
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # libraries set themselves up in the first run, which a capture forbids
+                step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=side):
+                result = step()
+            self._pool = graph.pool()
+
+        def replay() -> Tensor:
+            with torch.cuda.device(self._device):
+                graph.replay()
+            return result
+
+        return replay
 
     def clear(self) -> None:
+        """Forget all of them, once what was asked of them is done."""
+        if self._captured and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         self._captured.clear()
+        self._pool = None
 
-    def _capture(self, scheduler: Scheduler, shape: StepShape, inputs: StepInputs) -> _Captured:
-        kept = StepInputs(*(x.clone() for x in inputs.tensors))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries set themselves up in the first run, which a capture forbids
-            run_step(self._loaded, make_layout(self._loaded, scheduler, shape), inputs=kept)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        pool = next((c.graph.pool() for c in self._captured.values()), None)
-        with torch.cuda.graph(graph, pool=pool, stream=side):
-            hidden = run_step(self._loaded, make_layout(self._loaded, scheduler, shape), inputs=kept)
-        logger.debug("captured a decode graph of shape %s", shape)
-        return _Captured(graph, kept, hidden)
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    replay: Callable[[], Tensor]
+    inputs: StepInputs
+
+
+class DecodeGraphs:
+    """One graph per shape, from tokens to hidden states."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        self._graphs: Graphs[_Captured] = Graphs(loaded.device)
+
+    def run(self, scheduler: Scheduler, shape: StepShape, inputs: StepInputs) -> Tensor:
+        def make() -> _Captured:
+            kept = StepInputs(*(x.clone() for x in inputs.tensors))
+            layout = partial(make_layout, self._loaded, scheduler, shape)
+            return _Captured(self._graphs.capture(lambda: run_step(self._loaded, layout(), inputs=kept)), kept)
+
+        captured = self._graphs.get(shape, scheduler, make)
+        for kept, fresh in zip(captured.inputs.tensors, inputs.tensors, strict=True):
+            kept.copy_(fresh)
+        return captured.replay().clone()
+
+    def clear(self) -> None:
+        self._graphs.clear()

@@ -53,6 +53,7 @@ class Sample:
         begun: where in `tokens` the answer begins that is being drawn.
         kept: keys of an earlier turn, which are to be put into its lane first.
         fed: given tokens that follow `tokens`, and are fed one by one in place of drawn ones.
+        over: it has a lane no more; what a step under way draws for it is dropped.
     """
 
     request: SampleRequest
@@ -67,6 +68,7 @@ class Sample:
     seen: Tensor | None = None
     kept: KeptSample | None = None
     fed: deque[int] = field(default_factory=deque[int])
+    over: bool = False
 
     def __post_init__(self) -> None:
         self.tokens.extend(self.request.continues.token_ids)
@@ -125,6 +127,11 @@ class Scheduler:
         self.running.clear()
         self.changes += 1
         self.drop_caches()
+
+    @property
+    def most_lanes(self) -> int:
+        """Lanes of the largest step."""
+        return self.shape.lanes_for(self._max_samples)
 
     @property
     def busy(self) -> bool:
@@ -208,6 +215,7 @@ class Scheduler:
     def release(self, sample: Sample) -> None:
         """Free a finished sample's lane, and its prompt's if it was the last one and none waits."""
         self.changes += 1
+        sample.over = True
         lane = self.running.index(sample)
         if sample.request.keeps:
             self._keep(sample, lane)

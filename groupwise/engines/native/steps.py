@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from groupwise.engines.native.cache import CacheShape
-from groupwise.engines.native.decode_attention import DecodeLayout, StepInputs, StepShape
-from groupwise.engines.native.decode_attention_invariant import InvariantDecodeLayout
+from groupwise.engines.native.ahead import Flight, StepsAhead
+from groupwise.engines.native.decode_attention import DecodeLayout, StepShape
+from groupwise.engines.native.decode_attention_kernel import KernelDecodeLayout
 from groupwise.engines.native.graphs import DecodeGraphs, make_layout, run_step
+from groupwise.engines.native.roster import Roster
 from groupwise.engines.native.scheduler import PromptLane, Sample, Scheduler
 from groupwise.model.forward.hidden_states import packed_hidden_states
-from groupwise.model.forward.packing import ROW_MULTIPLE, Segment, pack_sequences, round_up
+from groupwise.model.forward.packing import Segment, pack_sequences
 from groupwise.model.loading import LoadedModel
 
 PREFILL_TOKENS = 16_384
@@ -28,8 +28,9 @@ class DecodeSteps:
         self._loaded = loaded
         self._scheduler = scheduler
         self._graphs = DecodeGraphs(loaded) if scheduler.shape.graphs else None
-        self._roster: _Roster | None = None
-        self._layout: tuple[StepShape, DecodeLayout | InvariantDecodeLayout] | None = None  # of the roster
+        self._ahead = StepsAhead(loaded, scheduler) if scheduler.shape.graphs else None
+        self._roster: Roster | None = None
+        self._layout: tuple[StepShape, DecodeLayout | KernelDecodeLayout] | None = None  # of the roster
 
     def prefill(
         self, admitted: Sequence[Sample], running: Sequence[Sample], prompts: Sequence[PromptLane]
@@ -92,93 +93,45 @@ class DecodeSteps:
 
     def hidden(self, running: Sequence[Sample], prompts: Sequence[PromptLane]) -> Tensor:
         """`[B, H]`, the last hidden states of the running samples' newest tokens, and of padding."""
-        if self._roster is None or self._roster.changes != self._scheduler.changes:
-            roster = _Roster.of(running, prompts, self._scheduler.shape, changes=self._scheduler.changes)
-            self._roster, self._layout = roster.to(self._loaded.device), None
+        roster = self._roster_of(running, prompts)
         positions = [len(sample.tokens) - 1 for sample in running]
         tokens = max(positions) + 1
         self._scheduler.make_room(tokens)
-        shape = self._roster.shape(min(self._scheduler.shape.tokens_for(tokens), self._scheduler.sample_cache.tokens))
+        shape = roster.shape(min(self._scheduler.shape.tokens_for(tokens), self._scheduler.sample_cache.tokens))
         positions += [0] * (shape.lanes - len(running))
-        inputs = self._roster.inputs([sample.tokens[-1] for sample in running], positions)
+        inputs = roster.inputs([sample.tokens[-1] for sample in running], positions)
         if self._graphs is not None:
             return self._graphs.run(self._scheduler, shape, inputs)
         if self._layout is None or self._layout[0] != shape:
             self._layout = shape, make_layout(self._loaded, self._scheduler, shape)
         return run_step(self._loaded, self._layout[1], inputs=inputs, positions=positions)
 
+    def _roster_of(self, running: Sequence[Sample], prompts: Sequence[PromptLane]) -> Roster:
+        if self._roster is None or self._roster.changes != self._scheduler.changes:
+            shape, changes = self._scheduler.shape, self._scheduler.changes
+            self._roster = Roster.of(running, prompts, shape, changes=changes, device=self._loaded.device)
+            self._layout = None
+        return self._roster
+
+    def launch(self, running: Sequence[Sample], prompts: Sequence[PromptLane], before: Flight | None) -> Flight | None:
+        """A step that draws by itself, asked for and not waited for; None where the host has to draw.
+
+        Args:
+            before: the flight that nobody has read yet.
+        """
+        roster = self._roster_of(running, prompts)
+        if self._ahead is None or not roster.plain:
+            return None
+        return self._ahead.launch(roster, running, before)
+
     def forget(self) -> None:
         """Let go of the caches' memory."""
         self._roster = self._layout = None
 
     def forget_graphs(self) -> None:
-        if self._graphs is not None:
-            self._graphs.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class _Roster:
-    """The samples that run, and what steps need of them that stays the same until one comes or goes.
-
-    Attributes:
-        changes: the scheduler's, when this was made.
-        whole: what all of its steps' shapes have in common; its `sample_tokens` says nothing.
-        starts: `[lanes]`, lengths of the samples' prompts; member, prompt_lengths: as in `StepInputs`.
-    """
-
-    changes: int
-    whole: StepShape
-    starts: Tensor
-    member: Tensor
-    prompt_lengths: Tensor
-
-    @staticmethod
-    def of(running: Sequence[Sample], prompts: Sequence[PromptLane], to: CacheShape, *, changes: int) -> _Roster:
-        width = max(prompt.members for prompt in prompts)
-        lane_of = {id(prompt): lane for lane, prompt in enumerate(prompts)}
-        members = [lane_of[id(sample.prompt)] * width + sample.member for sample in running]
-        lengths = [len(prompt.token_ids) for prompt in prompts]
-        in_order = members == list(range(len(prompts) * width))
-        lanes = to.lanes_for(len(running))
-        whole = StepShape(
-            rows=round_up(lanes, ROW_MULTIPLE),
-            lanes=lanes,
-            prompts=to.prompts_for(len(prompts)),
-            width=width,
-            sample_tokens=0,
-            prompt_tokens=to.tokens_for(max(lengths)),
-            in_order=in_order and lanes == len(running) and to.prompts_for(len(prompts)) == len(prompts),
-        )
-        missing = whole.lanes - len(running)
-        return _Roster(
-            changes,
-            whole,
-            starts=torch.tensor([len(sample.request.prompt) for sample in running] + [0] * missing),
-            member=torch.tensor(members + [whole.prompts * width] * missing),
-            prompt_lengths=torch.tensor(lengths + [1] * (whole.prompts - len(prompts))),
-        )
-
-    def to(self, device: torch.device) -> _Roster:
-        tensors = (x.to(device, non_blocking=True) for x in (self.starts, self.member, self.prompt_lengths))
-        return _Roster(self.changes, self.whole, *tensors)
-
-    def shape(self, tokens: int) -> StepShape:
-        """Of a step that reads `tokens` keys of each sample."""
-        return replace(self.whole, sample_tokens=tokens)
-
-    def inputs(self, tokens: list[int], positions: list[int]) -> StepInputs:
-        """Of a step that feeds `tokens`, one for each sample, at `positions`, one for each lane."""
-        rows, lanes = self.whole.rows, self.whole.lanes
-        device = self.member.device
-        position = torch.tensor(positions).to(device, non_blocking=True)
-        places = position + self.starts
-        return StepInputs(
-            tokens=torch.tensor(tokens + [0] * (rows - len(tokens))).to(device, non_blocking=True),
-            position_ids=pad(places, (0, rows - lanes)) if rows > lanes else places,
-            position=position,
-            member=self.member,
-            prompt_lengths=self.prompt_lengths,
-        )
+        for graphs in (self._graphs, self._ahead):
+            if graphs is not None:
+                graphs.clear()
 
 
 @dataclass(frozen=True, slots=True)

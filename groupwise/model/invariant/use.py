@@ -22,6 +22,7 @@ from groupwise.model.invariant.norms import GEMMA_NORMS, InvariantGemmaNorm, Inv
 SETTING = "model.batch_invariant = true"
 _MAX_REPEAT = 32  # query heads of one key head, which are rows of one tile
 _MAX_HEAD_SIZE = 256
+_DTYPES = (torch.bfloat16, torch.float32)
 _KNOWN = (InvariantLinear, InvariantNorm, InvariantGemmaNorm, nn.Embedding)
 
 
@@ -62,19 +63,33 @@ def make_batch_invariant(model: PreTrainedModel) -> None:
     _check_modules(model)
 
 
-def _check_heads(model: PreTrainedModel) -> None:
+def heads_fit(model: PreTrainedModel) -> bool:
+    """Whether the attention kernel takes the model's heads and their type."""
+    repeat, size = _heads_of(model)
+    fits = repeat <= _MAX_REPEAT and size <= _MAX_HEAD_SIZE and not size * model.dtype.itemsize % 16
+    return fits and model.dtype in _DTYPES
+
+
+def _heads_of(model: PreTrainedModel) -> tuple[int, int]:
+    """Query heads of one key head, and numbers of a head."""
     config = model.config.get_text_config()
     settings = config.to_dict()
     heads = config.num_attention_heads
     repeat = heads // (settings.get("num_key_value_heads") or heads)
-    size = settings.get("head_dim") or config.hidden_size // heads
-    if repeat > _MAX_REPEAT or size > _MAX_HEAD_SIZE or size * model.dtype.itemsize % 16:
+    return repeat, settings.get("head_dim") or config.hidden_size // heads
+
+
+def _check_heads(model: PreTrainedModel) -> None:
+    if heads_fit(model):
+        return
+    if model.dtype in _DTYPES:
+        repeat, size = _heads_of(model)
         raise ConfigError(
-            f"{SETTING}: {config.model_type} has {repeat} query heads to a key head, of {size} numbers each; the "
-            f"attention kernel takes up to {_MAX_REPEAT}, and multiples of 8 up to {_MAX_HEAD_SIZE}; leave it out"
+            f"{SETTING}: {model.config.get_text_config().model_type} has {repeat} query heads to a key head, of {size} "
+            f"numbers each; the attention kernel takes up to {_MAX_REPEAT}, and multiples of 8 up to {_MAX_HEAD_SIZE}; "
+            "leave it out"
         )
-    if model.dtype not in (torch.bfloat16, torch.float32):
-        raise ConfigError(f"{SETTING} computes in bfloat16 or float32, and the model is {model.dtype}; set model.dtype")
+    raise ConfigError(f"{SETTING} computes in bfloat16 or float32, and the model is {model.dtype}; set model.dtype")
 
 
 def _check_modules(model: PreTrainedModel) -> None:

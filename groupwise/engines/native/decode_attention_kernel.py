@@ -1,11 +1,14 @@
-"""The attention of one decode step of a batch-invariant model: the trainer's kernel, reading the caches.
+"""The attention of one decode step on a GPU, by the kernel of batch-invariant models, reading the caches.
 
-Every sample's new token is a tile of its own. Nothing here asks the device for anything, so a step can be captured.
+Every sample's new token is a tile of its own, and reads as many keys as there are: no masks, no padding to the longest
+sample. The samples of a prompt are neighbours, so its keys come from the GPU's cache for all but the first. Nothing
+here asks the device for anything, so a step can be captured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -14,9 +17,18 @@ from torch.nn.functional import pad
 from groupwise.engines.native.cache import ArenaCache, KeyCache
 from groupwise.engines.native.decode_attention import StepInputs, StepShape
 from groupwise.model.forward.attention import AttentionCall
+from groupwise.model.invariant.use import heads_fit
+from groupwise.model.loading import LoadedModel
 
 
-class InvariantDecodeLayout:
+def kernel_attends(loaded: LoadedModel) -> bool:
+    """Whether the model decodes by this kernel: on a GPU with Triton, where it takes the model's heads."""
+    if loaded.batch_invariant:
+        return True
+    return loaded.device.type == "cuda" and find_spec("triton") is not None and heads_fit(loaded.model)
+
+
+class KernelDecodeLayout:
     """Takes the place of `DecodeLayout`; arguments as there."""
 
     def __init__(self, prompts: KeyCache, samples: KeyCache, shape: StepShape) -> None:
