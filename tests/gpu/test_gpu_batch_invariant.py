@@ -20,7 +20,7 @@ from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams
 pytestmark = [pytest.mark.gpu, pytest.mark.extras(package="triton")]
 
 
-def load(dtype: torch.dtype, window: int | None, rank: int) -> LoadedModel:
+def load(dtype: torch.dtype, window: int | None, rank: int, *, batch_invariant: bool = True) -> LoadedModel:
     kinds = ["sliding_attention" if window else "full_attention", "full_attention"]
     config = Qwen3Config(
         vocab_size=4003, hidden_size=512, intermediate_size=1100, num_hidden_layers=2, num_attention_heads=8,
@@ -29,7 +29,7 @@ def load(dtype: torch.dtype, window: int | None, rank: int) -> LoadedModel:
     )  # fmt: skip
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(config).to("cuda", dtype)  # pyright: ignore[reportArgumentType]
-    loaded = wrap_model(model, build_tokenizer(["one two"], 270), batch_invariant=True)  # type: ignore[arg-type]
+    loaded = wrap_model(model, build_tokenizer(["one two"], 270), batch_invariant=batch_invariant)  # type: ignore[arg-type]
     loaded = with_adapter(loaded, LoraConfig.model_validate({"rank": rank}))
     for name, parameter in loaded.model.named_parameters():
         if ".lora_B." in name:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from groupwise.model.fast_cpu.linear import ProductGradients, product_gradients
+from groupwise.model.invariant.checked_product import product
 
 
 class InvariantLinear(nn.Linear):
@@ -16,13 +17,7 @@ class InvariantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
             return _Product.apply(input, self.weight, self.bias)
-        return _product(input, self.weight, self.bias)
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from groupwise.model.invariant.matmul_kernel import product
-
-    return product(x, weight, bias)
+        return product(input, self.weight, self.bias)
 
 
 class _Product(torch.autograd.Function):
@@ -31,7 +26,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> ProductGradients:

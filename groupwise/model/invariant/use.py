@@ -16,6 +16,7 @@ from groupwise.errors import ConfigError
 from groupwise.model.adapters import FullTileLinear
 from groupwise.model.fast_cpu.linear import DnnLinear
 from groupwise.model.fast_cpu.norms import LeanNorm
+from groupwise.model.invariant.checked_product import forbid_split_sums, library_serves
 from groupwise.model.invariant.linear import InvariantLinear
 from groupwise.model.invariant.norms import GEMMA_NORMS, InvariantGemmaNorm, InvariantNorm
 
@@ -52,6 +53,8 @@ def make_batch_invariant(model: PreTrainedModel) -> None:
     if find_spec("triton") is None:
         raise ConfigError(f"{SETTING} needs triton, which is not installed: `pip install triton`")
     _check_heads(model)
+    if model.device.type == "cuda":
+        forbid_split_sums()
     for module in list(model.modules()):
         if type(module) in (nn.Linear, DnnLinear, FullTileLinear):
             module.__class__ = InvariantLinear
@@ -61,6 +64,14 @@ def make_batch_invariant(model: PreTrainedModel) -> None:
             if type(child).__name__ in GEMMA_NORMS:
                 module.register_module(name, InvariantGemmaNorm(child).train(child.training))
     _check_modules(model)
+    _look_at_products(model)
+
+
+def _look_at_products(model: PreTrainedModel) -> None:
+    """Now, and not in the first step, which may be captured."""
+    for module in model.modules():
+        if isinstance(module, InvariantLinear):
+            library_serves(module.weight, module.bias)
 
 
 def heads_fit(model: PreTrainedModel) -> bool:

@@ -1,0 +1,105 @@
+"""The library's matrix product, where it was found to give each row the same bits in any company; else the kernel's.
+
+cuBLASLt has many kernels for one product, and chooses by the number of rows. Each walks through K from start to end,
+so they agree, but for those that split K (measured on an H100: six of eight shapes agreed with these allowed, all of
+eight without, from 16 to 16,384 rows). No manual promises that. So it is looked at, once for each shape of weight:
+numbers of rows are rounded up to a few, and each of them must give the bits of the largest. A shape for which one
+does not is computed by the kernel in `matmul_kernel`, which agrees by construction, and is slower.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from groupwise.model.forward.packing import ROW_MULTIPLE, round_up
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 256
+"""Bytes; kernels are chosen by the addresses, too, and torch tells up to this."""
+_FEW, _MOST = 512, 16_384
+"""Rows: up to the first they are multiples of 16, up to the second multiples of 256; more are cut."""
+_COARSE = 256
+
+
+def row_counts() -> list[int]:
+    """All numbers of rows that a product is asked for."""
+    return [*range(ROW_MULTIPLE, _FEW, ROW_MULTIPLE), *range(_FEW, _MOST + 1, _COARSE)]
+
+
+def padded_count(rows: int) -> int:
+    """The least of `row_counts` that is no less than `rows`; beyond the greatest, a multiple of 256."""
+    return round_up(rows, ROW_MULTIPLE if rows <= _FEW - ROW_MULTIPLE else _COARSE)
+
+
+def forbid_split_sums() -> None:
+    """From now on, products of this process take no kernel that splits K, and come from the library that can be told.
+
+    Sums in reduced precision are forbidden, too.
+    """
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`[…, N]` = `x […, K]` `weight [N, K]`^T + `bias [N]`, each row with the same bits in any company."""
+    if not library_serves(weight, bias):
+        from groupwise.model.invariant.matmul_kernel import product as by_kernel
+
+        return by_kernel(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] > _MOST:
+        return torch.cat([_by_library(some, weight, bias) for some in rows.split(_MOST)]).view(*x.shape[:-1], -1)
+    return _by_library(rows, weight, bias).view(*x.shape[:-1], -1)
+
+
+def _by_library(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    count = rows.shape[0]
+    missing = padded_count(count) - count
+    rows = pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
+    rows = rows.clone() if rows.data_ptr() % _ALIGNMENT else rows
+    out = linear(rows, weight, bias)
+    return out[:count] if missing else out
+
+
+def library_serves(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `product` takes the library's for this weight."""
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cuda" or weight.data_ptr() % _ALIGNMENT:
+        return False
+    if not weight.is_contiguous() or (bias is not None and bias.data_ptr() % _ALIGNMENT):
+        return False
+    return rows_agree(*weight.shape, bias is not None, weight.device)
+
+
+@cache
+@torch.no_grad()
+def rows_agree(n: int, k: int, has_bias: bool, device: torch.device) -> bool:
+    """Whether the library gives every number of rows the bits of the largest, for a weight `[n, k]` in bfloat16.
+
+    It asks the device, so it must not happen first while a graph is captured.
+    """
+    assert not torch.cuda.is_current_stream_capturing(), "a product was not looked at before its capture"
+    generator = torch.Generator(device).manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator).to(torch.bfloat16)
+
+    x, weight = numbers(_MOST, k), numbers(n, k)
+    bias = numbers(n) if has_bias else None
+    whole = linear(x, weight, bias)
+    unequal = torch.stack([(linear(x[:m], weight, bias) != whole[:m]).any() for m in row_counts()])
+    found = not bool(unequal.any())
+    if not found:
+        worst = [m for m, bad in zip(row_counts(), unequal.tolist(), strict=True) if bad]
+        logger.info(
+            "products with a weight of %d x %d are computed by the slower kernel: the library's differ at %s rows",
+            n,
+            k,
+            ", ".join(map(str, worst[:5])),
+        )
+    return found
