@@ -11,7 +11,8 @@ import torch
 from groupwise.config import RolloutConfig
 from groupwise.engines.native import NativeEngine
 from groupwise.inputs import ModelInput
-from groupwise.model.invariant.checked_product import library_serves, product
+from groupwise.model.invariant.checked_product import forbid_split_sums, library_serves
+from groupwise.model.invariant.linear import InvariantLinear
 from groupwise.types import Completion, Prompt, SampleRequest, SamplingParams
 
 from .test_gpu_batch_invariant import load
@@ -82,15 +83,17 @@ def test_sampler_and_trainer_are_close_without_batch_invariance(dtype: torch.dty
 @pytest.mark.parametrize(("n", "k"), [(4096, 1024), (1024, 3072), (6144, 1024), (1024, 2048), (12, 512), (4003, 520)])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_products_have_the_same_bits_in_any_company(n: int, k: int, has_bias: bool) -> None:
+    forbid_split_sums()
     generator = torch.Generator("cuda").manual_seed(3)
-    x, weight, bias = (
-        torch.randn(*shape, device="cuda", generator=generator).to(torch.bfloat16)
-        for shape in ((20_000, k), (n, k), (n,))
+    layer = torch.nn.Linear(k, n, bias=has_bias, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    layer.__class__ = InvariantLinear
+    x = torch.randn(20_000, k, device="cuda", generator=generator).to(torch.bfloat16)
+    whole = layer(x)
+    wanted = torch.nn.functional.linear(x[:300].double(), layer.weight.double())
+    torch.testing.assert_close(
+        whole[:300].double(), wanted + (layer.bias.double() if has_bias else 0.0), rtol=2**-7, atol=0.02
     )
-    given = bias if has_bias else None
-    whole = product(x, weight, given)
-    wanted = x[:300].double() @ weight.double().t() + (bias.double() if has_bias else 0.0)
-    torch.testing.assert_close(whole[:300].double(), wanted, rtol=2**-7, atol=0.05)
     for first, count in ((0, 1), (3, 2), (100, 333), (19_999, 1), (5000, 700), (1, 17_000)):
-        assert torch.equal(product(x[first : first + count], weight, given), whole[first : first + count])
-    print(f"{n} x {k}: the library serves: {library_serves(weight, given)}")
+        assert torch.equal(layer(x[first : first + count]), whole[first : first + count])
+    assert layer(x[None, :7]).shape == (1, 7, n)
+    print(f"{n} x {k}: the library serves: {library_serves(layer.weight, layer.bias)}")

@@ -22,14 +22,14 @@ logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 256
 """Bytes; kernels are chosen by the addresses, too, and torch tells up to this."""
-_FEW, _MOST = 512, 16_384
+_FEW, MOST_ROWS = 512, 16_384
 """Rows: up to the first they are multiples of 16, up to the second multiples of 256; more are cut."""
 _COARSE = 256
 
 
 def row_counts() -> list[int]:
     """All numbers of rows that a product is asked for."""
-    return [*range(ROW_MULTIPLE, _FEW, ROW_MULTIPLE), *range(_FEW, _MOST + 1, _COARSE)]
+    return [*range(ROW_MULTIPLE, _FEW, ROW_MULTIPLE), *range(_FEW, MOST_ROWS + 1, _COARSE)]
 
 
 def padded_count(rows: int) -> int:
@@ -47,24 +47,24 @@ def forbid_split_sums() -> None:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`[…, N]` = `x […, K]` `weight [N, K]`^T + `bias [N]`, each row with the same bits in any company."""
-    if not library_serves(weight, bias):
-        from groupwise.model.invariant.matmul_kernel import product as by_kernel
+    """`[…, N]` = `x […, K]` `weight [N, K]`^T + `bias [N]`, each row with the same bits in any company.
 
-        return by_kernel(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] > _MOST:
-        return torch.cat([_by_library(some, weight, bias) for some in rows.split(_MOST)]).view(*x.shape[:-1], -1)
-    return _by_library(rows, weight, bias).view(*x.shape[:-1], -1)
+    Args:
+        x: where the library serves, one of `row_counts` rows, as `padded_rows` gives them.
+    """
+    if library_serves(weight, bias):
+        return linear(x, weight, bias)
+    from groupwise.model.invariant.matmul_kernel import product as by_kernel
+
+    return by_kernel(x, weight, bias)
 
 
-def _by_library(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    count = rows.shape[0]
+def padded_rows(x: Tensor) -> tuple[Tensor, int]:
+    """`x [M, K]`, M at most `MOST_ROWS`, with zero rows behind it as far as the library needs them; and M."""
+    count = x.shape[0]
     missing = padded_count(count) - count
-    rows = pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
-    rows = rows.clone() if rows.data_ptr() % _ALIGNMENT else rows
-    out = linear(rows, weight, bias)
-    return out[:count] if missing else out
+    rows = pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
+    return (rows.clone() if rows.data_ptr() % _ALIGNMENT else rows), count
 
 
 def library_serves(weight: Tensor, bias: Tensor | None) -> bool:
@@ -89,7 +89,7 @@ def rows_agree(n: int, k: int, has_bias: bool, device: torch.device) -> bool:
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, generator=generator).to(torch.bfloat16)
 
-    x, weight = numbers(_MOST, k), numbers(n, k)
+    x, weight = numbers(MOST_ROWS, k), numbers(n, k)
     bias = numbers(n) if has_bias else None
     whole = linear(x, weight, bias)
     unequal = torch.stack([(linear(x[:m], weight, bias) != whole[:m]).any() for m in row_counts()])

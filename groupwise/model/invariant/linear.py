@@ -8,16 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from groupwise.model.fast_cpu.linear import ProductGradients, product_gradients
-from groupwise.model.invariant.checked_product import product
+from groupwise.model.invariant.checked_product import MOST_ROWS, library_serves, padded_rows, product
 
 
 class InvariantLinear(nn.Linear):
     """What `groupwise.model.invariant.use` makes of an `nn.Linear`; names and weights stay."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
-            return _Product.apply(input, self.weight, self.bias)
-        return product(input, self.weight, self.bias)
+        if not library_serves(self.weight, self.bias):
+            return self._product(input)
+        # Rows are padded and cut out here and not in the product, which then has no view for its result.
+        rows = input.reshape(-1, input.shape[-1])
+        some = [padded_rows(part) for part in rows.split(MOST_ROWS)]
+        out = [self._product(part)[:count] for part, count in some]
+        return (out[0] if len(out) == 1 else torch.cat(out)).view(*input.shape[:-1], -1)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return _Product.apply(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias)
 
 
 class _Product(torch.autograd.Function):
