@@ -1,8 +1,7 @@
 """Attention over a packed sequence: exact blocks on a CPU, variable-length flash attention on a GPU.
 
 Both compute the same thing (`packing.py` draws it). The CPU form is the one whose bits equal decoding's; a
-GPU takes it for float32, for which there is no flash attention. The GPU form gives each completion a copy of its
-prompt's keys and values, which is cheap beside the linear layers that ran on the prompt once.
+GPU takes it for float32, for which there is no flash attention.
 """
 
 from __future__ import annotations
@@ -115,9 +114,9 @@ class PackedLayout:
 
     @cached_property
     def _varlen(self) -> VarlenPlan:
-        from groupwise.model.forward.varlen_attention import make_varlen_plan
+        from groupwise.model.forward.varlen_attention import VarlenPlan
 
-        return make_varlen_plan(self._packed)
+        return VarlenPlan(self._packed)
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self._on_keys is not None:

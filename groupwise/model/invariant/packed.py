@@ -13,11 +13,12 @@ from groupwise.model.forward.attention import AttentionCall
 from groupwise.model.forward.packed_attention import Kept, Plan, gradients_by_plan, make_plan
 from groupwise.model.forward.packing import Packed, Segment
 from groupwise.model.forward.segment_gradient import segment_gradient
+from groupwise.model.forward.varlen_attention import VarlenPlan, flash_gradients
 from groupwise.model.invariant.launching import aligned
 
 
 class _Work:
-    """One packed sequence's work for every layer: the kernel's `table` of tiles, and the backward pass's `plan`."""
+    """One packed sequence's work for every layer: the kernel's `table` of tiles, and the backward pass's plans."""
 
     def __init__(self, packed: Packed, num_heads: int, heads: int) -> None:
         from groupwise.model.invariant.attention_kernel import BLOCK_ROWS
@@ -30,6 +31,10 @@ class _Work:
     @cached_property
     def plan(self) -> Plan:
         return make_plan(self._packed, self._num_heads).to(self._packed.token_ids.device)
+
+    @cached_property
+    def flash_plan(self) -> VarlenPlan:
+        return VarlenPlan(self._packed)
 
 
 class InvariantPackedLayout:
@@ -88,6 +93,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        kept = Kept(*ctx.saved_tensors)
+        query, key, value, out, log_mass = ctx.saved_tensors
+        if query.device.type == "cuda" and query.dtype == torch.bfloat16:
+            kept = query, key, value, out, log_mass.t()
+            return *flash_gradients(kept, grads[0], ctx.work.flash_plan, ctx.call), None, None
+        kept = Kept(query, key, value, out, log_mass)
         found = gradients_by_plan(kept, grads[0], ctx.work.plan, ctx.call, segment_gradient)
         return found.query, found.key, found.value, None, None
