@@ -19,6 +19,7 @@ from groupwise.engines.native.graphs import Graphs, make_layout, run_step
 from groupwise.engines.native.roster import Roster
 from groupwise.engines.native.sampling import RowParams, choose
 from groupwise.engines.native.scheduler import Sample, Scheduler
+from groupwise.model.fast_gpu.layers import fused
 from groupwise.model.loading import LoadedModel
 from groupwise.tensors import floats, ints
 
@@ -106,7 +107,12 @@ class StepsAhead:
             tokens = torch.where(step.source >= 0, drawn[step.source.clamp(min=0)], inputs.tokens)
             fed = StepInputs(tokens, *inputs.tensors[1:])
             hidden = run_step(loaded, make_layout(loaded, self._scheduler, shape), inputs=fed)
-            choice = choose(loaded.head.logits(hidden)[:lanes], step.uniform, step.params, sums=loaded.head.row_sums)
+            choice = choose(
+                loaded.head.logits(hidden, as_computed=fused(hidden))[:lanes],
+                step.uniform,
+                step.params,
+                sums=loaded.head.row_sums,
+            )
             drawn[:lanes].copy_(choice.tokens)
             return choice.logprobs
 

@@ -24,6 +24,7 @@ from groupwise.engines.native.stopping import find_finish
 from groupwise.engines.native.threads import SMALL_BYTES, StepThreads
 from groupwise.errors import EngineError
 from groupwise.model.fast_cpu.linear import ordered_weights
+from groupwise.model.fast_gpu.layers import fused
 from groupwise.model.forward.hidden_states import depends_on_length
 from groupwise.model.loading import LoadedModel
 from groupwise.protocols import EngineCaps
@@ -205,7 +206,7 @@ class NativeEngine:
         beginnings = self._steps.prefill(admitted, self._scheduler.running, self._scheduler.prompts)
         if beginnings.hidden is None:
             return
-        logits = self._loaded.head.logits(beginnings.hidden)
+        logits = self._loaded.head.logits(beginnings.hidden, as_computed=fused(beginnings.hidden))
         self._release(Draws(beginnings.samples, self._loaded).next(logits[beginnings.of_sample]))
 
     def _decode(self, running: list[Sample]) -> None:
@@ -214,7 +215,8 @@ class NativeEngine:
         changes = self._scheduler.changes
         if self._draws is None or self._draws[0] != changes:
             self._draws = changes, Draws(running, self._loaded)
-        self._release(self._draws[1].next(self._loaded.head.logits(hidden)[: len(running)]))
+        logits = self._loaded.head.logits(hidden, as_computed=fused(hidden))
+        self._release(self._draws[1].next(logits[: len(running)]))
 
     def _release(self, ended: list[tuple[Sample, FinishReason]]) -> None:
         for sample, reason in ended:

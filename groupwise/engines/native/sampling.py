@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from groupwise.model.exact.blocks import wide
 from groupwise.model.fast_cpu.evenly import row_cumsums, row_sums
+from groupwise.model.fast_gpu.layers import fused
 from groupwise.model.forward.head import RowSums, Weighed, scale_by_temperature, target_logprobs, weigh
+from groupwise.model.invariant.launching import aligned
 from groupwise.types import SamplingParams
 
 _SPAN = 128  # tokens whose mass is summed before the search
@@ -92,12 +95,14 @@ def choose(
     """Draw one token per row.
 
     Args:
-        logits: `[B, V]` float32, straight from the head.
+        logits: `[B, V]` float32, straight from the head; on a GPU also in the model's type.
         uniform: `[B]` float64 in [0, 1).
         seen: `[B, V]` bool, tokens that the repetition penalty concerns; needed when `params.penalty` is set.
         forbidden: tokens that cannot be drawn.
         sums: the head's `row_sums`.
     """
+    if fused(logits):
+        return _choose_on_gpu(logits, uniform, params, seen=seen, forbidden=forbidden)
     temperature = params.temperature if params.any_scaled else 1.0
     policy = scale_by_temperature(logits, temperature)
     weighed = weigh(policy, sums=sums)
@@ -117,6 +122,30 @@ def choose(
         best = wanted if forbidden is None else forbidden.hidden_in(wanted)
         tokens = torch.where(params.temperature > 0, tokens, best.argmax(-1))
     return Choice(tokens, target_logprobs(policy, tokens, weighed))
+
+
+def _choose_on_gpu(
+    logits: Tensor, uniform: Tensor, params: RowParams, *, seen: Tensor | None, forbidden: Forbidden | None
+) -> Choice:
+    """By kernels that read the logits as the head gives them, and the trainer's own for the log-probs."""
+    from groupwise.model.fast_gpu.scores_kernel import logprob_rows, pick_tokens, weigh_rows
+
+    temperature = params.temperature if params.any_scaled or params.any_greedy else None
+    logits = aligned(logits)
+    wanted, divisor = logits, temperature
+    if params.penalty is not None:
+        assert seen is not None, "a repetition penalty needs the tokens seen"
+        wanted = _penalise(wide(wanted), seen, params.penalty)
+    if params.any_filter:
+        scaled = wide(wanted) if temperature is None else scale_by_temperature(wide(wanted), temperature)
+        wanted = _filter(scaled if forbidden is None else forbidden.hidden_in(scaled), params)
+        divisor = None if temperature is None else (temperature > 0).float()  # divided already; 0 is greedy still
+    elif forbidden is not None:
+        wanted = forbidden.hidden_in(wanted)
+    tokens, found = pick_tokens(wanted, uniform, divisor, any_greedy=params.any_greedy)
+    if wanted is not logits:
+        found = weigh_rows(logits, temperature)
+    return Choice(tokens, logprob_rows(logits, tokens, temperature, found))
 
 
 def _take_away(forbidden: Forbidden, logits: Tensor, weighed: Weighed) -> None:

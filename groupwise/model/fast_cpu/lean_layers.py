@@ -26,6 +26,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from groupwise.model.fast_cpu.evenly import EvenActivation
 from groupwise.model.fast_cpu.flat_layers import FlatLayer, Function, flat_linear, flat_mlp, flat_norm, flat_projection
 from groupwise.model.fast_cpu.linear import DnnLinear
+from groupwise.model.fast_cpu.norms import LeanNorm
+from groupwise.model.fast_gpu.flat import epsilon_of, flat_on_gpu, joinable, weights_of
+from groupwise.model.fast_gpu.layers import add_norm, fused, turned
+from groupwise.model.fast_gpu.layers import gated as gated_on_gpu
 from groupwise.model.forward.attention import AttentionCall, Layout
 
 # Where each architecture keeps an attention module's sliding window.
@@ -57,6 +61,11 @@ class Rotation(tuple[Tensor, Tensor]):
         rotation.cos = cos.unsqueeze(2)
         rotation.turned = torch.cat((-sin[..., :half], sin[..., half:]), -1).unsqueeze(2)
         return rotation
+
+    @property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """`cos, turned` of the one sequence, `[N, d]`."""
+        return self.cos[0, :, 0], self.turned[0, :, 0]
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -90,6 +99,8 @@ def gated(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
     Args:
         activation: computes SiLU into memory of its own, in whatever way.
     """
+    if fused(gate):
+        return gated_on_gpu(gate, up)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         return _Gated.apply(activation, gate, up)
     return activation(gate).mul_(up)
@@ -142,7 +153,11 @@ class LeanAttention(nn.Module):
         query, key, value = (
             projection(x).unflatten(-1, (-1, size)) for projection in (parts.q_proj, parts.k_proj, parts.v_proj)
         )
-        if self.norms:
+        norms = self.norms
+        if fused(query) and all(isinstance(norm, LeanNorm) for norm in norms):
+            found = turned(query[0], key[0], weights_of(norms), *rotation.angles, epsilon_of(norms))
+            return found[0][None], found[1][None], value
+        if norms:
             query, key = parts.q_norm(query), parts.k_norm(key)
         return rotate(query, rotation), rotate(key, rotation), value
 
@@ -165,8 +180,12 @@ class LeanLayer(nn.Module):
             return super().forward(hidden_states, **kwargs)  # pyright: ignore
         parts = cast(Any, self)
         attended, _ = parts.self_attn(parts.input_layernorm(hidden_states), **kwargs)
+        norm = parts.post_attention_layernorm
+        if fused(attended) and isinstance(norm, LeanNorm):
+            hidden, normed = add_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
+            return _added(parts.mlp(normed), hidden)
         hidden = _added(attended, hidden_states)
-        return _added(parts.mlp(parts.post_attention_layernorm(hidden)), hidden)
+        return _added(parts.mlp(norm(hidden)), hidden)
 
 
 def _added(fresh: Tensor, residual: Tensor) -> Tensor:
@@ -184,7 +203,7 @@ class LeanRotary(nn.Module):
 class LeanDecoder(nn.Module):
     """Laid over the module that holds embedding, layers and last norm."""
 
-    flat: _Flat | None = None
+    flat: Callable[[Tensor, Rotation, Layout], Tensor] | None = None
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         layout: Layout | None = kwargs.get("layout")
@@ -203,6 +222,9 @@ class LeanDecoder(nn.Module):
         """Flat layers until `forget_order`, unless somebody watches a module's calls."""
         parts = cast(Any, self)
         if any(map(_is_watched, self.modules())):
+            return []
+        if fused(parts.embed_tokens.weight) and joinable(parts):
+            self.flat = flat_on_gpu(parts)
             return []
         self.flat = _Flat([_flat(layer) for layer in parts.layers], flat_norm(parts.norm))
         return [linear for layer in parts.layers for linear in _linears(layer)]

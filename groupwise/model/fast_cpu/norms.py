@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from groupwise.model.exact.blocks import wide
+from groupwise.model.fast_gpu.layers import fused, norm
 
 # Those that compute weight * (x / rms(x)) with the statistics in float32; Gemma's weight by 1 + weight.
 LLAMA_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
@@ -28,6 +29,8 @@ class LeanNorm(nn.Module):
         self.variance_epsilon = epsilon
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if fused(hidden_states):
+            return norm(hidden_states, self.weight, self.variance_epsilon)
         if torch.is_grad_enabled() and (hidden_states.requires_grad or self.weight.requires_grad):
             return _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
         return normalised(hidden_states, self.weight, self.variance_epsilon)

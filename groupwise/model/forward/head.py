@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from groupwise.model.exact.blocks import wide
 from groupwise.model.fast_cpu.evenly import row_sums
+from groupwise.model.fast_gpu.layers import fused
+from groupwise.model.fast_gpu.layers import logprobs as row_logprobs
 from groupwise.model.forward.packing import ROW_MULTIPLE, pad_rows
 from groupwise.model.invariant.linear import InvariantLinear
 from groupwise.model.invariant.sums import fixed_row_sums
@@ -53,10 +55,17 @@ class LanguageHead:
         self._softcap: float | None = settings.get("final_logit_softcapping")
         self._factor = settings.get("logit_scale", 1.0) / settings.get("logits_scaling", 1.0)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Rows are padded to `ROW_MULTIPLE` so that each row has the same bits in any company."""
+    def logits(self, hidden: Tensor, *, as_computed: bool = False) -> Tensor:
+        """Rows are padded to `ROW_MULTIPLE` so that each row has the same bits in any company.
+
+        Args:
+            as_computed: not widened to float32, where the architecture does nothing with them.
+        """
         logits = self._layer(pad_rows(hidden))
-        logits = wide(logits if logits.shape[0] == hidden.shape[0] else logits[: hidden.shape[0]])
+        logits = logits if logits.shape[0] == hidden.shape[0] else logits[: hidden.shape[0]]
+        if as_computed and self._factor == 1.0 and self._softcap is None:
+            return logits
+        logits = wide(logits)
         if self._factor != 1.0:
             logits = logits * self._factor
         if self._softcap is not None:
@@ -99,6 +108,8 @@ def target_logprobs(
         weighed: that of the logits, when it is known.
         in_place: the logits are used for nothing else, and may be written over.
     """
+    if fused(logits):
+        return row_logprobs(logits, targets, None, in_place=in_place)
     return _TargetLogprobs.apply(logits, targets, weighed, in_place, sums)
 
 
@@ -149,6 +160,11 @@ def token_scores(
     chunk_tokens = -(-chunk_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
     def one(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        if fused(rows) and not with_entropy:
+            raw = head.logits(rows, as_computed=True)
+            divisor = None if temperature in (0.0, 1.0) else raw.new_full((len(raw),), temperature, dtype=torch.float32)
+            found = row_logprobs(raw, wanted, divisor, in_place=True)
+            return found, found.detach()
         logits = scale_by_temperature(head.logits(rows), temperature)
         logprobs = target_logprobs(logits, wanted, in_place=not with_entropy, sums=head.row_sums)
         if not with_entropy:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from groupwise.model.fast_cpu.norms import LeanNorm
+from groupwise.model.fast_gpu.layers import fused
 
 GEMMA_NORMS = frozenset({"GemmaRMSNorm", "Gemma3RMSNorm"})
 """transformers' norms by 1 + weight."""
@@ -17,6 +18,8 @@ class InvariantNorm(LeanNorm):
     """What `groupwise.model.invariant.use` makes of a `LeanNorm`."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if fused(hidden_states):
+            return super().forward(hidden_states)
         return _Norm.apply(hidden_states, self.weight, self.variance_epsilon, False)
 
 

@@ -1,0 +1,109 @@
+"""The decoder of a decode step on a GPU as one function: about ten kernels a layer, and no module in between.
+
+The sums before norms are fused with them across layers. Rows get the bits that the modules give them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from groupwise.model.forward.attention import AttentionCall, Layout
+
+
+def weights_of(norms: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+    """Of queries' and keys' norms, `[d]` each; None where there are none."""
+    return (norms[0].weight, norms[1].weight) if norms else None
+
+
+def epsilon_of(norms: Sequence[Any]) -> float:
+    return norms[0].variance_epsilon if norms else 0.0
+
+
+def joinable(decoder: Any) -> bool:
+    """Whether all norms are of the kind that the kernels compute."""
+    from groupwise.model.fast_cpu.norms import LeanNorm
+
+    norms = [decoder.norm]
+    for layer in decoder.layers:
+        norms += [layer.input_layernorm, layer.post_attention_layernorm, *layer.self_attn.norms]
+    return all(isinstance(norm, LeanNorm) for norm in norms)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What a layer needs, looked up once.
+
+    Attributes:
+        project: the layers of queries, keys and values; norms: `[d]` weights of the first two's norms.
+    """
+
+    call: AttentionCall
+    before: Tensor
+    project: tuple[nn.Module, nn.Module, nn.Module]
+    norms: tuple[Tensor, Tensor] | None
+    head_epsilon: float
+    size: int
+    output: nn.Module
+    after: Tensor
+    mlp: nn.Module
+
+
+@dataclass(frozen=True, slots=True)
+class _Flat:
+    layers: Sequence[_Layer]
+    norm: Tensor
+    epsilon: float
+
+    def __call__(self, hidden: Tensor, rotation: Any, layout: Layout) -> Tensor:
+        """`[N, D]` embeddings to last hidden states, `rotation` with the tokens' angles."""
+        from groupwise.model.fast_gpu.norm_kernel import add_norm_rows
+        from groupwise.model.fast_gpu.rotary_kernel import Angles, rotated
+
+        angles = Angles(*rotation.angles)
+        fresh: Tensor | None = None
+        for layer in self.layers:
+            hidden, normed = _summed(add_norm_rows, fresh, hidden, layer.before, self.epsilon)
+            query, key, value = (part(normed).unflatten(-1, (-1, layer.size)) for part in layer.project)
+            query, key = rotated(query, key, layer.norms, angles, layer.head_epsilon)
+            attended = layer.output(layout.attend(layer.call, query, key, value).flatten(1))
+            hidden, normed = add_norm_rows(attended, hidden, layer.after, self.epsilon)
+            fresh = layer.mlp(normed)
+        return _summed(add_norm_rows, fresh, hidden, self.norm, self.epsilon)[1]
+
+
+def _summed(
+    add_norm_rows: Callable[..., tuple[Tensor, Tensor]],
+    fresh: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    if fresh is None:
+        return add_norm_rows(hidden, None, weight, epsilon)
+    return add_norm_rows(fresh, hidden, weight, epsilon)
+
+
+def flat_on_gpu(decoder: Any) -> Callable[[Tensor, Any, Layout], Tensor]:
+    """Of a decoder whose norms are `joinable`; good for one version of the weights, which stay where they are."""
+    epsilons = {layer.input_layernorm.variance_epsilon for layer in decoder.layers}
+    epsilons |= {layer.post_attention_layernorm.variance_epsilon for layer in decoder.layers}
+    assert epsilons == {decoder.norm.variance_epsilon}, "one epsilon for all norms of a model"
+    layers = [
+        _Layer(
+            call=layer.self_attn.call,
+            before=layer.input_layernorm.weight,
+            project=(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+            norms=weights_of(layer.self_attn.norms),
+            head_epsilon=epsilon_of(layer.self_attn.norms),
+            size=layer.self_attn.head_dim,
+            output=layer.self_attn.o_proj,
+            after=layer.post_attention_layernorm.weight,
+            mlp=layer.mlp,
+        )
+        for layer in decoder.layers
+    ]
+    return _Flat(layers, decoder.norm.weight, decoder.norm.variance_epsilon)
