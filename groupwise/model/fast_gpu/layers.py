@@ -19,7 +19,11 @@ def _has_triton() -> bool:
 
 def fused(x: Tensor) -> bool:
     """Whether the kernels serve: on a GPU, with Triton, in bfloat16 or float32."""
-    return x.is_cuda and x.dtype in _KINDS and _has_triton()
+    return _is_on_gpu(x) and x.dtype in _KINDS and _has_triton()
+
+
+def _is_on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -21,8 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two gaps of Triton's: a bound of a loop that numpy holds as `[1]`, and products of bfloat16, which it holds as
-    its 16 bits and would multiply as integers."""
+    """Three gaps of Triton's: a bound of a loop that numpy holds as `[1]`; products of bfloat16, which it holds as its
+    16 bits and would multiply as integers; and float32 to bfloat16, where it cuts bits off, and a GPU rounds."""
     if not INTERPRETED:
         return
     from triton.runtime import interpreter
@@ -42,5 +42,17 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, widened(a), widened(b), *rest)
 
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounded(self: Any, source: Any, kind: Any) -> Any:
+        if source.dtype.scalar != interpreter.tl.float32 or kind.scalar != interpreter.tl.bfloat16:
+            return cast(self, source, kind)
+        bits = np.ascontiguousarray(source.data).view(np.uint32).astype(np.uint64)
+        nearest = (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)  # ties to even
+        nearest = np.where(np.isnan(source.data), np.uint64(0x7FC0), nearest).astype(np.uint16)
+        return interpreter.TensorHandle(nearest, kind.scalar)
+
+    for name in ("cast_impl", "create_fp_trunc"):
+        monkeypatch.setattr(interpreter.InterpreterBuilder, name, rounded)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
