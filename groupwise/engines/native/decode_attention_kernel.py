@@ -1,8 +1,7 @@
 """The attention of one decode step on a GPU, by the kernel of batch-invariant models, reading the caches.
 
-Every sample's new token is a tile of its own, and reads as many keys as there are: no masks, no padding to the longest
-sample. The samples of a prompt are neighbours, so its keys come from the GPU's cache for all but the first. Nothing
-here asks the device for anything, so a step can be captured.
+It reads as many keys as there are: no masks, no padding to the longest sample; and those of a prompt once for all of
+its samples. Nothing here asks the device for anything, so a step can be captured.
 """
 
 from __future__ import annotations
@@ -39,35 +38,31 @@ class KernelDecodeLayout:
 
     def stand_at(self, inputs: StepInputs, positions: Sequence[int]) -> None:
         """As `DecodeLayout.stand_at`."""
-        self._write = self._samples.plan_write(inputs.position, positions)
-        self._table = _tiles(self._shape, inputs, self._prompts, self._samples)
+        from groupwise.model.invariant.decode_kernel import DecodeTable
+
+        shape, device = self._shape, inputs.member.device
+        everybody = shape.prompts * shape.width
+        lanes = torch.full((everybody + 1,), -1, dtype=torch.int64, device=device)
+        lanes[inputs.member] = torch.arange(shape.lanes, device=device)  # the last place takes the padding
+        bases = torch.arange(shape.prompts, device=device) * (self._prompts.shape.heads * self._prompts.tokens)
+        self._table = DecodeTable(
+            prompts=torch.stack((bases, inputs.prompt_lengths), 1),
+            lanes=lanes[:-1].view(shape.prompts, shape.width),
+            has_prompt=(inputs.member < everybody).long(),
+            position=inputs.position,
+        )
 
     def attend(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        from groupwise.model.invariant.attention_kernel import KeySource, Tiles, attend
+        from groupwise.model.invariant.attention_kernel import KeySource
+        from groupwise.model.invariant.decode_kernel import attend_step, store_keys
 
         lanes = self._shape.lanes
-        self._write.put(call.layer, key[:lanes], value[:lanes])
         prefix, own = (
             KeySource(cache.arena[0, call.layer], cache.arena[1, call.layer], by_token=1, by_head=cache.tokens)
             for cache in (self._prompts, self._samples)
         )
-        tiles = Tiles(self._table, prefix, own)
-        out = attend(query[:lanes], tiles, heads=key.shape[1], scale=call.scale, window=call.window).out
+        store_keys(key[:lanes], value[:lanes], own, self._table.position)
+        heads = key.shape[1]
+        out = attend_step(query[:lanes], self._table, prefix, own, heads=heads, scale=call.scale, window=call.window)
         missing = self._shape.rows - lanes
         return pad(out, (0, 0, 0, 0, 0, missing)) if missing else out
-
-
-def _tiles(shape: StepShape, inputs: StepInputs, prompts: ArenaCache, samples: ArenaCache) -> Tensor:
-    """The kernel's table `[B, 6]`. A padded lane sees no prompt, and its own first key."""
-    lane = torch.arange(shape.lanes, device=inputs.member.device)
-    exists = inputs.member < shape.prompts * shape.width
-    prompt = torch.where(exists, inputs.member // shape.width, 0)
-    columns = (
-        lane,
-        torch.ones_like(lane),
-        prompt * (prompts.shape.heads * prompts.tokens),
-        torch.where(exists, inputs.prompt_lengths[prompt], 0),
-        lane * (samples.shape.heads * samples.tokens),
-        inputs.position,
-    )
-    return torch.stack(columns, 1)

@@ -26,7 +26,7 @@ TILE_COLUMNS = 6  # of a table, see `Tiles`
 
 
 @triton.jit
-def _add_segment(
+def add_segment(
     query,
     out,
     top,
@@ -110,11 +110,11 @@ def attention_kernel(
     out = tl.zeros((BLOCK_ROWS, BLOCK_SIZE), dtype=tl.float32)
     top = tl.full((BLOCK_ROWS,), -1e30, dtype=tl.float32)
     mass = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
-    out, top, mass = _add_segment(
+    out, top, mass = add_segment(
         query, out, top, mass, prefix_key_ptr, prefix_value_ptr, distance + prefix_length, prefix_length,
         prefix_base, prefix_by_token, scale, prefix_start, False, WINDOW, SIZE, BLOCK_SIZE, BLOCK_KEYS,
     )  # fmt: skip
-    out, top, mass = _add_segment(
+    out, top, mass = add_segment(
         query, out, top, mass, own_key_ptr, own_value_ptr, distance, own_length,
         own_base, own_by_token, scale, own_start, True, WINDOW, SIZE, BLOCK_SIZE, BLOCK_KEYS,
     )  # fmt: skip
