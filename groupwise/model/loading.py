@@ -23,7 +23,7 @@ from groupwise.model.adapters import adapter_of, add_adapter, continue_adapter, 
 from groupwise.model.exact.experts import make_experts_even
 from groupwise.model.fast_cpu.evenly import make_activations_even
 from groupwise.model.fast_cpu.host_memory import keep_freed_memory
-from groupwise.model.fast_cpu.lean_layers import make_layers_lean
+from groupwise.model.fast_cpu.lean_layers import join_products, make_layers_lean
 from groupwise.model.fast_cpu.linear import use_dnn_linear
 from groupwise.model.fast_cpu.norms import make_norms_lean
 from groupwise.model.fast_cpu.processor import check_rows_are_exact, limit_units
@@ -262,7 +262,8 @@ def wrap_model(
        transformers' own modules, and find these by class;
     4. lean: norms and decoder layers as fused functions, which call what is even;
     5. adapter: LoRA puts linear layers beside the model's, whose places and names no step before has changed;
-    6. products: kernels of plain linear layers, the adapter's own among them, which is why it is there by now;
+    6. products: kernels of plain linear layers, the adapter's own among them, which is why it is there by now; on a
+       GPU, weights with one input side by side;
     7. shard: last, because it changes the class of every module that it wraps, and the steps above ask for classes.
 
     Args:
@@ -288,6 +289,8 @@ def wrap_model(
             check_rows_are_exact()
         use_dnn_linear(model)
         keep_freed_memory()
+    else:
+        join_products(model)
     scoring = ScoringModel(model, LanguageHead(model)).eval()
     if shard is not None:
         shard(scoring)

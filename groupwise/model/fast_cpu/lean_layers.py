@@ -28,6 +28,7 @@ from groupwise.model.fast_cpu.flat_layers import FlatLayer, Function, flat_linea
 from groupwise.model.fast_cpu.linear import DnnLinear
 from groupwise.model.fast_cpu.norms import LeanNorm
 from groupwise.model.fast_gpu.flat import epsilon_of, flat_on_gpu, joinable, weights_of
+from groupwise.model.fast_gpu.joined import join
 from groupwise.model.fast_gpu.layers import add_norm, fused, turned
 from groupwise.model.fast_gpu.layers import gated as gated_on_gpu
 from groupwise.model.forward.attention import AttentionCall, Layout
@@ -285,6 +286,17 @@ def make_layers_lean(model: PreTrainedModel) -> None:
         type(layer.self_attn).window_of = window_of
         if is_silu(layer.mlp.act_fn):
             lay(LeanMlp, layer.mlp)
+
+
+def join_products(model: PreTrainedModel) -> None:
+    """Lay weights that a decode step multiplies with the same numbers side by side in memory, on a GPU."""
+    for module in model.modules():
+        if isinstance(module, LeanAttention):
+            parts = cast(Any, module)
+            join(module, [parts.q_proj, parts.k_proj, parts.v_proj])
+        elif isinstance(module, LeanMlp):
+            parts = cast(Any, module)
+            join(module, [parts.gate_proj, parts.up_proj])
 
 
 def is_silu(activation: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from groupwise.model.fast_gpu.joined import joined_of
 from groupwise.model.forward.attention import AttentionCall, Layout
 
 
@@ -38,18 +39,17 @@ class _Layer:
     """What a layer needs, looked up once.
 
     Attributes:
-        project: the layers of queries, keys and values; norms: `[d]` weights of the first two's norms.
+        project: to queries, keys and values, `[N, heads, d]`; norms: `[d]` weights of the first two's norms.
     """
 
     call: AttentionCall
     before: Tensor
-    project: tuple[nn.Module, nn.Module, nn.Module]
+    project: Callable[[Tensor], Sequence[Tensor]]
     norms: tuple[Tensor, Tensor] | None
     head_epsilon: float
-    size: int
     output: nn.Module
     after: Tensor
-    mlp: nn.Module
+    mlp: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class _Flat:
         fresh: Tensor | None = None
         for layer in self.layers:
             hidden, normed = _summed(add_norm_rows, fresh, hidden, layer.before, self.epsilon)
-            query, key, value = (part(normed).unflatten(-1, (-1, layer.size)) for part in layer.project)
+            query, key, value = layer.project(normed)
             query, key = rotated(query, key, layer.norms, angles, layer.head_epsilon)
             attended = layer.output(layout.attend(layer.call, query, key, value).flatten(1))
             hidden, normed = add_norm_rows(attended, hidden, layer.after, self.epsilon)
@@ -87,6 +87,28 @@ def _summed(
     return add_norm_rows(fresh, hidden, weight, epsilon)
 
 
+def _projection(attention: Any) -> Callable[[Tensor], Sequence[Tensor]]:
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    joined, size = joined_of(attention, layers), attention.head_dim
+
+    def project(x: Tensor) -> Sequence[Tensor]:
+        parts = [layer(x) for layer in layers] if joined is None else joined(x).split(joined.sizes, -1)
+        return [part.unflatten(-1, (-1, size)) for part in parts]
+
+    return project
+
+
+def _mlp(mlp: Any) -> Callable[[Tensor], Tensor]:
+    """A gated MLP, its first two products as one where their weights are; any other as the module that it is."""
+    from groupwise.model.fast_gpu.gate_kernel import gated_rows
+
+    layers = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj")]
+    joined = None if None in layers else joined_of(mlp, layers)  # type: ignore[arg-type]
+    if joined is None:
+        return mlp
+    return lambda x: mlp.down_proj(gated_rows(*joined(x).split(joined.sizes, -1)))
+
+
 def flat_on_gpu(decoder: Any) -> Callable[[Tensor, Any, Layout], Tensor]:
     """Of a decoder whose norms are `joinable`; good for one version of the weights, which stay where they are."""
     epsilons = {layer.input_layernorm.variance_epsilon for layer in decoder.layers}
@@ -96,13 +118,12 @@ def flat_on_gpu(decoder: Any) -> Callable[[Tensor, Any, Layout], Tensor]:
         _Layer(
             call=layer.self_attn.call,
             before=layer.input_layernorm.weight,
-            project=(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+            project=_projection(layer.self_attn),
             norms=weights_of(layer.self_attn.norms),
             head_epsilon=epsilon_of(layer.self_attn.norms),
-            size=layer.self_attn.head_dim,
             output=layer.self_attn.o_proj,
             after=layer.post_attention_layernorm.weight,
-            mlp=layer.mlp,
+            mlp=_mlp(layer.mlp),
         )
         for layer in decoder.layers
     ]

@@ -19,7 +19,7 @@ class InvariantLinear(nn.Linear):
             return self._product(input)
         # Rows are padded and cut out here and not in the product, which then has no view for its result.
         rows = input.reshape(-1, input.shape[-1])
-        some = [padded_rows(part) for part in rows.split(MOST_ROWS)]
+        some = [padded_rows(part, self.weight, self.bias) for part in rows.split(MOST_ROWS)]
         out = [self._product(part)[:count] for part, count in some]
         return (out[0] if len(out) == 1 else torch.cat(out)).view(*input.shape[:-1], -1)
 

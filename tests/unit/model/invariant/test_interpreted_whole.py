@@ -13,8 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from groupwise.config import LoraConfig, RolloutConfig
 from groupwise.engines.native import NativeEngine
 from groupwise.engines.native.ahead import StepsAhead
+from groupwise.model.fast_cpu.lean_layers import join_products
+from groupwise.model.fast_cpu.linear import DnnLinear
 from groupwise.model.fast_gpu import layers
 from groupwise.model.fast_gpu.flat import _Flat
+from groupwise.model.fast_gpu.joined import Joined
 from groupwise.model.forward.packing import pack_sequences
 from groupwise.model.loading import LoadedModel, with_adapter, wrap_model
 from groupwise.types import Completion, SampleRequest
@@ -92,3 +95,28 @@ def test_scores_and_gradients_are_those_of_the_modules(
     for mine, theirs in zip(found[1], wanted[1], strict=True):
         if theirs is not None:
             torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_joined_products_sample_what_the_trainer_scores(
+    name: str, rank: int, load: Callable[..., LoadedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(name, invariant=False, dtype=torch.float32)
+    for module in loaded.model.modules():
+        if type(module) is DnnLinear:  # a CPU's
+            module.__class__ = torch.nn.Linear
+    join_products(loaded.model)
+    loaded = with_adapter(loaded, LoraConfig.model_validate({"rank": rank}))
+    for parameter_name, parameter in loaded.model.named_parameters():
+        if ".lora_B." in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    monkeypatch.setattr(layers, "_is_on_gpu", lambda x: True)
+    calls: list[int] = []
+    product = Joined.__call__
+    monkeypatch.setattr(Joined, "__call__", lambda self, x: (calls.append(1), product(self, x))[1])
+    monkeypatch.setattr("groupwise.engines.native.graphs.kernel_attends", lambda loaded: True)
+    requests = requests_of((1, 40), (3, 12), temperature=0.8)
+    found = sample(loaded, requests)
+    assert bool(calls) == (rank == 0), "adapters are not left out"
+    assert mismatch(loaded, requests, found, temperature=0.8) < 1e-4
