@@ -59,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     _model_arguments(vllm)
     vllm.add_argument("--site", type=Path, required=True, help="folder that is put before Python's path")
     vllm.add_argument("--memory", type=float, default=0.5, help="share of the GPU's memory that vLLM may take")
+    vllm.add_argument("--wait-for", type=Path, help="time nothing before this file is there: a start takes a minute")
     learning = parts.add_parser("learning", parents=[given], help="the quick start's curve, killed once and resumed")
     learning.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     learning.add_argument("--steps", type=int, default=50, help="of GRPO")

@@ -34,8 +34,11 @@ def run(args: argparse.Namespace) -> None:
             max_model_len=args.prompt_tokens + args.tokens,
             max_num_seqs=max(args.samples),
             gpu_memory_utilization=args.memory,
+            compilation_config={"cudagraph_capture_sizes": sorted(args.samples)},
         )
     write_record(args.json, "vllm_start", version=package.__version__, seconds=time.perf_counter() - started)
+    while args.wait_for is not None and not args.wait_for.exists():
+        time.sleep(0.1)
     sampling = package.SamplingParams(
         temperature=1.0, max_tokens=args.tokens, ignore_eos=True, logprobs=0, detokenize=False
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,7 +71,8 @@ def test_a_joined_model_is_saved_and_loaded_as_any(make_model: Callable[..., Pre
     make_layers_lean(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     join_products(model)
-    attention = model.get_decoder().layers[0].self_attn
+    decoder: Any = model.get_decoder()
+    attention = decoder.layers[0].self_attn
     assert joined_of(attention, [attention.q_proj, attention.k_proj, attention.v_proj]) is not None
     model.save_pretrained(str(tmp_path))
     again = AutoModelForCausalLM.from_pretrained(str(tmp_path))

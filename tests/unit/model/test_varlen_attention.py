@@ -74,7 +74,7 @@ class _Flash(varlen._Flash):
 
     def backward(self, grad: Tensor, kept: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, out, log_mass = kept
-        found = tuple(torch.zeros_like(x) for x in (query, key, value))
+        found = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         repeat = query.shape[1] // key.shape[1]
         for rows, seen in self._parts():
             weights = (self._scores(query[rows], key[seen]) - log_mass[:, rows, None]).exp()

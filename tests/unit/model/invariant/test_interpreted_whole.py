@@ -105,7 +105,7 @@ def test_joined_products_sample_what_the_trainer_scores(
     loaded = load(name, invariant=False, dtype=torch.float32)
     for module in loaded.model.modules():
         if type(module) is DnnLinear:  # a CPU's
-            module.__class__ = torch.nn.Linear
+            module.__class__ = torch.nn.Linear  # type: ignore[assignment]
     join_products(loaded.model)
     loaded = with_adapter(loaded, LoraConfig.model_validate({"rank": rank}))
     for parameter_name, parameter in loaded.model.named_parameters():
