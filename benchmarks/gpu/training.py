@@ -19,8 +19,10 @@ from groupwise.policy import Learner
 from groupwise.policy.microbatches import MicroBatch, split_rows
 
 
-def training_flops(shape: ModelShape, packed: Packed) -> float:
+def training_flops(shape: ModelShape, packed: Packed, *, frozen: bool = False) -> float:
     """Of one forward and backward pass; what is recomputed counts once: 6 per weight and token, and attention's.
+
+    `frozen` weights, behind an adapter, have no gradient of their own: 4 per weight. The adapter's few are not counted.
 
     Attention multiplies each query with each key it sees, and each weight with a value: 4 · heads · head_dim
     operations a pair forward, twice that backward.
@@ -31,7 +33,8 @@ def training_flops(shape: ModelShape, packed: Packed) -> float:
         pairs += segment.length * (segment.length + 1) / 2 + segment.length * before
     attention = 12 * shape.layers * shape.heads * shape.head_dim * pairs
     tokens = sum(segment.length for segment in packed.segments)
-    return 6 * (shape.layer_weights * tokens + shape.head_weights * len(packed.targets)) + attention
+    per_weight = 4 if frozen else 6
+    return per_weight * (shape.layer_weights * tokens + shape.head_weights * len(packed.targets)) + attention
 
 
 def measure_mismatch(bench: Bench, found: Sampled, micro: Sequence[MicroBatch], policy: Learner) -> None:
@@ -67,7 +70,8 @@ def measure_training(bench: Bench, ceiling: Ceiling, found: Sampled) -> float:
     )
     measure_mismatch(bench, found, micro, policy)
     packed = [pack(part.rows) for part in micro]
-    flops = sum(training_flops(bench.shape, p) for p in packed)
+    frozen = bench.loaded.adapter is not None
+    flops = sum(training_flops(bench.shape, p, frozen=frozen) for p in packed)
     tokens, computed = sum(row.num_tokens for row in rows), sum(len(p.token_ids) for p in packed)
     counts = Denominators(float(sum(len(row.token_ids) for row in rows)), float(len(rows)), float(bench.tokens))
 

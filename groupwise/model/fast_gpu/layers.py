@@ -168,4 +168,7 @@ class _Logprobs(torch.autograd.Function):
 
         logits, targets, temperature, top, mass = ctx.saved_tensors
         found = Normaliser(top, mass, mass)
-        return logprob_gradients(logits, targets, temperature, found, grads[0], in_place=ctx.in_place), None, None, None
+        of_logits = logprob_gradients(logits, targets, temperature, found, grads[0], in_place=ctx.in_place)
+        if ctx.in_place:  # autograd does not see what a kernel writes, and would let a second pass read it as logits
+            torch.autograd.graph.increment_version(logits)
+        return of_logits, None, None, None

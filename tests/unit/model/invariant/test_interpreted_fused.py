@@ -146,6 +146,16 @@ def test_log_probs(vocabulary: int, temperature: float | None, dtype: torch.dtyp
     assert torch.equal(some, found[2:5])
 
 
+def test_a_second_backward_pass_over_what_the_first_wrote_over_is_refused() -> None:
+    from groupwise.model.fast_gpu.layers import logprobs
+
+    leaf = random(4, 64, dtype=torch.float32).requires_grad_()
+    found = logprobs(leaf * 1.0, torch.arange(4), None, in_place=True).sum()
+    found.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.backward()
+
+
 @pytest.mark.parametrize("vocabulary", [5, 283, 5000])
 def test_tokens_are_those_of_the_inverse_distribution(vocabulary: int, dtype: torch.dtype) -> None:
     from groupwise.model.fast_gpu.scores_kernel import logprob_rows, pick_tokens
