@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from dataclasses import replace
 from typing import Any
@@ -54,8 +55,9 @@ def test_it_learns_as_its_learner_does(make_model: Any) -> None:
 
 
 def test_the_event_loop_answers_while_the_policy_learns(make_model: Any) -> None:
-    """A timer of 10 ms is late by at most 50 ms, over at least a second of learning; once the machine may pause."""
+    """A timer of 10 ms is late by at most 50 ms, over at least a second of learning."""
     policy = LocalPolicy(learner(make_model), micro_batch_tokens=2_000)
+    work = batch(400)
     late: list[float] = []
 
     async def tick() -> None:
@@ -68,14 +70,20 @@ def test_the_event_loop_answers_while_the_policy_learns(make_model: Any) -> None
         await policy.learn(batch(8), Knobs())  # the thread and torch's own are there
         timer, started = asyncio.create_task(tick()), time.perf_counter()
         while time.perf_counter() - started < 1:
-            await policy.learn(batch(400), Knobs())
+            await policy.learn(work, Knobs())
             await policy.optim_step()
         timer.cancel()
         return time.perf_counter() - started
 
-    assert asyncio.run(go()) >= 1
+    # A collection of all that earlier tests have left would hold every thread for half a second.
+    gc.collect()
+    gc.freeze()
+    try:
+        assert asyncio.run(go()) >= 1
+    finally:
+        gc.unfreeze()
     assert len(late) > 20
-    assert sorted(late)[-2] < 0.05
+    assert max(late) < 0.05
 
 
 def test_cancelled_it_ends_at_the_next_micro_batch_and_the_update_begins_anew(make_model: Any) -> None:
