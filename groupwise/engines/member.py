@@ -29,6 +29,9 @@ _HUNG_PROBES = 3
 _TRIES = 3
 """A server that lives and answers wrongly is asked so often."""
 
+_LOSSES = 5
+"""A request whose server is lost once more than this is not asked again."""
+
 
 class NotProven(EngineError):
     """The engine does not compute what the trainer does with the weights that were sent."""
@@ -83,7 +86,6 @@ class Member:
     def __init__(
         self, dialect: Dialect, connection: Connection, *, launcher: Launcher | None = None, patience: float
     ) -> None:
-        self.running = 0
         self._dialect = dialect
         self._server = connection
         self._launcher = launcher
@@ -109,26 +111,29 @@ class Member:
             EngineLost: it did not come back in time.
             EngineError: it answers what is no answer, or cannot be brought to serve the weights.
         """
-        deadline = time.monotonic() + self._patience
-        failed, wrong = -1, 0
-        lost = EngineError("")
+        wrong = losses = 0
         while True:
+            generation = self._generation
             try:
-                if failed >= 0:
-                    await self.mend(failed, deadline, lost)
-                failed = self._generation
                 drawn = await self._asked(request)
+                async with self._mending:  # what was drawn before a mend is of weights that nobody vouches for
+                    pass
                 await self.proven()
-                return drawn
             except EngineLost as error:
-                if time.monotonic() > deadline:
+                losses += 1
+                if losses > _LOSSES:
                     raise
-                lost = error
+                lost: EngineError = error
             except (Refused, OtherVersion, NotProven) as error:
                 wrong += 1
                 if wrong == _TRIES or (isinstance(error, Refused) and error.status < 500):
                     raise
                 lost = error
+            else:
+                if self._generation == generation:
+                    return drawn
+                continue
+            await self.mend(generation, lost)
 
     async def _asked(self, request: SampleRequest) -> Drawn:
         facts = await self.reach()
@@ -137,11 +142,9 @@ class Member:
         name = self._dialect.name(request)
         names = self._names.setdefault(request.id, set())
         names.add(name)
-        self.running += 1
         try:
             drawn = self._dialect.drawn(await self._answer(self._dialect.sample(request, name=name, facts=facts)))
         finally:
-            self.running -= 1
             names.discard(name)
             if not names:
                 self._names.pop(request.id, None)
@@ -193,17 +196,28 @@ class Member:
             if self._launcher is not None and (self._dialect.restarts or not self._launcher.alive()):
                 await self._launcher.kill()
                 await self._start(ref)
-            while True:
-                try:
-                    await self.reach()
-                    await self._wake()
-                    await self._load(ref)
+            await self._bring(ref, deadline)
+
+    async def _bring(self, ref: WeightRef, deadline: float, *, may_hold: bool = False) -> None:
+        """To these weights, however often it is lost meanwhile.
+
+        Args:
+            may_hold: it had them, and they were proven; a server that names them has them still.
+        """
+        while True:
+            try:
+                if may_hold and await self._holds(ref):
+                    self._generation += 1
                     return
-                except EngineLost as lost:
-                    if time.monotonic() > deadline:
-                        raise
-                    logger.warning("%s; bringing it version %d again", lost, ref.version)
-                    await self._bring_back(ref, deadline)
+                await self.reach()
+                await self._wake()
+                await self._load(ref)
+                return
+            except EngineLost as lost:
+                if time.monotonic() > deadline:
+                    raise
+                logger.warning("%s; bringing it version %d again", lost, ref.version)
+                await self._bring_back(ref, deadline)
 
     async def rest(self) -> None:
         """Give memory back until the next weights come. A server that is lost meanwhile is found to be then."""
@@ -262,8 +276,10 @@ class Member:
             NotProven: it failed.
             EngineLost: the server was lost before.
         """
-        if (proof := self._proof) is None:
+        if self._prover is None:
             return
+        if (proof := self._proof) is None:
+            raise EngineLost(f"{self.url} was being brought to its weights anew")
         await asyncio.wait([proof])
         if proof.cancelled():
             raise EngineLost(f"{self.url} was lost before it was proven")
@@ -279,7 +295,7 @@ class Member:
             self._proof.cancel()
             self._proof = None
 
-    async def mend(self, generation: int, deadline: float, lost: EngineError) -> None:
+    async def mend(self, generation: int, lost: EngineError) -> None:
         """Bring the server back to the weights that it is to serve; one caller does it for all.
 
         Args:
@@ -287,11 +303,13 @@ class Member:
             lost: why.
 
         Raises:
+            EngineLost: it did not come back within the patience that it is given from now on.
             EngineError: twice it did not compute what the trainer does.
         """
         async with self._mending:
             if generation != self._generation:
                 return
+            deadline = time.monotonic() + self._patience
             logger.warning("%s; asking again", lost)
             if (ref := self._ref) is None:
                 await self._wait(deadline)
@@ -303,13 +321,11 @@ class Member:
                     raise EngineError(f"{broken}; so it was after it was brought to these weights anew")
                 self._forget_proof()
                 await self._restart(ref)
-                await self._load(ref)
+                await self._bring(ref, deadline)
                 return
+            vouched_for = self._prover is None or (self._proof is not None and broken is None)
             await self._bring_back(ref, deadline)
-            if broken is None and await self._holds(ref):
-                self._generation += 1
-            else:
-                await self._load(ref)
+            await self._bring(ref, deadline, may_hold=vouched_for)
 
     async def _holds(self, ref: WeightRef) -> bool:
         """Only a server that names what it holds, sample by sample, is believed."""
