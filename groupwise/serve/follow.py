@@ -13,7 +13,7 @@ from torch import Tensor
 from groupwise.checkpoint import read_part
 from groupwise.config import Config, ModelConfig
 from groupwise.config.model_name import RunCheckpoint, checkpoints_of, is_run, named_checkpoint
-from groupwise.errors import CheckpointError, ConfigError, DataError
+from groupwise.errors import ConfigError, DataError
 from groupwise.model.checkpoints import load_checkpoint_model, settle_model, trained_dtype
 from groupwise.model.loading import LoadedModel, load_model, with_adapter
 from groupwise.rundir import read_run_config
@@ -75,8 +75,8 @@ class Followed:
                 await served.update(newest.step, lambda wanted, it=newest: _weights(it, wanted))
                 self.step = newest.step
                 logger.info("serving step %d of %s", self.step, self.run)
-            except (CheckpointError, ConfigError, DataError, OSError) as error:
-                logger.warning("step %d goes on: %s", self.step, error)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on, and looks again
+                logger.warning("step %d goes on: %s", self.step, str(error) or type(error).__name__)
 
 
 def _weights(checkpoint: RunCheckpoint, wanted: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from groupwise.errors import EngineError, GroupwiseError, nearest
+from groupwise.errors import GroupwiseError, nearest
 from groupwise.serve.served import Busy, OtherVersion, Served
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -51,7 +51,7 @@ class Front:
         self._key = key
         self._max_body = max_body
         self.answers: Counter[tuple[str, int]] = Counter()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def route(self, handler: Handler, *, openai: bool = False, open_to_all: bool = False) -> Handler:
         """The handler, with every refusal turned into an answer, and counted.
@@ -74,12 +74,12 @@ class Front:
                 response.headers["Retry-After"] = "1"
             except OtherVersion as error:
                 response = _refused(Refusal(409, str(error)), openai=openai)
-            except (EngineError, GroupwiseError) as error:
+            except GroupwiseError as error:
                 response = _refused(Refusal(400, str(error)), openai=openai)
             except ClientDisconnect:
                 response = Response(status_code=_GONE)
             self.answers[path, response.status_code] += 1
-            self.seconds[path] += time.perf_counter() - started  # type: ignore[assignment]
+            self.seconds[path] += time.perf_counter() - started
             return response
 
         return answered

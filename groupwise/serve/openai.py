@@ -144,7 +144,7 @@ class OpenAi:
         choices = self._choices(form, prompts, most=most)
         if form.body.stream:
             parts = self._parts(form, choices, prompts)
-            first = await anext(parts)  # what is refused is refused with a status
+            first = await unless_gone(request, anext(parts))  # what is refused is refused with a status
             return StreamingResponse(_with_first(first, parts), media_type="text/event-stream")
         drawn = await unless_gone(request, self._drawn(choices))
         usage = Usage.of(prompts, [len(one.token_ids) for one in drawn])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import shutil
 import time
 from pathlib import Path
@@ -24,19 +25,29 @@ class DirectorySync:
     Args:
         root: where the folders go: a disk, or memory such as `/dev/shm`, that the servers see under the same name.
         canary: proves a server; samples of a version wait for it.
-
         sleeps: between the last sample of a step and the next version, servers give their memory back.
+        leaves_none: nothing of `root` stays when this is closed; it may be memory.
 
     Attributes:
         seconds: that the last version took to be written and loaded.
     """
 
-    def __init__(self, policy: Policy, engine: HttpEngine, root: Path, *, canary: Canary, sleeps: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        engine: HttpEngine,
+        root: Path,
+        *,
+        canary: Canary,
+        sleeps: bool = False,
+        leaves_none: bool = False,
+    ) -> None:
         self._policy = policy
         self._engine = engine
         self._root = root.absolute()
         self._canary = canary
         self._sleeps = sleeps
+        self._leaves_none = leaves_none
         self.seconds = 0.0
         self._bytes = 0
         engine.prover = canary.prove
@@ -93,3 +104,11 @@ class DirectorySync:
     async def close(self) -> None:
         """Servers of somebody else's go on serving; the run's own end."""
         await self._engine.close()
+        if self._leaves_none:
+            await asyncio.to_thread(shutil.rmtree, self._root, ignore_errors=True)
+
+
+def own_folder(parent: Path, run: Path) -> Path:
+    """A run's own below a folder that others may use, too: the same one each time, and nobody else's."""
+    place = str(run.absolute())
+    return parent / f"{run.name}-{hashlib.blake2b(place.encode(), digest_size=4).hexdigest()}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from groupwise.cli.models import MODEL_SETTINGS, model_path, quiet_loading
@@ -23,6 +25,7 @@ _SETTINGS = (
     "rollout.engine_sleeps",
     "rollout.weights_dir",
     "rollout.sync_tolerance",
+    "rollout.quantized_engine",
     "rollout.kv_cache_gib",
     "rollout.max_concurrent_samples",
     "rollout.max_completion_tokens",
@@ -31,8 +34,12 @@ _SETTINGS = (
 )
 
 
-def _arguments(parser: Parser) -> None:
-    parser.add_argument("--engine", required=True, metavar="NAME", help="http, vllm, sglang or lmdeploy")
+_STARTED = ("vllm", "sglang", "lmdeploy")
+_CHECKED = ("http", *_STARTED)
+
+
+def _arguments(parser: Parser, *, engines: Sequence[str]) -> None:
+    parser.add_argument("--engine", required=True, choices=engines, help="by name")
     parser.add_argument("--model", "--model-path", required=True, metavar="PATH", help="folder, run or Hub name")
     parser.add_argument("--python", metavar="FILE", help="rollout.launch.python: the engine's own interpreter")
     parser.add_argument("--url", metavar="URL", help="rollout.urls: where it is running already")
@@ -92,14 +99,14 @@ def _metadata(args: argparse.Namespace) -> None:
 CHECK = Command(
     name="engine check",
     summary="show that an engine keeps what a run relies on",
-    add_arguments=_arguments,
+    add_arguments=partial(_arguments, engines=_CHECKED),
     run=_check,
     settings=_SETTINGS,
 )
 COMMAND = Command(
     name="engine command",
     summary="print how an engine is to be started by hand",
-    add_arguments=_arguments,
+    add_arguments=partial(_arguments, engines=_STARTED),
     run=_command,
     settings=_SETTINGS,
 )

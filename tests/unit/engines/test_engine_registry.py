@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from groupwise.config import RolloutConfig
-from groupwise.engines import check_engine
+from groupwise.engines import check_engine, checks
 from groupwise.errors import ConfigError
+from groupwise.weight_sync.directory import own_folder
 
 
 def rollout(**settings: Any) -> RolloutConfig:
@@ -33,7 +34,10 @@ def test_an_unknown_name_is_refused_with_the_nearest_or_with_all(name: str, hint
         check_engine(rollout(engine=name))
 
 
-@pytest.mark.parametrize("setting", [{"urls": ["http://a"]}, {"engine_timeout": 3.0}, {"weights_dir": "/dev/shm/w"}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"urls": ["http://a"]}, {"engine_timeout": 3.0}, {"weights_dir": "/dev/shm/w"}, {"quantized_engine": True}],
+)
 def test_what_acts_over_the_wire_alone_is_refused_without_it(setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"rollout\.{next(iter(setting))} = .* has no effect"):
         check_engine(rollout(**setting))
@@ -68,3 +72,42 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("groupwise.engines.checks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs httpx: pip install 'groupwise\[serve\]'"):
         check_engine(rollout(engine="http", urls=["http://127.0.0.1:8000"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"engine": "http", "kv_cache_gib": 2.0}, r"kv_cache_gib = 2 has no effect .* the server's own setting"),
+        ({"engine": "vllm", "kv_cache_gib": 2.0}, r"kv_cache_gib = 2 has no effect .* the server's own setting"),
+        ({"engine": "http", "quantized_engine": True}, r"computes with the weights as they are; leave it out"),
+    ],
+)
+def test_what_nobody_would_read_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_engine(rollout(urls=["http://127.0.0.1:8000"], **settings))
+
+
+@pytest.mark.parametrize(
+    ("launch", "said"),
+    [
+        ({"gpu_memory": 0.5}, "gpu_memory = 0.5: this machine has no GPU"),
+        ({"tensor_parallel": 2}, "tensor_parallel = 2"),
+    ],
+)
+def test_what_a_gpu_alone_has_is_refused_without_one(
+    launch: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "has_gpu", lambda: False)
+    monkeypatch.setattr(checks, "_check_installed", lambda name, python: None)
+    settings = rollout(engine="vllm", launch={"python": sys.executable, **launch})
+    with pytest.raises(ConfigError, match=said):
+        check_engine(settings)
+    monkeypatch.setattr(checks, "has_gpu", lambda: True)
+    check_engine(settings)
+
+
+def test_two_runs_have_folders_of_their_own_below_one(tmp_path: Path) -> None:
+    first, again, second = (own_folder(tmp_path, tmp_path / place / "run") for place in ("a", "a", "b"))
+    assert first == again != second
+    assert {first.parent, second.parent} == {tmp_path}
+    assert first.name.startswith("run-")
