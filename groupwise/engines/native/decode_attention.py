@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from groupwise.engines.native.cache import KeyCache, Span
-from groupwise.model.exact.blocks import BLOCK, Found, KeyBlock, Mask, full_rows, score, split_scale
+from groupwise.model.exact.blocks import LARGEST, WIDTHS, Found, KeyBlock, Mask, full_rows, score, split_scale
 from groupwise.model.forward.attention import AttentionCall
 
 _Masks = list[Mask | None]  # one for each span
@@ -231,16 +231,17 @@ def _upto(token: int, span: Span) -> Mask | None:
     width = span.keys[0].shape[1]
     if token >= width - 1:
         return None
-    table = _triangle(span.keys[0].dtype)
-    row = slice(token, token + 1)
-    return Mask(table.bias[:, row, :width], table.keep[:, row, :width])
+    table = _later(span.keys[0].dtype)
+    first = token // WIDTHS[0] * WIDTHS[0]
+    row, keys = slice(token - first, token - first + 1), slice(0, width - first)
+    return Mask(table.bias[:, row, keys], table.keep[:, row, keys], first)
 
 
 @lru_cache
-def _triangle(dtype: torch.dtype) -> Mask:
-    """`[1, BLOCK, BLOCK]` on a CPU; row t sees the keys up to t."""
-    token = torch.arange(BLOCK)
-    return Mask.of((token > token[:, None])[None], dtype)
+def _later(dtype: torch.dtype) -> Mask:
+    """`[1, WIDTHS[0], LARGEST]` on a CPU; row t sees the keys up to t."""
+    token = torch.arange(LARGEST)
+    return Mask.of((token > token[: WIDTHS[0], None])[None], dtype)
 
 
 def _tokens_of(span: Span) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from groupwise.model.exact.attention_backward import NO_WEIGHT, Grads, Rows, attention_backward
 from groupwise.model.exact.blocks import (
     BLOCK,
+    TILE,
     KeyBlock,
     causal_blocks,
     full_rows,
@@ -138,7 +139,8 @@ class _Prefixed:
         self.length = prefix.prompt.length
         self.repeat = repeat
         rows = (prefix.stop - prefix.start) * repeat
-        self._missing_rows = full_rows(rows, key, key.shape[1]) - rows
+        # Beside keys that lie token by token, one tile of queries has another order of sums (float32, heads of 128).
+        self._missing_rows = full_rows(max(rows, 2 * TILE), key, key.shape[1]) - rows
         missing = round_up(self.length, BLOCK) - self.length
         self.key = pad(key[self.keys].transpose(0, 1), (0, 0, 0, missing))
         self.value = pad(value[self.keys].transpose(0, 1), (0, 0, 0, missing))
