@@ -185,7 +185,11 @@ class _ExactAttention(torch.autograd.Function):
             top[each.rows] = each.scatter(scores.found.top)
         for bucket in plan.buckets:
             found = _found_by_itself(
-                bucket.gather(query, repeat), bucket.gather(key, 1), bucket.gather(value, 1), bucket.gather(top, repeat), call
+                bucket.gather(query, repeat),
+                bucket.gather(key, 1),
+                bucket.gather(value, 1),
+                bucket.gather(top, repeat),
+                call,
             )
             for whole, part in ((out, found.out), (top, found.top), (mass, found.mass)):
                 bucket.scatter(part, repeat, whole)
