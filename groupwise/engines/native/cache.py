@@ -14,9 +14,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from groupwise.model.exact.blocks import BLOCK, WIDTHS, width_of
+from groupwise.model.exact.blocks import BLOCK, WIDTHS, block_of, block_spans, block_start, width_of
+from groupwise.model.fast_cpu.host_memory import zeros_in_large_pages
 from groupwise.model.forward.packing import round_up
 
 ARENA_SPAN = 256  # tokens of an arena come in multiples of this
@@ -128,14 +128,37 @@ class KeyCache(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Tokens `b * BLOCK …` of all lanes: `keys [layers, lanes, heads, size, BLOCK]`, `values [layers, lanes, heads,
-    BLOCK, size]`.
+    """Some tokens of all lanes, W of them from `block_start` on: `keys [layers, lanes, heads, size, W]`, `values
+    [layers, lanes, heads, W, size]`. A block grows up to where the next one begins.
 
     Keys lie as the product with the queries reads them: from memory that no cache holds, it takes half the time.
     """
 
     keys: Tensor
     values: Tensor
+
+    @staticmethod
+    def empty(shape: CacheShape, lanes: int, tokens: int) -> Block:
+        place = (shape.layers, lanes, shape.heads)
+        sizes = (shape.size, tokens), (tokens, shape.size)
+        return Block(*(_zeros(place + size, shape) for size in sizes))
+
+    @property
+    def tokens(self) -> int:
+        return self.values.shape[3]
+
+    def grown(self, shape: CacheShape, lanes: int, tokens: int) -> Block:
+        """A larger one with the same content."""
+        larger = Block.empty(shape, lanes, tokens)
+        larger.keys[:, : self.keys.shape[1], :, :, : self.tokens] = self.keys
+        larger.values[:, : self.keys.shape[1], :, : self.tokens] = self.values
+        return larger
+
+
+def _zeros(size: Sequence[int], shape: CacheShape) -> Tensor:
+    if shape.device.type == "cpu":
+        return zeros_in_large_pages(size, shape.dtype)
+    return torch.zeros(tuple(size), dtype=shape.dtype, device=shape.device)
 
 
 class BlockCache:
@@ -148,53 +171,55 @@ class BlockCache:
 
     @property
     def tokens(self) -> int:
-        return len(self.blocks) * BLOCK
+        return sum(block.tokens for block in self.blocks)
 
     def reserve(self, lanes: int, tokens: int) -> None:
-        shape = self.shape
-        if lanes > self.lanes:
-            more = (0, 0, 0, 0, 0, 0, 0, lanes - self.lanes)
-            self.blocks = [Block(pad(block.keys, more), pad(block.values, more)) for block in self.blocks]
-            self.lanes = lanes
-        place = (shape.layers, self.lanes, shape.heads)
-        while len(self.blocks) * BLOCK < tokens:
-            sizes = (shape.size, BLOCK), (BLOCK, shape.size)
-            self.blocks.append(Block(*(torch.zeros(place + s, dtype=shape.dtype, device=shape.device) for s in sizes)))
+        lanes, tokens = max(lanes, self.lanes), max(self.shape.capacity(tokens), self.tokens)
+        if (lanes, tokens) == (self.lanes, self.tokens):
+            return
+        for index, (start, stop) in enumerate(block_spans(tokens)):
+            if index == len(self.blocks):
+                self.blocks.append(Block.empty(self.shape, lanes, stop - start))
+            elif lanes > self.lanes or self.blocks[index].tokens < stop - start:
+                self.blocks[index] = self.blocks[index].grown(self.shape, lanes, stop - start)
+        self.lanes = lanes
 
     def fill(self, layer: int, lane: int, key: Tensor, value: Tensor) -> None:
-        keys, values = (torch.split(x.transpose(0, 1), BLOCK, dim=1) for x in (key, value))
-        for block, some_keys, some_values in zip(self.blocks, keys, values, strict=False):
-            count = some_keys.shape[1]
-            block.keys[layer, lane, :, :, :count] = some_keys.transpose(1, 2)
-            block.values[layer, lane, :, :count] = some_values
+        for block, (start, stop) in zip(self.blocks, block_spans(key.shape[0]), strict=False):
+            block.keys[layer, lane, :, :, : stop - start] = key[start:stop].permute(1, 2, 0)
+            block.values[layer, lane, :, : stop - start] = value[start:stop].transpose(0, 1)
 
     def move(self, source: int, target: int, tokens: int) -> None:
-        for block in self.blocks[: -(-tokens // BLOCK)]:
-            for x in (block.keys, block.values):
-                x[:, target] = x[:, source]
+        for block, (start, stop) in zip(self.blocks, block_spans(tokens), strict=False):
+            block.keys[:, target, :, :, : stop - start] = block.keys[:, source, :, :, : stop - start]
+            block.values[:, target, :, : stop - start] = block.values[:, source, :, : stop - start]
 
     def read(self, lane: int, tokens: int) -> list[Tensor]:
-        blocks = self.blocks[: -(-tokens // BLOCK)]
-        return [x[:, lane].clone() for block in blocks for x in (block.keys, block.values)]
+        kept: list[Tensor] = []
+        for block, (start, stop) in zip(self.blocks, block_spans(tokens), strict=False):
+            kept.append(block.keys[:, lane, :, :, : stop - start].clone())
+            kept.append(block.values[:, lane, :, : stop - start].clone())
+        return kept
 
     def write(self, lane: int, kept: Sequence[Tensor]) -> None:
         for block, keys, values in zip(self.blocks, kept[::2], kept[1::2], strict=False):
-            block.keys[:, lane] = keys
-            block.values[:, lane] = values
+            block.keys[:, lane, :, :, : keys.shape[3]] = keys
+            block.values[:, lane, :, : values.shape[2]] = values
 
     def spans(self, lanes: int, tokens: int) -> list[Span]:
         spans: list[Span] = []
-        for index, block in enumerate(self.blocks[: -(-tokens // BLOCK)]):
-            width = width_of(tokens - index * BLOCK)
+        for block, (start, stop) in zip(self.blocks, block_spans(tokens), strict=False):
+            width = width_of(stop - start)
             keys = block.keys[:, :lanes].flatten(1, 2)[..., :width].transpose(2, 3)
             values = block.values[:, :lanes].flatten(1, 2)[:, :, :width]
-            spans.append(Span(index * BLOCK, keys.unbind(), values.unbind()))
+            spans.append(Span(start, keys.unbind(), values.unbind()))
         return spans
 
     def plan_write(self, position: Tensor, tokens: Sequence[int]) -> Write:
         if len(set(tokens)) == 1:
-            return _EvenWrite(self.blocks[tokens[0] // BLOCK], len(tokens), tokens[0] % BLOCK)
-        return _BlockWrite(self.blocks, position, tokens)
+            index = block_of(tokens[0])
+            return _EvenWrite(self.blocks[index], len(tokens), tokens[0] - block_start(index))
+        return _BlockWrite(self.blocks, tokens)
 
 
 class _EvenWrite:
@@ -219,12 +244,17 @@ class _Target:
 class _BlockWrite:
     """Lanes stand at tokens of their own: one write for each block that one of them is in."""
 
-    def __init__(self, blocks: Sequence[Block], position: Tensor, tokens: Sequence[int]) -> None:
-        index = position // BLOCK
+    def __init__(self, blocks: Sequence[Block], tokens: Sequence[int]) -> None:
+        by_block: dict[int, list[int]] = {}
+        for lane, token in enumerate(tokens):
+            by_block.setdefault(block_of(token), []).append(lane)
         self._targets = [
-            _Target(blocks[number], lanes, position[lanes] % BLOCK)
-            for number in sorted({token // BLOCK for token in tokens})
-            for lanes in [(index == number).nonzero().flatten()]
+            _Target(
+                blocks[index],
+                torch.tensor(lanes),
+                torch.tensor([tokens[lane] - block_start(index) for lane in lanes]),
+            )
+            for index, lanes in by_block.items()
         ]
 
     def put(self, layer: int, key: Tensor, value: Tensor) -> None:

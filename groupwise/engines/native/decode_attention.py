@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from groupwise.engines.native.cache import KeyCache, Span
-from groupwise.model.exact.blocks import BLOCK, Found, KeyBlock, Mask, full_rows, score, split_scale
+from groupwise.model.exact.blocks import LARGEST, WIDTHS, Found, KeyBlock, Mask, few_rows, full_rows, score, split_scale
 from groupwise.model.forward.attention import AttentionCall
 
 _Masks = list[Mask | None]  # one for each span
@@ -112,7 +112,7 @@ class DecodeLayout:
         torch.mul(self._to_members(asking), factor, out=rows.shared.query_rows)
         own_blocks = _blocks(self._own, call.layer, self._own_masks[call.window])
         shared_blocks = _blocks(self._shared, call.layer, self._shared_masks[call.window])
-        own = score(rows.own.query, own_blocks, left, rows.own.found)
+        own = score(rows.own.query, own_blocks, left, rows.own.found, tile=rows.own.query.shape[1])
         shared = score(rows.shared.query, shared_blocks, left, rows.shared.found)
 
         # One maximum for both segments, written where each keeps its own.
@@ -210,7 +210,7 @@ class _Rows:
         """For `query [N, Hq, d]`."""
         repeat, size = query.shape[1] // heads, query.shape[2]
         asking = shape.width * repeat
-        tile = full_rows(repeat, query, shape.lanes * heads)
+        tile = few_rows(repeat, query, shape.lanes * heads)
         tiles = full_rows(asking, query, shape.prompts * heads)
 
         def by_lane(x: Tensor) -> Tensor:
@@ -231,16 +231,17 @@ def _upto(token: int, span: Span) -> Mask | None:
     width = span.keys[0].shape[1]
     if token >= width - 1:
         return None
-    table = _triangle(span.keys[0].dtype)
-    row = slice(token, token + 1)
-    return Mask(table.bias[:, row, :width], table.keep[:, row, :width])
+    table = _later(span.keys[0].dtype)
+    first = token // WIDTHS[0] * WIDTHS[0]
+    row, keys = slice(token - first, token - first + 1), slice(0, width - first)
+    return Mask(table.bias[:, row, keys], table.keep[:, row, keys], first)
 
 
 @lru_cache
-def _triangle(dtype: torch.dtype) -> Mask:
-    """`[1, BLOCK, BLOCK]` on a CPU; row t sees the keys up to t."""
-    token = torch.arange(BLOCK)
-    return Mask.of((token > token[:, None])[None], dtype)
+def _later(dtype: torch.dtype) -> Mask:
+    """`[1, WIDTHS[0], LARGEST]` on a CPU; row t sees the keys up to t."""
+    token = torch.arange(LARGEST)
+    return Mask.of((token > token[: WIDTHS[0], None])[None], dtype)
 
 
 def _tokens_of(span: Span) -> Tensor:

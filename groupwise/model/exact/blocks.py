@@ -1,13 +1,17 @@
 """Attention whose bits do not depend on how it is batched: the arithmetic that sampler and trainer share.
 
-A row of queries meets its keys in blocks of `BLOCK`, counted from the start of each key segment. Scores, their
-exponentials and the sums over one block always have the same shape, and blocks are added in order; a block in which a
-row sees nothing adds exact zeros. So the result of a row depends neither on the number of other rows nor on how far
-keys are padded. A query that sees two segments (its prompt, then its own completion) takes its exponentials from the
-maximum of both, and adds the sums.
+A row of queries meets its keys in blocks, counted from the start of each key segment; where they begin is a function
+of the place alone (`block_starts`). Scores, their exponentials and the sums over one block always have the same shape,
+and blocks are added in order; a block in which a row sees nothing adds exact zeros. So the result of a row depends
+neither on the number of other rows nor on how far keys are padded. A query that sees two segments (its prompt, then its
+own completion) takes its exponentials from the maximum of both, and adds the sums.
 
-A block's last keys may be left out where no row sees them, down to a width in `WIDTHS`: measured, scores, sums and
-products then keep their bits. Decoding, which waits for memory, reads no more of a half-filled block than that.
+Blocks have `BLOCK` keys up to `FINE`, and `LARGEST` from there on: a long answer then has a quarter of the products,
+and all that is not a product costs by the block. They cannot be larger: of 448 or more keys, the product with the
+values takes two sums, which part where the number of keys says (measured, float32).
+
+A block's last keys may be left out where no row sees them, down to a width that `width_of` knows: measured, scores,
+sums and products then keep their bits. Decoding, which waits for memory, reads no more of a half-filled block than that.
 
 Row counts given to matrix products are multiples of `TILE`: fewer rows take other kernels with another order of sums.
 
@@ -15,7 +19,7 @@ A hidden score is pushed far down, floored and its weight set to zero, in three 
 of a number that underflows costs 13 times that of a plain one. (`exp2` would not, but its last elements are computed
 otherwise than the rest, so its bits depend on the place.)
 
-Shapes: B independent heads, R query rows, d head size, L = BLOCK keys. All sums are float32 (float64 in a float64
+Shapes: B independent heads, R query rows, d head size, W keys of a block. All sums are float32 (float64 in a float64
 model).
 The softmax is the safe one of Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 2.
 """
@@ -31,6 +35,8 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
+FINE = 256  # keys, from which on blocks are larger
+LARGEST = 256
 WIDTHS = (16, 32, BLOCK)
 TILE = 4
 _SMALL_PRODUCT = 16**3
@@ -38,23 +44,48 @@ _FAR = -1e30
 _FLOOR = -87.0  # of exponents; exp is still a normal float32
 
 
+def block_of(token: int) -> int:
+    """Which block of its segment a token is in."""
+    return token // BLOCK if token < FINE else FINE // BLOCK + (token - FINE) // LARGEST
+
+
+def block_start(index: int) -> int:
+    """The first token of a block."""
+    larger = max(0, index - FINE // BLOCK)
+    return min(index * BLOCK, FINE) + larger * LARGEST
+
+
+@lru_cache
+def block_starts(tokens: int) -> tuple[int, ...]:
+    """Where the blocks begin that hold a segment of `tokens`."""
+    return tuple(map(block_start, range(block_of(tokens - 1) + 1))) if tokens > 0 else ()
+
+
+def block_spans(tokens: int) -> list[tuple[int, int]]:
+    """The same with where they end, the last one with the segment."""
+    starts = block_starts(tokens)
+    return list(zip(starts, (*starts[1:], tokens), strict=False))  # no tokens, no block
+
+
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """`bias`: 0 where a key is seen, far down where not; `keep`: 1 and 0. Both `[1, r, BLOCK]` for a block's first r
-    rows (all later rows see every key), or `[B or 1, 1, BLOCK]` for all rows."""
+    """`bias`: 0 where a key is seen, far down where not; `keep`: 1 and 0. Both `[1, r, C]` for a block's first r
+    rows (all later rows see every key), or `[B or 1, 1, C]` for all rows; C are its last keys, from `first_key` on."""
 
     bias: Tensor
     keep: Tensor
+    first_key: int = 0
 
     @staticmethod
-    def of(hidden: Tensor, dtype: torch.dtype) -> Mask:
+    def of(hidden: Tensor, dtype: torch.dtype, first_key: int = 0) -> Mask:
         """The mask that is True where a key is hidden, for a model that computes in `dtype`."""
         sums = hidden.to(torch.promote_types(dtype, torch.float32))
-        return Mask(sums * _FAR, 1 - sums)
+        return Mask(sums * _FAR, 1 - sums, first_key)
 
-    def rows_of(self, x: Tensor) -> Tensor:
-        """The rows of `x [B, R, BLOCK]` that the mask concerns."""
-        return x if self.bias.shape[1] == 1 else x[:, : self.bias.shape[1]]
+    def part_of(self, x: Tensor) -> Tensor:
+        """What of `x [B, R, W]` the mask concerns."""
+        rows = x if self.bias.shape[1] == 1 else x[:, : self.bias.shape[1]]
+        return rows[..., self.first_key :] if self.first_key else rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +93,7 @@ class KeyBlock:
     """One block of keys and what its rows may not see.
 
     Attributes:
-        key, value: `[B, W, d]`, W in `WIDTHS`.
+        key, value: `[B, W, d]`, W as `width_of` gives it.
         first_row: rows before it see nothing of this block, and are not computed; 0 in a segment's first block.
         mask: which keys are hidden; None when all rows see all keys.
     """
@@ -74,8 +105,8 @@ class KeyBlock:
 
 
 def width_of(keys: int) -> int:
-    """The least width of a block that holds `keys` of its keys; more than a block's are a full block."""
-    return next((width for width in WIDTHS if keys <= width), BLOCK)
+    """The least width at which a block that holds `keys` keys is read."""
+    return next((width for width in WIDTHS if keys <= width), -(-keys // BLOCK) * BLOCK)
 
 
 def full_rows(rows: int, query: Tensor, batch: int) -> int:
@@ -92,6 +123,37 @@ def full_rows(rows: int, query: Tensor, batch: int) -> int:
     if query.device.type == "cpu" and query.dtype not in (torch.float32, torch.float64):
         least = _SMALL_PRODUCT // (batch * WIDTHS[0] * query.shape[-1]) + 1
     return -(-max(rows, least) // TILE) * TILE
+
+
+def few_rows(rows: int, query: Tensor, batch: int) -> int:
+    """As `full_rows`, but in float32 on a CPU no more than `rows` where its products are found to give so few rows the
+    bits that they have in company. A decode step then neither multiplies nor weighs padding.
+
+    The keys must lie as a cache holds them, `[…, d, W]` transposed.
+    """
+    if query.device.type == "cpu" and query.dtype == torch.float32 and _alike(rows, query.shape[-1]):
+        return rows
+    return full_rows(rows, query, batch)
+
+
+@lru_cache
+def _alike(rows: int, size: int) -> bool:
+    """Whether both products of `rows` queries have the bits of full tiles, by trying: kernels differ with processors.
+    Another order of sums shows in a third of all numbers, and here are thousands."""
+    draw = torch.Generator().manual_seed(0)
+    company = 16 * TILE
+    with torch.inference_mode():
+        for batch in (1, 2, 33):
+            query, weights, key, value = (
+                torch.randn(batch, *shape, generator=draw)
+                for shape in ((company, size), (company, LARGEST), (size, LARGEST), (LARGEST, size))
+            )
+            for width in (*WIDTHS, *range(2 * BLOCK, LARGEST + 1, BLOCK)):
+                for left, right in ((query, key[..., :width]), (weights[..., :width], value[:, :width])):
+                    few = torch.bmm(left[:, :rows].contiguous(), right)
+                    if not torch.equal(few, torch.bmm(left.contiguous(), right)[:, :rows]):
+                        return False
+    return True
 
 
 def wide(x: Tensor) -> Tensor:
@@ -138,7 +200,7 @@ def _scores(query: Tensor, block: KeyBlock, scale: float) -> Tensor:
     if scale != 1.0:
         scores.mul_(scale)
     if block.mask is not None:
-        block.mask.rows_of(scores).add_(block.mask.bias)
+        block.mask.part_of(scores).add_(block.mask.bias)
     return scores
 
 
@@ -147,7 +209,7 @@ def _weigh(scores: Tensor, top: Tensor, block: KeyBlock) -> Tensor:
     scores.sub_(top[..., None])
     if block.mask is None:
         return scores.exp_()
-    concerned = block.mask.rows_of(scores)
+    concerned = block.mask.part_of(scores)
     concerned.clamp_(min=_FLOOR)
     scores.exp_()
     concerned.mul_(block.mask.keep)
@@ -196,13 +258,16 @@ class Scores:
         return self.found
 
 
-def score(query: Tensor, blocks: Sequence[KeyBlock], scale: float, into: Found | None = None) -> Scores:
+def score(
+    query: Tensor, blocks: Sequence[KeyBlock], scale: float, into: Found | None = None, *, tile: int = TILE
+) -> Scores:
     """`query [B, R, d]` meets one key segment, R a multiple of `TILE`.
 
     Args:
         into: where results go, instead of fresh memory.
+        tile: R, where `few_rows` gave it.
     """
-    assert query.shape[1] % TILE == 0, f"{query.shape[1]} query rows are not a multiple of {TILE}"
+    assert query.shape[1] % tile == 0, f"{query.shape[1]} query rows are not a multiple of {tile}"
     assert blocks[0].first_row == 0, "every row sees the first block of a segment"
     factor, left = split_scale(query.dtype, scale)
     asking = query if factor == 1.0 else query * factor
@@ -215,23 +280,36 @@ def score(query: Tensor, blocks: Sequence[KeyBlock], scale: float, into: Found |
     return Scores(blocks, scores, found, query.dtype)
 
 
-def causal_blocks(key: Tensor, value: Tensor, repeat: int, window: int | None) -> list[KeyBlock]:
-    """Blocks of a segment that sees itself: `[B, T, d]`, T a multiple of `BLOCK`; row r is token `r // repeat`."""
+def causal_blocks(key: Tensor, value: Tensor, repeat: int, window: int | None, first: int = 0) -> list[KeyBlock]:
+    """Blocks of a segment that sees itself, as its rows from token `first` on meet them.
+
+    Args:
+        key, value: `[B, T, d]`, T a multiple of `BLOCK`; row r is token `first + r // repeat`.
+    """
     length = key.shape[1]
     assert length % BLOCK == 0, f"{length} keys are not a multiple of {BLOCK}"
-    token = torch.arange(length, device=key.device)
     blocks: list[KeyBlock] = []
-    mask: Mask | None = None
-    for start in range(0, length, BLOCK):
-        stop = start + BLOCK
-        if mask is None or window is not None:  # without a window all blocks look alike from their first row on
-            row_token = token[start : stop if window is None else length].repeat_interleave(repeat)[:, None]
-            hidden = row_token < token[start:stop]
-            if window is not None:
-                hidden |= row_token - token[start:stop] >= window
-            mask = Mask.of(hidden[None], key.dtype)
-        blocks.append(KeyBlock(key[:, start:stop], value[:, start:stop], start * repeat, mask))
+    for start, stop in block_spans(length):
+        own = max(start, first)  # the first token whose rows are computed
+        mask = None
+        if window is not None:
+            token = torch.arange(start, stop, device=key.device)
+            row = torch.arange(own, length, device=key.device).repeat_interleave(repeat)[:, None]
+            mask = Mask.of(((row < token) | (row - token >= window))[None], key.dtype)
+        elif own < stop:
+            bias, keep = _triangle(stop - own, repeat, key.dtype, key.device)
+            mask = Mask(bias, keep, own - start)
+        blocks.append(KeyBlock(key[:, start:stop], value[:, start:stop], (own - first) * repeat, mask))
     return blocks
+
+
+@lru_cache(32)
+def _triangle(tokens: int, repeat: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Bias and keep `[1, tokens * repeat, tokens]` of rows that see the keys up to their own token."""
+    with torch.inference_mode(False):  # a tensor made in that mode serves no gradient
+        token = torch.arange(tokens, device=device)
+        mask = Mask.of((token > token.repeat_interleave(repeat)[:, None])[None], dtype)
+        return mask.bias, mask.keep
 
 
 def prefix_blocks(
@@ -244,13 +322,16 @@ def prefix_blocks(
     """
     token = torch.arange(key.shape[1], device=key.device)
     blocks: list[KeyBlock] = []
-    for start in range(0, key.shape[1], BLOCK):
-        key_token = token[start : start + BLOCK]
-        hidden = (key_token >= length)[None, None] if start + BLOCK > length else None
+    for start, stop in block_spans(key.shape[1]):
+        key_token = token[start:stop]
+        hidden, first_key = None, 0
+        if stop > length:
+            first_key = stop - BLOCK - start
+            hidden = (key_token[first_key:] >= length)[None, None]
         if window is not None:
             assert distance is not None, "a sliding window needs the rows' positions"
-            far = (distance[:, None] - key_token >= window)[None]
-            hidden = far if hidden is None else hidden | far
-        mask = None if hidden is None else Mask.of(hidden, key.dtype)
-        blocks.append(KeyBlock(key[:, start : start + BLOCK], value[:, start : start + BLOCK], 0, mask))
+            hidden = ((distance[:, None] - key_token >= window) | (key_token >= length))[None]
+            first_key = 0
+        mask = None if hidden is None else Mask.of(hidden, key.dtype, first_key)
+        blocks.append(KeyBlock(key[:, start:stop], value[:, start:stop], 0, mask))
     return blocks

@@ -61,10 +61,20 @@ def flat_linear(layer: nn.Module) -> Function:
 
 
 def flat_mlp(mlp: Any) -> Function:
-    """A gated MLP, whose activation computes into memory of its own."""
+    """A gated MLP, whose activation computes into memory of its own; gate and up by one product, where they are plain
+    and in float32."""
     gate, up, down = (flat_linear(layer) for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
     activation = mlp.act_fn.forward
-    return lambda x: down(activation(gate(x)).mul_(up(x)))
+    layers = [mlp.gate_proj, mlp.up_proj]
+    if not all(isinstance(layer, DnnLinear) and layer.computes_by_dnn and layer.bias is None for layer in layers):
+        return lambda x: down(activation(gate(x)).mul_(up(x)))
+    both = Ordered.of(torch.cat([layer.weight for layer in layers]), None)
+
+    def joined(x: Tensor) -> Tensor:
+        gated, along = ordered_product(x, both).chunk(2, -1)
+        return down(activation(gated).mul_(along))
+
+    return joined
 
 
 def flat_projection(attention: Any, norms: Sequence[nn.Module]) -> Project:

@@ -10,18 +10,29 @@ whatever is asked (measured: 40,000 page faults in a step with two lanes, and 20
 The largest blocks are still given back: a chunk of logits finds no hole of its size in memory that smaller tensors
 have since been put into, so memory grew with every chunk (measured: 653 MiB instead of 145 at 8,192 tokens and a
 vocabulary of 32,768). Beside the work on a block of that size, its page faults are nothing.
+
+What is read from end to end again and again, as a cache of keys is, lies in large pages where Linux has them: a
+processor that looks up a page's place for every 4 KiB reads more slowly (measured: sums over 400 MB at 24 and 31 GB/s,
+products of keys and queries at 17 and 20).
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import platform
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 _TRIM_THRESHOLD = -1  # parameters of mallopt(3)
 _MMAP_THRESHOLD = -3
 _HEAPS = -8
 _MOST = 2**31 - 1
 _GIVEN_BACK = 1 << 26  # bytes, from which a block is given back
+_LARGE_PAGE = 1 << 21  # bytes; most processors' and Linux's
 
 
 def keep_freed_memory() -> bool:
@@ -31,3 +42,19 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     wanted = {_MMAP_THRESHOLD: _GIVEN_BACK, _TRIM_THRESHOLD: _MOST, _HEAPS: 1}
     return all(libc.mallopt(name, value) for name, value in wanted.items())
+
+
+def zeros_in_large_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`torch.zeros` on a CPU, in large pages where the system has them; small tensors, and others, are plain ones."""
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if size < 2 * _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(tuple(shape), dtype=dtype)
+    memory = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel that was built without
+        return torch.zeros(tuple(shape), dtype=dtype)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps `memory` alive
+    first = -whole.data_ptr() % _LARGE_PAGE
+    return whole[first : first + size].view(dtype).view(tuple(shape))

@@ -18,6 +18,8 @@ from torch.nn.functional import pad
 from groupwise.model.exact.attention_backward import NO_WEIGHT, Grads, Rows, attention_backward
 from groupwise.model.exact.blocks import (
     BLOCK,
+    TILE,
+    Found,
     KeyBlock,
     causal_blocks,
     full_rows,
@@ -31,6 +33,10 @@ from groupwise.model.forward.segment_gradient import segment_gradient
 
 if TYPE_CHECKING:
     from groupwise.model.forward.varlen_attention import VarlenPlan
+
+
+_ROW_TOKENS = 128  # whose rows meet their keys together
+_NEAR_SCORES = 1 << 19  # scores that exist at one time: 1 MiB in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +143,8 @@ class _Prefixed:
         self.length = prefix.prompt.length
         self.repeat = repeat
         rows = (prefix.stop - prefix.start) * repeat
-        self._missing_rows = full_rows(rows, key, key.shape[1]) - rows
+        # Beside keys that lie token by token, one tile of queries has another order of sums (float32, heads of 128).
+        self._missing_rows = full_rows(max(rows, 2 * TILE), key, key.shape[1]) - rows
         missing = round_up(self.length, BLOCK) - self.length
         self.key = pad(key[self.keys].transpose(0, 1), (0, 0, 0, missing))
         self.value = pad(value[self.keys].transpose(0, 1), (0, 0, 0, missing))
@@ -176,11 +183,13 @@ class _ExactAttention(torch.autograd.Function):
         for each, scores in zip(prefixed, met, strict=True):
             top[each.rows] = each.scatter(scores.found.top)
         for bucket in plan.buckets:
-            blocks = causal_blocks(bucket.gather(key, 1), bucket.gather(value, 1), repeat, call.window)
-            own = score(bucket.gather(query, repeat), blocks, call.scale)
-            found = own.found
-            torch.maximum(found.top, bucket.gather(top, repeat), out=found.top)
-            own.sum()
+            found = _found_by_itself(
+                bucket.gather(query, repeat),
+                bucket.gather(key, 1),
+                bucket.gather(value, 1),
+                bucket.gather(top, repeat),
+                call,
+            )
             for whole, part in ((out, found.out), (top, found.top), (mass, found.mass)):
                 bucket.scatter(part, repeat, whole)
         for each, scores in zip(prefixed, met, strict=True):
@@ -198,6 +207,29 @@ class _ExactAttention(torch.autograd.Function):
         one_segment = attention_backward if kept.query.device.type == "cpu" else segment_gradient
         found = gradients_by_plan(kept, grads[0], ctx.plan, ctx.call, one_segment)
         return found.query, found.key, found.value, None, None
+
+
+def _found_by_itself(query: Tensor, key: Tensor, value: Tensor, top: Tensor, call: AttentionCall) -> Found:
+    """What segments `[B, T, d]` find in themselves, for queries `[B, T * repeat, d]` that have met scores up to `top
+    [B, T * repeat]`. Some segments and rows at a time, so that their scores stay in the processor's cache; no row's
+    bits depend on which."""
+    length = key.shape[1]
+    repeat = query.shape[1] // length
+    found = Found.empty(query)
+    tokens = min(length, _ROW_TOKENS)
+    for first in range(0, length, tokens):
+        last = min(first + tokens, length)
+        rows = slice(first * repeat, last * repeat)
+        step = max(1, _NEAR_SCORES // ((last - first) * repeat * last)) if query.device.type == "cpu" else len(query)
+        for start in range(0, len(query), step):
+            some = slice(start, start + step)
+            blocks = causal_blocks(key[some, :last], value[some, :last], repeat, call.window, first)
+            met = score(query[some, rows], blocks, call.scale)
+            torch.maximum(met.found.top, top[some, rows], out=met.found.top)
+            part = met.sum()
+            for whole, own in ((found.top, part.top), (found.mass, part.mass), (found.out, part.out)):
+                whole[some, rows] = own
+    return found
 
 
 def gradients_by_plan(kept: Kept, grad: Tensor, plan: Plan, call: AttentionCall, one_segment: SegmentGradient) -> Grads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -13,12 +14,20 @@ from torch import Tensor
 
 from groupwise.model.exact.blocks import (
     BLOCK,
+    FINE,
+    LARGEST,
     TILE,
     Found,
     KeyBlock,
     Mask,
     Scores,
+    block_of,
+    block_spans,
+    block_start,
+    block_starts,
     causal_blocks,
+    few_rows,
+    full_rows,
     prefix_blocks,
     score,
     width_of,
@@ -50,6 +59,45 @@ def plain(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
 
 def padded(x: Tensor, multiple: int = BLOCK) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % multiple))
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 255, 256, 257, 511, 512, 513, 1100])
+def test_blocks_are_a_function_of_the_place_alone(tokens: int) -> None:
+    spans = block_spans(tokens)
+    assert spans[0][0] == 0
+    assert spans[-1][1] == tokens
+    assert all(one[1] == next_one[0] for one, next_one in itertools.pairwise(spans))
+    assert [start for start, _ in spans] == list(block_starts(tokens)) == list(block_starts(5000)[: len(spans)])
+    for start, stop in spans[:-1]:
+        assert stop - start == (BLOCK if start < FINE else LARGEST)
+    for token in {0, tokens // 2, tokens - 1}:
+        index = block_of(token)
+        assert spans[index][0] == block_start(index) <= token < spans[index][1]
+
+
+def test_blocks_grow_where_the_texts_say() -> None:
+    assert block_starts(1100) == (0, 64, 128, 192, 256, 512, 768, 1024)
+    assert block_spans(0) == []
+    assert [width_of(keys) for keys in (1, 16, 17, 33, 64, 65, 129, 256)] == [16, 16, 32, 64, 64, 128, 192, 256]
+
+
+@pytest.mark.parametrize("repeat", [1, 2])
+@pytest.mark.parametrize("window", [None, 150])
+def test_rows_of_a_segment_have_the_same_bits_from_any_of_them_on(repeat: int, window: int | None) -> None:
+    """All rows at once, with all of the keys, and some rows with the keys up to them."""
+    length = 640
+    key, value = (randn(3, length, 16, seed=i, dtype=torch.float32) for i in (1, 2))
+    query = randn(3, length * repeat, 16, seed=3, dtype=torch.float32)
+    met = score(query, causal_blocks(key, value, repeat, window), SCALE)
+    top, whole = met.found.top.clone(), met.sum()
+    for first, last in ((0, 64), (64, 128), (128, 320), (320, 576), (576, 640)):
+        rows = slice(first * repeat, last * repeat)
+        blocks = causal_blocks(key[:2, :last], value[:2, :last], repeat, window, first)
+        some = score(query[:2, rows].contiguous(), blocks, SCALE)
+        assert torch.equal(some.found.top, top[:2, rows])
+        part = some.sum()
+        assert torch.equal(part.mass, whole.mass[:2, rows])
+        assert torch.equal(part.out, whole.out[:2, rows])
 
 
 @settings(max_examples=25)
@@ -180,3 +228,54 @@ def test_keys_that_no_row_sees_may_be_left_out(rows: int, size: int, dtype: torc
         found, same = whole.sum(), short.sum()
         for a, b in ((found.out, same.out), (found.mass, same.mass)):
             assert torch.equal(a, b), keys
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [16, 48, 64, 128])
+@pytest.mark.parametrize("rows", [TILE, 2 * TILE, 256])
+def test_keys_that_no_row_sees_may_be_left_out_of_a_large_block(rows: int, size: int, dtype: torch.dtype) -> None:
+    """As a cache holds them, in the company of many rows and of few, at every width that there is."""
+    key, value = (randn(8, LARGEST, size, seed=i).to(dtype) for i in (1, 2))
+    query = randn(8, 256, size, seed=3).to(dtype)
+    held = key.transpose(1, 2).contiguous().transpose(1, 2)
+    for keys in (1, 15, 16, 17, 33, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256):
+        hidden = (torch.arange(LARGEST) >= keys)[None, None]
+        whole = score(query, [KeyBlock(key, value, 0, Mask.of(hidden, dtype) if keys < LARGEST else None)], SCALE)
+        width = width_of(keys)
+        mask = Mask.of(hidden[..., :width], dtype) if keys < width else None
+        block = KeyBlock(held[:, :width], value[:, :width], 0, mask)
+        short = score(query[:, :rows].contiguous(), [block], SCALE)
+        assert torch.equal(whole.found.top[:, :rows], short.found.top), keys
+        found, same = whole.sum(), short.sum()
+        assert torch.equal(found.mass[:, :rows], same.mass), keys
+        assert torch.equal(found.out[:, :rows], same.out), keys
+
+
+@pytest.mark.parametrize("size", [16, 64, 128])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+def test_few_rows_have_the_bits_that_they_have_in_company(rows: int, size: int) -> None:
+    """Where rows are padded, and where they were found to need none."""
+    query = randn(6, 64, size, dtype=torch.float32)
+    few = few_rows(rows, query, 6)
+    assert few in (rows, full_rows(rows, query, 6))
+    value = randn(6, 150, size, seed=2, dtype=torch.float32)
+    key = randn(6, size, LARGEST, seed=1, dtype=torch.float32)[:, :, :150].transpose(1, 2)
+    hidden = Mask.of((torch.arange(150) >= 140)[None, None], torch.float32)
+    blocks = [KeyBlock(key[:, :64], value[:, :64]), KeyBlock(key[:, 64:128], value[:, 64:128])]
+    blocks.append(
+        KeyBlock(key[:, 128:144], value[:, 128:144], 0, Mask(hidden.bias[..., 128:144], hidden.keep[..., 128:144]))
+    )
+    many = score(query, blocks, SCALE)
+    alone = torch.zeros(6, few, size)
+    alone[:, :rows] = query[:, :rows]
+    own = score(alone, blocks, SCALE, tile=few)
+    assert torch.equal(own.found.top[:, :rows], many.found.top[:, :rows])
+    found, same = own.sum(), many.sum()
+    assert torch.equal(found.mass[:, :rows], same.mass[:, :rows])
+    assert torch.equal(found.out[:, :rows], same.out[:, :rows])
+
+
+def test_other_types_than_float32_always_come_in_tiles() -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        query = randn(1, 4, 16, dtype=dtype)
+        assert few_rows(2, query, 64) == full_rows(2, query, 64)
