@@ -11,7 +11,8 @@ and all that is not a product costs by the block. They cannot be larger: of 448 
 values takes two sums, which part where the number of keys says (measured, float32).
 
 A block's last keys may be left out where no row sees them, down to a width that `width_of` knows: measured, scores,
-sums and products then keep their bits. Decoding, which waits for memory, reads no more of a half-filled block than that.
+sums and products then keep their bits. Decoding, which waits for memory, reads no more of a half-filled block than
+that.
 
 Row counts given to matrix products are multiples of `TILE`: fewer rows take other kernels with another order of sums.
 
