@@ -137,6 +137,10 @@ class RewardScorer:
         """Those of the rewards that score rows of this source, the first first."""
         return {entry.name: entry.config.weight for entry in self._covering(data_source)}
 
+    def readers_of(self, argument: str) -> list[str]:
+        """The rewards that take it by its name."""
+        return [entry.name for entry in self._entries if argument in entry.loaded.signature.accepted]
+
     def check_sources(self, sources: Iterable[str]) -> None:
         """Check that every data source has a reward.
 
