@@ -11,7 +11,7 @@ from groupwise.config import RolloutConfig
 
 MODEL_NAME = "policy"
 _WORKER = Path(__file__).parent / "vllm_worker"
-_NOT_THEIRS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSTARTUP", "GROUPWISE_API_KEY")
+_NOT_THEIRS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSTARTUP", "GROUPWISE_API_KEY", "VLLM_API_KEY")
 """What is the trainer's environment's own, and would break another one; and the key, which is no matter of a child."""
 
 

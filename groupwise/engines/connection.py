@@ -22,6 +22,7 @@ _IDLE_SECONDS = 3.0
 """Servers close what is idle for five seconds (uvicorn's default); a request that meets that is lost."""
 
 _GONE = frozenset({502, 503, 504})
+_NO_KEY = frozenset({401, 403})
 
 
 class Refused(EngineError):
@@ -36,6 +37,13 @@ class Refused(EngineError):
         super().__init__(f"{url} refused it ({status}): {said}")
         self.status = status
         self.said = said
+
+
+class NoKey(Refused):
+    """The server wants a key that it was not given, or another one."""
+
+    def __init__(self, url: str, status: int, said: str) -> None:
+        super().__init__(url, status, f"{said}; set GROUPWISE_API_KEY to the key that the server was started with")
 
 
 class Connection:
@@ -121,7 +129,8 @@ class Connection:
             said = "a page of HTML"
         if answer.status_code in _GONE:
             raise EngineLost(f"{self.url} is not there ({answer.status_code}): {said}")
-        raise Refused(self.url, answer.status_code, said)
+        kind = NoKey if answer.status_code in _NO_KEY else Refused
+        raise kind(self.url, answer.status_code, said)
 
     async def close(self) -> None:
         """Close what is open; the next request opens it again."""

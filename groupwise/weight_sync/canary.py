@@ -117,7 +117,9 @@ class Canary:
             SamplingParams(max_tokens=DRAWN_TOKENS),
             policy_version=ref.version,
         )
-        drawn, scored = await asyncio.gather(server.draw(request), server.score(prompt))
+        drawn, scored, without = await asyncio.gather(
+            server.draw(request), server.score(prompt), self._without(server, request, ref)
+        )
         wrong = drawn.error
         if len(drawn.token_ids) != DRAWN_TOKENS:
             wrong = wrong or f"it drew {len(drawn.token_ids)} tokens; {DRAWN_TOKENS} were asked for"
@@ -130,8 +132,12 @@ class Canary:
             both = await server.score((*prompt, *drawn.token_ids))
             assert both is not None, "an engine has log-probs of what it draws, or of what it is given"
             logprobs = both[len(prompt) - 1 :]
-        without = await server.draw(request, whose="base") if ref.kind == "adapter" else None
         return _Asked(drawn.token_ids, scored, logprobs, without)
+
+    @staticmethod
+    async def _without(server: Asked, request: SampleRequest, ref: WeightRef) -> Drawn | None:
+        """What it draws without the adapter, where there is one."""
+        return await server.draw(request, whose="base") if ref.kind == "adapter" else None
 
     async def _trainer(
         self, prompts: Sequence[tuple[int, ...]], drawn: Sequence[tuple[int, ...]], *, scored: bool

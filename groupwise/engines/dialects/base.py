@@ -185,9 +185,14 @@ def adapter_name(version: int) -> str:
     return f"policy-{version:06d}"
 
 
-def old_adapters(version: int) -> list[str]:
-    """Those that need not be there any more, once `version` is: the one before stays until it is proven."""
-    return [adapter_name(old) for old in range(max(0, version - 8), version - 1)]
+def old_adapter(version: int) -> str | None:
+    """The one that need not be there any more, once `version` is: the one before that stays until it is proven."""
+    return adapter_name(version - 2) if version >= 2 else None
+
+
+def no_sleep(url: str, flag: str, said: str) -> str:
+    """The sentence for a server that does not give its memory back."""
+    return f"{url} does not sleep: {said}; start it with {flag}, or leave rollout.engine_sleeps out"
 
 
 def seed_of(key: SampleKey, *, seed: int, position: int, bits: int) -> int:

@@ -8,14 +8,12 @@ from dataclasses import replace
 from pydantic import ValidationError
 
 from groupwise.engines import wire
-from groupwise.engines.connection import Connection, Refused
+from groupwise.engines.connection import Connection, NoKey, Refused
 from groupwise.engines.dialects.base import Answer, Call, Drawn, Facts, KeptOld, Whose, tokens_of
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
 from groupwise.protocols import EngineCaps
 from groupwise.types import SampleRequest
-
-_NO_KEY = (401, 403)
 
 
 class Own:
@@ -41,9 +39,9 @@ class Own:
             return Facts(
                 model["id"], model["max_model_len"], str(served.version), identity=served.identity, exact=served.exact
             )
+        except NoKey:
+            raise
         except Refused as error:
-            if error.status in _NO_KEY:
-                raise
             raise EngineError(f"{server.url} is a server, but none of `groupwise serve`: {error.said}") from error
         except (KeyError, IndexError, TypeError, ValidationError) as error:
             raise EngineError(

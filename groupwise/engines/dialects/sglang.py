@@ -6,11 +6,12 @@ It has to be started with `--enable-deterministic-inference`: without, it ignore
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from groupwise.engines.connection import Connection, Refused
+from groupwise.engines.connection import Connection, NoKey, Refused
 from groupwise.engines.dialects.base import (
     Answer,
     Call,
@@ -19,7 +20,8 @@ from groupwise.engines.dialects.base import (
     Whose,
     adapter_name,
     new_name,
-    old_adapters,
+    no_sleep,
+    old_adapter,
     seed_of,
     tokens_of,
 )
@@ -92,6 +94,8 @@ class SgLang:
         try:
             info = _Info.model_validate(await server.get("/model_info"))
             started = _Started.model_validate(await server.get("/server_info"))
+        except NoKey:
+            raise
         except (Refused, ValidationError) as error:
             raise EngineError(f"{server.url} is a server, but none of SGLang 0.5.23 or newer: {error}") from error
         problem = ""
@@ -221,15 +225,18 @@ class SgLang:
                 f"{server.url}: the adapter was not loaded: {found.message}; SGLang needs --enable-lora, and "
                 "--max-lora-rank that is large enough"
             )
-        for old in old_adapters(ref.version):
-            try:
+        if old := old_adapter(ref.version):
+            with suppress(Refused):  # it was unloaded before, or never there
                 await server.post("/unload_lora_adapter", {"lora_name": old}, seconds=_CONTROL_SECONDS)
-            except Refused:
-                continue  # it was unloaded before, or never there
 
     async def sleep(self, server: Connection) -> None:
         """It has to be started with `--enable-memory-saver`."""
-        await server.post("/release_memory_occupation", {}, seconds=_CONTROL_SECONDS)
+        try:
+            await server.post("/release_memory_occupation", {}, seconds=_CONTROL_SECONDS)
+        except NoKey:
+            raise
+        except Refused as refused:
+            raise EngineError(no_sleep(server.url, "--enable-memory-saver", refused.said)) from refused
 
     async def wake(self, server: Connection) -> None:
         """See `Dialect.wake`."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from groupwise.engines.connection import Connection, Refused
+from groupwise.engines.connection import Connection, NoKey, Refused
 from groupwise.engines.dialects.base import (
     Answer,
     Call,
@@ -22,7 +23,8 @@ from groupwise.engines.dialects.base import (
     Whose,
     adapter_name,
     new_name,
-    old_adapters,
+    no_sleep,
+    old_adapter,
     seed_of,
     tokens_of,
 )
@@ -39,7 +41,6 @@ _ABORT_PREFIX = "generate-tokens-"
 """Without it, the route answers 200 and aborts nothing."""
 
 _NOT_FOUND = 404
-_NO_KEY = (401, 403)
 
 _FINISHED: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort", "repetition": "length"}
 
@@ -129,9 +130,9 @@ class Vllm:
             models = await server.get("/v1/models")
             base = next(model for model in models["data"] if not model.get("parent"))
             name, positions = str(base["id"]), base.get("max_model_len")
+        except NoKey:
+            raise
         except Refused as error:
-            if error.status in _NO_KEY:
-                raise
             raise EngineError(f"{server.url} is a server, but none of vLLM: {error.said}") from error
         except (KeyError, StopIteration, TypeError, AttributeError) as error:
             raise EngineError(f"{server.url} is a server, but none of vLLM: it lists no model") from error
@@ -287,15 +288,18 @@ class Vllm:
                     "large enough and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
                 ) from refused
         await self._control(server, "/update_weight_version", {"new_version": str(ref.version)})
-        for old in old_adapters(ref.version):
-            try:
+        if old := old_adapter(ref.version):
+            with suppress(Refused):  # it was unloaded before, or never there
                 await self._control(server, "/v1/unload_lora_adapter", {"lora_name": old})
-            except Refused:
-                continue  # it was unloaded before, or never there
 
     async def sleep(self, server: Connection) -> None:
         """Its weights go to the host's memory: of the two levels, the one that a failed load can come back from."""
-        await self._control(server, "/sleep", query={"level": "1"})
+        try:
+            await self._control(server, "/sleep", query={"level": "1"})
+        except NoKey:
+            raise
+        except Refused as refused:
+            raise EngineError(no_sleep(server.url, "--enable-sleep-mode", refused.said)) from refused
 
     async def wake(self, server: Connection) -> None:
         """See `Dialect.wake`."""
