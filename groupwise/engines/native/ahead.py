@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from groupwise.engines.native.decode_attention import StepInputs, StepShape
-from groupwise.engines.native.graphs import Graphs, make_layout, run_step
+from groupwise.engines.native.graphs import Graphs, fixed_by_graph, make_layout, run_step
 from groupwise.engines.native.roster import Roster
 from groupwise.engines.native.sampling import RowParams, choose
 from groupwise.engines.native.scheduler import Sample, Scheduler
@@ -73,6 +73,7 @@ class StepsAhead:
         self._scheduler.make_room(tokens)
         cache = self._scheduler.sample_cache
         shape = roster.shape(min(self._scheduler.shape.tokens_for(tokens), cache.tokens))
+        shape = fixed_by_graph(self._loaded, shape)
         key = (shape, roster.params.any_greedy, roster.params.any_scaled)
         step = self._graphs.get(key, self._scheduler, lambda: _Step(self, shape, roster))
         given = [0 if place >= 0 else sample.tokens[-1] for sample, place in zip(running, source, strict=True)]

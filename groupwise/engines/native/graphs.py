@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -30,6 +30,14 @@ _Replay = TypeVar("_Replay")
 def make_layout(loaded: LoadedModel, scheduler: Scheduler, shape: StepShape) -> DecodeLayout | KernelDecodeLayout:
     kind = KernelDecodeLayout if kernel_attends(loaded) else DecodeLayout
     return kind(scheduler.prompt_cache, scheduler.sample_cache, shape)
+
+
+def fixed_by_graph(loaded: LoadedModel, shape: StepShape) -> StepShape:
+    """What of a step's shape its graph depends on: the kernel reads each length where it is, so one graph serves them
+    all, and samples in any order."""
+    if not kernel_attends(loaded):
+        return shape
+    return replace(shape, sample_tokens=0, prompt_tokens=0, in_order=False)
 
 
 def run_step(
@@ -109,6 +117,8 @@ class DecodeGraphs:
         self._graphs: Graphs[_Captured] = Graphs(loaded.device)
 
     def run(self, scheduler: Scheduler, shape: StepShape, inputs: StepInputs) -> Tensor:
+        shape = fixed_by_graph(self._loaded, shape)
+
         def make() -> _Captured:
             kept = StepInputs(*(x.clone() for x in inputs.tensors))
             layout = partial(make_layout, self._loaded, scheduler, shape)
