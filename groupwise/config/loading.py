@@ -283,22 +283,28 @@ def _algorithm_of_today(saved: Mapping[str, Any]) -> dict[str, Any]:
     return dict(_settings_in(algorithm, "algorithm"))
 
 
-def render_resolved(loaded: LoadedConfig) -> str:
-    """The whole config as TOML, each value with its origin; what is `none` stands in a comment, TOML having no word.
+def render_resolved(loaded: LoadedConfig, *, defaults: bool = True) -> str:
+    """The config as TOML, each value with its origin; what is `none` stands in a comment, TOML having no word.
 
     The text, saved as a recipe, gives the same config.
+
+    Args:
+        defaults: show what is at its default, too.
     """
     lines: list[str] = []
     table = ""
     # What is in no table, such as an empty list of rewards, can only stand before the first.
     for dotted, value in sorted(settings(loaded.config).items(), key=lambda item: "." in item[0]):
         section, _, key = dotted.rpartition(".")
+        origin = loaded.origins.get(dotted, DEFAULT)
+        if origin == DEFAULT and not defaults:
+            continue
         if section and section != table:
             table = section
             name, _, last = section.rpartition(".")
             lines += ["", f"[[{name}]]" if last.isdecimal() else f"[{section}]"]
         entry = f"{'# ' if value is None else ''}{key} = {literal(value)}"
-        lines.append(f"{entry:<48}  # {_one_line(loaded.origins.get(dotted, DEFAULT))}")
+        lines.append(f"{entry:<48}  # {_one_line(origin)}")
     return "\n".join(lines).strip() + "\n"
 
 

@@ -185,7 +185,14 @@ def test_dry_run_shows_each_value_and_its_origin(
     recipe = tmp_path / "r.toml"
     recipe.write_text('[optim]\nlr = 1e-5\n[train]\nseed = 4\n[[reward]]\nname = "format"\nweight = 3.0\n')
     flags = ["--seed", "7", "--rollout.stop", '["\\n\\n", "--x"]', "--reward", "format", "--data.shuffle=false"]
-    assert main(["train", str(recipe), *training, *flags, "--dry-run"]) == 0
+    arguments = ["train", str(recipe), *training, *flags, "--dry-run"]
+    assert main(arguments) == 0
+    given = capsys.readouterr().out
+    assert "lr = 1e-05" in given
+    assert "# default" not in given
+    assert "[algorithm.kl]" not in given
+    assert "goes with --dry-run" in refused(capsys, *arguments[:-1], "--all")
+    assert main([*arguments, "--all"]) == 0
     lines = [line.split("  #") for line in capsys.readouterr().out.splitlines() if "  #" in line]
     shown = {line[0].strip(): line[1].strip() for line in lines}
     assert shown["lr = 1e-05"] == str(recipe)

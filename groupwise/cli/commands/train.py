@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from groupwise.cli.models import add_trust_flag, quiet_loading
 from groupwise.cli.output import say
 from groupwise.cli.parsing import Command, Parser, set_key, set_rewards
+from groupwise.errors import ConfigError
 
 if TYPE_CHECKING:
     from groupwise.config.loading import LoadedConfig
@@ -68,14 +69,16 @@ def _add_shared(parser: Parser) -> None:
         action="store_true",
         help="with --resume: go on although what decides the result has changed; what was accepted is recorded",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check all that needs no weights, show the settings")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check all that needs no weights, show the settings that were given"
+    )
+    parser.add_argument("--all", action="store_true", help="with --dry-run: the settings at their defaults, too")
 
 
 def _load(args: argparse.Namespace) -> LoadedConfig:
     """The recipe, or when a run is resumed without one, the run's own config; under the flags."""
     from groupwise.config.loading import LoadedConfig, load_config
     from groupwise.config.model_name import MODEL_FILE, is_run, settled
-    from groupwise.errors import ConfigError
     from groupwise.trust import require_yes
 
     recipe: str | None = args.recipe
@@ -171,7 +174,9 @@ def _show(loaded: LoadedConfig, args: argparse.Namespace) -> None:
     from groupwise.config.loading import render_resolved
 
     if args.dry_run:
-        print(render_resolved(loaded), end="", flush=True)
+        print(render_resolved(loaded, defaults=args.all), end="", flush=True)
+    elif args.all:
+        raise ConfigError("--all shows settings, and goes with --dry-run; leave it out, or add --dry-run")
 
 
 TRAIN = Command(
