@@ -15,7 +15,8 @@ HEAD = """# Settings
 
 Every setting has one name, used alike in a recipe (`lr` under `[optim]`), on the command line (`--optim.lr 1e-6`) and
 in Python (`config.optim.lr`). Later wins: defaults, then recipe files in turn, then the command line. `--dry-run`
-prints each value that was given and where it came from, with `--all` every one. A name that is not listed here is refused, with the nearest one that is.
+prints each value that was given and where it came from, with `--all` every one. A name that is not listed here is
+refused, with the nearest one that is.
 
 On the command line a text needs no quotes, a list is `a,b,c` or a JSON or TOML literal
 (`--rollout.stop '["\\n\\n"]'`), a table is a literal or set key by key

@@ -34,6 +34,7 @@ def test_a_shape_whose_few_rows_differ_is_computed_by_torch(which: str, monkeypa
     linear.use_dnn_linear(model)
     found = [layer.computes_by_dnn for layer in model if isinstance(layer, linear.DnnLinear)]
     assert found == [False, True]
-    x = torch.randn(64, 24)
-    assert torch.equal(model[0](x), nn.functional.linear(x, model[0].weight, model[0].bias))
+    x, first = torch.randn(64, 24), model[0]
+    assert isinstance(first, nn.Linear)
+    assert torch.equal(first(x), nn.functional.linear(x, first.weight, first.bias))
     assert torch.get_num_threads() == threads
