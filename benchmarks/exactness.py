@@ -34,6 +34,7 @@ from groupwise.batches import TrainingRow
 from groupwise.config import Config
 from groupwise.data import load_prompts, read_rows
 from groupwise.engines.native import NativeEngine
+from groupwise.engines.native.ahead import Flight
 from groupwise.engines.native.scheduler import PromptLane, Sample, Scheduler
 from groupwise.engines.native.steps import Beginnings
 from groupwise.inputs import ModelInput
@@ -58,6 +59,9 @@ class DenseSteps:
         self._loaded = loaded
         self._scheduler = scheduler
         self._attention = attention
+
+    def launch(self, running: Sequence[Sample], prompts: Sequence[PromptLane], before: Flight | None) -> None:
+        """No step runs ahead of the host."""
 
     def prefill(
         self, admitted: Sequence[Sample], running: Sequence[Sample], prompts: Sequence[PromptLane]
