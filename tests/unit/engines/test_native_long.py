@@ -24,9 +24,14 @@ def asked(lengths: tuple[int, ...]) -> list[SamplingParams]:
     [
         ("qwen3", {}, torch.float32),
         ("qwen3", {}, torch.bfloat16),
-        ("qwen3", {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 2}, torch.float32),
-        ("gemma3", {"sliding_window": 300}, torch.float32),
-        ("gemma3", {"sliding_window": 21}, torch.bfloat16),
+        pytest.param(
+            "qwen3",
+            {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 2},
+            torch.float32,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("gemma3", {"sliding_window": 300}, torch.float32, marks=pytest.mark.slow),
+        pytest.param("gemma3", {"sliding_window": 21}, torch.bfloat16, marks=pytest.mark.slow),
     ],
     ids=["f32", "bf16", "heads-of-128-unshared", "window-of-300", "window-of-21-bf16"],
 )
@@ -51,6 +56,7 @@ def test_prompts_of_any_length_have_no_mismatch(lab: Lab, dtype: torch.dtype) ->
     lab.assert_no_mismatch(loaded, requests, found)
 
 
+@pytest.mark.slow
 def test_a_long_answer_is_the_same_bits_in_any_company(lab: Lab) -> None:
     """Alone, beside shorter ones, and beside others of its length, whose caches grow at other times."""
     loaded = replace(lab.model(), stop_token_ids=())
