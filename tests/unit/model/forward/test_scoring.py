@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -48,6 +49,7 @@ def test_two_shards_have_the_gradient_of_one_process(tmp_path: Path) -> None:
         torch.testing.assert_close(found[name], weight.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_root_compiles() -> None:
     """Traced by torch.compile, with breaks where it must: scores and gradients are the same."""
     script = sharded()
