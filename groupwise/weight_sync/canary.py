@@ -117,9 +117,7 @@ class Canary:
             SamplingParams(max_tokens=DRAWN_TOKENS),
             policy_version=ref.version,
         )
-        drawn, scored, without = await asyncio.gather(
-            server.draw(request), server.score(prompt), self._without(server, request, ref)
-        )
+        drawn, scored = await asyncio.gather(server.draw(request), server.score(prompt))
         wrong = drawn.error
         if len(drawn.token_ids) != DRAWN_TOKENS:
             wrong = wrong or f"it drew {len(drawn.token_ids)} tokens; {DRAWN_TOKENS} were asked for"
@@ -132,12 +130,9 @@ class Canary:
             both = await server.score((*prompt, *drawn.token_ids))
             assert both is not None, "an engine has log-probs of what it draws, or of what it is given"
             logprobs = both[len(prompt) - 1 :]
+        # Afterwards: vLLM for CPUs gives both the same answer where they are drawn together.
+        without = await server.draw(request, whose="base") if ref.kind == "adapter" else None
         return _Asked(drawn.token_ids, scored, logprobs, without)
-
-    @staticmethod
-    async def _without(server: Asked, request: SampleRequest, ref: WeightRef) -> Drawn | None:
-        """What it draws without the adapter, where there is one."""
-        return await server.draw(request, whose="base") if ref.kind == "adapter" else None
 
     async def _trainer(
         self, prompts: Sequence[tuple[int, ...]], drawn: Sequence[tuple[int, ...]], *, scored: bool
