@@ -11,10 +11,10 @@ and all that is not a product costs by the block. They cannot be larger: of 448 
 values takes two sums, which part where the number of keys says (measured, float32).
 
 A block's last keys may be left out where no row sees them, down to a width that `width_of` knows: measured, scores,
-sums and products then keep their bits. Decoding, which waits for memory, reads no more of a half-filled block than
-that.
+sums and products then keep their bits. Decoding, which waits for memory, reads no more of a half-filled block.
 
 Row counts given to matrix products are multiples of `TILE`: fewer rows take other kernels with another order of sums.
+Where a processor's products are found to give fewer the same bits, decoding pads none (`few_rows`).
 
 A hidden score is pushed far down, floored and its weight set to zero, in three cheap passes: on a CPU the exponential
 of a number that underflows costs 13 times that of a plain one. (`exp2` would not, but its last elements are computed
