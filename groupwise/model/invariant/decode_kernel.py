@@ -97,7 +97,7 @@ def own_kernel(
     at = line[:, None] * SIZE + column[None, :]
     mask = exists[:, None] & (column < SIZE)[None, :]
     query = tl.load(query_ptr + at, mask=mask, other=0.0)
-    known = exists & (tl.load(has_prompt_ptr + lane) != 0)
+    known = row < tl.where(tl.load(has_prompt_ptr + lane) != 0, REPEAT, 0)
     out, top, mass = _state_of(state_ptr, top_ptr, mass_ptr, line, at, mask & known[:, None], known)
     start = 0
     if WINDOW > 0:

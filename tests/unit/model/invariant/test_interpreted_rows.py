@@ -6,16 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-@pytest.fixture(params=DTYPES, ids=["f32", "bf16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
+from .values import random
 
 
 def close(mine: Tensor, wanted: Tensor) -> None:
