@@ -8,20 +8,23 @@ needs, and what comes of that is dropped. What is drawn does not depend on it: a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from groupwise.engines.native.decode_attention import StepInputs, StepShape
-from groupwise.engines.native.graphs import Graphs, fixed_by_graph, make_layout, run_step
+from groupwise.engines.native.graphs import Graphs, make_layout, run_step
 from groupwise.engines.native.roster import Roster
 from groupwise.engines.native.sampling import RowParams, choose
 from groupwise.engines.native.scheduler import Sample, Scheduler
 from groupwise.model.fast_gpu.layers import fused
 from groupwise.model.loading import LoadedModel
 from groupwise.tensors import floats, ints
+from groupwise.types import SamplingParams
+
+_PADDING = SamplingParams(max_tokens=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +62,19 @@ class StepsAhead:
         self._graphs: Graphs[_Step] = Graphs(loaded.device)
         # What the last step has drawn, by lane; its address is in every graph.
         self._drawn = torch.zeros(scheduler.most_lanes, dtype=torch.int64, device=loaded.device)
+        self._params: tuple[int, RowParams | None] | None = None  # of the samples that run since this change
 
-    def launch(self, roster: Roster, running: Sequence[Sample], before: Flight | None) -> Flight:
-        """Ask for a step of all that run.
+    def launch(self, roster: Roster, running: Sequence[Sample], before: Flight | None) -> Flight | None:
+        """Ask for a step of all that run; None where the host has to draw for one of them.
 
         Args:
             before: the one whose tokens nobody has read yet.
         """
+        if self._params is None or self._params[0] != roster.changes:
+            self._params = roster.changes, _params_of(running, roster.whole.lanes, self._loaded.device)
+        params = self._params[1]
+        if params is None:
+            return None
         at = {} if before is None else {id(sample): lane for lane, sample in enumerate(before.samples)}
         source = [at.get(id(sample), -1) for sample in running]
         counts = [len(sample.tokens) + (place >= 0) for sample, place in zip(running, source, strict=True)]
@@ -73,15 +82,15 @@ class StepsAhead:
         self._scheduler.make_room(tokens)
         cache = self._scheduler.sample_cache
         shape = roster.shape(min(self._scheduler.shape.tokens_for(tokens), cache.tokens))
-        shape = fixed_by_graph(self._loaded, shape)
-        key = (shape, roster.params.any_greedy, roster.params.any_scaled)
-        step = self._graphs.get(key, self._scheduler, lambda: _Step(self, shape, roster))
+        key = (shape, params.any_greedy, params.any_scaled)
+        step = self._graphs.get(key, self._scheduler, lambda: _Step(self, shape, roster, params))
         given = [0 if place >= 0 else sample.tokens[-1] for sample, place in zip(running, source, strict=True)]
         uniform = [
             sample.uniform[count] if count < len(sample.uniform) else 0.0  # one that will be found to have ended
             for sample, count in zip(running, counts, strict=True)
         ]
-        logprobs = step.run(roster, given=given, source=source, counts=counts, uniform=uniform)
+        step.stand_with(roster, params)
+        logprobs = step.run(roster.starts, given=given, source=source, counts=counts, uniform=uniform)
         return self._read_later(tuple(running), logprobs)
 
     def _read_later(self, samples: tuple[Sample, ...], logprobs: Tensor) -> Flight:
@@ -107,7 +116,7 @@ class StepsAhead:
             inputs = step.inputs
             tokens = torch.where(step.source >= 0, drawn[step.source.clamp(min=0)], inputs.tokens)
             fed = StepInputs(tokens, *inputs.tensors[1:])
-            hidden = run_step(loaded, make_layout(loaded, self._scheduler, shape), inputs=fed)
+            hidden = run_step(loaded, make_layout(self._scheduler, shape), inputs=fed)
             choice = choose(
                 loaded.head.logits(hidden, as_computed=fused(hidden))[:lanes],
                 step.uniform,
@@ -129,7 +138,7 @@ class StepsAhead:
 class _Step:
     """A captured step with the tensors that it reads: five of them parts of one, which is one copy from the host."""
 
-    def __init__(self, ahead: StepsAhead, shape: StepShape, roster: Roster) -> None:
+    def __init__(self, ahead: StepsAhead, shape: StepShape, roster: Roster, params: RowParams) -> None:
         rows, lanes, device = shape.rows, shape.lanes, roster.member.device
         self._sizes = (rows, rows, rows, lanes, lanes)
         self._packed = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
@@ -137,17 +146,26 @@ class _Step:
         self.source = source
         self.uniform = uniform.view(torch.float64)
         self.inputs = StepInputs(given, places, position, roster.member.clone(), roster.prompt_lengths.clone())
-        params = roster.params
-        self.params = RowParams(
-            params.temperature.clone(), params.any_greedy, params.any_scaled, None, None, None, None
-        )
+        self.params = replace(params, temperature=params.temperature.clone())
         self._roster = roster.changes
         self._ahead, self._shape = ahead, shape
         self._replay: Callable[[], Tensor] | None = None
 
+    def stand_with(self, roster: Roster, params: RowParams) -> None:
+        """Take over what stays the same until a sample comes or goes."""
+        if self._roster == roster.changes:
+            return
+        for kept, fresh in (
+            (self.inputs.member, roster.member),
+            (self.inputs.prompt_lengths, roster.prompt_lengths),
+            (self.params.temperature, params.temperature),
+        ):
+            kept.copy_(fresh)
+        self._roster = roster.changes
+
     def run(
         self,
-        roster: Roster,
+        starts: np.ndarray,
         *,
         given: Sequence[int],
         source: Sequence[int],
@@ -157,17 +175,10 @@ class _Step:
         """Log-probs `[lanes]`, until the next run.
 
         Args:
+            starts: the roster's.
             given: tokens that the host knows; those of other samples are drawn at place `source` of the step before.
             counts: how many tokens each sample has behind its prompt.
         """
-        if self._roster != roster.changes:
-            for kept, fresh in (
-                (self.inputs.member, roster.member),
-                (self.inputs.prompt_lengths, roster.prompt_lengths),
-                (self.params.temperature, roster.params.temperature),
-            ):
-                kept.copy_(fresh)
-            self._roster = roster.changes
         on_gpu = self._packed.device.type == "cuda"
         packed = torch.zeros(sum(self._sizes), dtype=torch.int64, pin_memory=on_gpu)
         some, count = packed.numpy(), len(given)
@@ -175,7 +186,7 @@ class _Step:
         position = np.zeros(lanes, dtype=np.int64)
         position[:count] = np.array(counts) - 1
         some[:count] = given
-        some[rows : rows + lanes] = position + roster.starts
+        some[rows : rows + lanes] = position + starts
         some[2 * rows : 3 * rows] = -1
         some[2 * rows : 2 * rows + count] = source
         some[3 * rows : 3 * rows + lanes] = position
@@ -185,3 +196,17 @@ class _Step:
         if self._replay is None:
             self._replay = self._ahead.capture(self, self._shape)
         return self._replay()
+
+
+def _params_of(running: Sequence[Sample], lanes: int, device: torch.device) -> RowParams | None:
+    """`[lanes]`, with padding; None unless every sample draws from the whole distribution: where no token is given, and
+    stop tokens can be drawn already."""
+    if not all(map(_draws_freely, running)):
+        return None
+    padding = [_PADDING] * (lanes - len(running))
+    params = RowParams.of([*(sample.request.sampling for sample in running), *padding], device)
+    return None if params.any_filter or params.penalty is not None else params
+
+
+def _draws_freely(sample: Sample) -> bool:
+    return not sample.fed and len(sample.tokens) >= sample.begun + sample.request.sampling.min_tokens

@@ -31,6 +31,7 @@ class CacheShape:
     Attributes:
         fixed: caches keep their address: the model's kernels, or graphs, read an arena.
         graphs: steps are CUDA graphs, which fix sizes; so their sizes are rounded up to a few.
+        by_kernel: a kernel attends that reads each length where it is, so that no step's shape depends on lengths.
     """
 
     layers: int
@@ -40,6 +41,7 @@ class CacheShape:
     device: torch.device
     fixed: bool = False
     graphs: bool = False
+    by_kernel: bool = False
 
     @property
     def bytes_per_token(self) -> int:
@@ -56,7 +58,10 @@ class CacheShape:
         return _few(prompts, 8) if self.graphs else prompts
 
     def tokens_for(self, tokens: int) -> int:
-        """Keys of each lane that a step reads; in graphs, more than there are, by less than 256 or a quarter."""
+        """Keys of each lane that a step's shape says; in graphs, more than there are, by less than 256 or a quarter;
+        nothing for the kernel."""
+        if self.by_kernel:
+            return 0
         if not self.graphs:
             return round_up(tokens, WIDTHS[0])
         return round_up(tokens, max(ARENA_SPAN, 1 << max(0, (tokens - 1).bit_length() - 3)))

@@ -7,7 +7,6 @@ its samples. Nothing here asks the device for anything, so a step can be capture
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch.nn.functional import pad
 
 from groupwise.engines.native.cache import ArenaCache, KeyCache
 from groupwise.engines.native.decode_attention import StepInputs, StepShape
+from groupwise.model.fast_gpu.layers import fused
 from groupwise.model.forward.attention import AttentionCall
 from groupwise.model.invariant.use import heads_fit
 from groupwise.model.loading import LoadedModel
@@ -22,9 +22,7 @@ from groupwise.model.loading import LoadedModel
 
 def kernel_attends(loaded: LoadedModel) -> bool:
     """Whether the model decodes by this kernel: on a GPU with Triton, where it takes the model's heads."""
-    if loaded.batch_invariant:
-        return True
-    return loaded.device.type == "cuda" and find_spec("triton") is not None and heads_fit(loaded.model)
+    return loaded.batch_invariant or (fused(next(loaded.model.parameters())) and heads_fit(loaded.model))
 
 
 class KernelDecodeLayout:

@@ -17,6 +17,7 @@ import torch
 from groupwise.config import RolloutConfig
 from groupwise.engines.native.ahead import Flight
 from groupwise.engines.native.cache import CacheShape
+from groupwise.engines.native.decode_attention_kernel import kernel_attends
 from groupwise.engines.native.next_tokens import Draws
 from groupwise.engines.native.scheduler import Outbox, Sample, Scheduler
 from groupwise.engines.native.steps import DecodeSteps
@@ -258,7 +259,7 @@ class NativeEngine:
         self._scheduler.drop_caches()
         self._steps.forget()
         self._steps.forget_graphs()
-        self._draws = None
+        self._draws = self._flight = None
 
 
 def _failure_of(worker: asyncio.Task[None]) -> BaseException | None:
@@ -271,14 +272,16 @@ def _cache_shape(loaded: LoadedModel) -> CacheShape:
     heads = settings.get("num_key_value_heads") or config.num_attention_heads
     size = settings.get("head_dim") or config.hidden_size // config.num_attention_heads
     on_gpu = loaded.device.type == "cuda"
+    by_kernel = kernel_attends(loaded)
     return CacheShape(
         config.num_hidden_layers,
         heads,
         size,
         loaded.model.dtype,
         loaded.device,
-        fixed=loaded.batch_invariant or on_gpu,
+        fixed=by_kernel or on_gpu,
         graphs=on_gpu and not any(map(depends_on_length, loaded.model.modules())),  # a graph cannot ask for it
+        by_kernel=by_kernel,
     )
 
 

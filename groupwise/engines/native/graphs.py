@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from groupwise.engines.native.cache import ArenaCache
 from groupwise.engines.native.decode_attention import DecodeLayout, StepInputs, StepShape
-from groupwise.engines.native.decode_attention_kernel import KernelDecodeLayout, kernel_attends
+from groupwise.engines.native.decode_attention_kernel import KernelDecodeLayout
 from groupwise.engines.native.scheduler import Scheduler
 from groupwise.model.forward.hidden_states import hidden_states
 from groupwise.model.loading import LoadedModel
@@ -27,17 +27,9 @@ logger = logging.getLogger(__name__)
 _Replay = TypeVar("_Replay")
 
 
-def make_layout(loaded: LoadedModel, scheduler: Scheduler, shape: StepShape) -> DecodeLayout | KernelDecodeLayout:
-    kind = KernelDecodeLayout if kernel_attends(loaded) else DecodeLayout
+def make_layout(scheduler: Scheduler, shape: StepShape) -> DecodeLayout | KernelDecodeLayout:
+    kind = KernelDecodeLayout if scheduler.shape.by_kernel else DecodeLayout
     return kind(scheduler.prompt_cache, scheduler.sample_cache, shape)
-
-
-def fixed_by_graph(loaded: LoadedModel, shape: StepShape) -> StepShape:
-    """What of a step's shape its graph depends on: the kernel reads each length where it is, so one graph serves them
-    all, and samples in any order."""
-    if not kernel_attends(loaded):
-        return shape
-    return replace(shape, sample_tokens=0, prompt_tokens=0, in_order=False)
 
 
 def run_step(
@@ -117,12 +109,10 @@ class DecodeGraphs:
         self._graphs: Graphs[_Captured] = Graphs(loaded.device)
 
     def run(self, scheduler: Scheduler, shape: StepShape, inputs: StepInputs) -> Tensor:
-        shape = fixed_by_graph(self._loaded, shape)
-
         def make() -> _Captured:
             kept = StepInputs(*(x.clone() for x in inputs.tensors))
-            layout = partial(make_layout, self._loaded, scheduler, shape)
-            return _Captured(self._graphs.capture(lambda: run_step(self._loaded, layout(), inputs=kept)), kept)
+            step = partial(run_step, self._loaded, inputs=kept)
+            return _Captured(self._graphs.capture(lambda: step(make_layout(scheduler, shape))), kept)
 
         captured = self._graphs.get(shape, scheduler, make)
         for kept, fresh in zip(captured.inputs.tensors, inputs.tensors, strict=True):

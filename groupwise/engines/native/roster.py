@@ -12,12 +12,8 @@ from torch.nn.functional import pad
 
 from groupwise.engines.native.cache import CacheShape
 from groupwise.engines.native.decode_attention import StepInputs, StepShape
-from groupwise.engines.native.sampling import RowParams
 from groupwise.engines.native.scheduler import PromptLane, Sample
 from groupwise.model.forward.packing import ROW_MULTIPLE, round_up
-from groupwise.types import SamplingParams
-
-_PADDING = SamplingParams(max_tokens=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +25,6 @@ class Roster:
         whole: what all of its steps' shapes have in common; its `sample_tokens` says nothing.
         starts: `[lanes]`, lengths of the samples' prompts, on the host.
         member, prompt_lengths: as in `StepInputs`.
-        params: `[lanes]`, of sampling, with padding.
-        plain: every sample draws from the whole distribution, and no token is given: nothing but the logits and a
-            number decides.
     """
 
     changes: int
@@ -39,8 +32,6 @@ class Roster:
     starts: np.ndarray
     member: Tensor
     prompt_lengths: Tensor
-    params: RowParams
-    plain: bool
 
     @staticmethod
     def of(
@@ -55,7 +46,7 @@ class Roster:
         lane_of = {id(prompt): lane for lane, prompt in enumerate(prompts)}
         members = [lane_of[id(sample.prompt)] * width + sample.member for sample in running]
         lengths = [len(prompt.token_ids) for prompt in prompts]
-        in_order = members == list(range(len(prompts) * width))
+        in_order = not to.by_kernel and members == list(range(len(prompts) * width))
         lanes = to.lanes_for(len(running))
         whole = StepShape(
             rows=round_up(lanes, ROW_MULTIPLE),
@@ -67,15 +58,12 @@ class Roster:
             in_order=in_order and lanes == len(running) and to.prompts_for(len(prompts)) == len(prompts),
         )
         missing = whole.lanes - len(running)
-        params = RowParams.of([*(sample.request.sampling for sample in running), *[_PADDING] * missing], device)
         return Roster(
             changes,
             whole,
             starts=np.array([len(sample.request.prompt) for sample in running] + [0] * missing),
             member=torch.tensor(members + [whole.prompts * width] * missing).to(device, non_blocking=True),
             prompt_lengths=torch.tensor(lengths + [1] * (whole.prompts - len(prompts))).to(device, non_blocking=True),
-            params=params,
-            plain=not params.any_filter and params.penalty is None and all(map(_draws_freely, running)),
         )
 
     def shape(self, tokens: int) -> StepShape:
@@ -95,8 +83,3 @@ class Roster:
             member=self.member,
             prompt_lengths=self.prompt_lengths,
         )
-
-
-def _draws_freely(sample: Sample) -> bool:
-    """Whether no token is given, and stop tokens can be drawn already."""
-    return not sample.fed and len(sample.tokens) >= sample.begun + sample.request.sampling.min_tokens

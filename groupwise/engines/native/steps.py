@@ -103,7 +103,7 @@ class DecodeSteps:
         if self._graphs is not None:
             return self._graphs.run(self._scheduler, shape, inputs)
         if self._layout is None or self._layout[0] != shape:
-            self._layout = shape, make_layout(self._loaded, self._scheduler, shape)
+            self._layout = shape, make_layout(self._scheduler, shape)
         return run_step(self._loaded, self._layout[1], inputs=inputs, positions=positions)
 
     def _roster_of(self, running: Sequence[Sample], prompts: Sequence[PromptLane]) -> Roster:
@@ -119,10 +119,9 @@ class DecodeSteps:
         Args:
             before: the flight that nobody has read yet.
         """
-        roster = self._roster_of(running, prompts)
-        if self._ahead is None or not roster.plain:
+        if self._ahead is None:
             return None
-        return self._ahead.launch(roster, running, before)
+        return self._ahead.launch(self._roster_of(running, prompts), running, before)
 
     def forget(self) -> None:
         """Let go of the caches' memory."""

@@ -24,12 +24,22 @@ def flying(engine: NativeEngine, monkeypatch: pytest.MonkeyPatch) -> tuple[Nativ
     flights: list[Flight] = []
     launch = ahead.launch
 
-    def spy(*arguments: Any) -> Flight:
-        flights.append(launch(*arguments))
-        return flights[-1]
+    def spy(*arguments: Any) -> Flight | None:
+        flight = launch(*arguments)
+        if flight is not None:
+            flights.append(flight)
+            params = [(sample.request.sampling, len(sample.tokens)) for sample in flight.samples]
+            assert all(can_fly(*known) for known in params), params
+        return flight
 
     monkeypatch.setattr(ahead, "launch", spy)
     return engine, flights
+
+
+def can_fly(sampling: SamplingParams, drawn: int) -> bool:
+    """Whether the device can draw for it alone, from the whole distribution."""
+    filters = sampling.top_k, sampling.top_p, sampling.min_p, sampling.repetition_penalty
+    return filters == (0, 1.0, 0.0, 1.0) and drawn >= sampling.min_tokens
 
 
 def assert_close(found: dict[str, Completion], wanted: dict[str, Completion]) -> None:
@@ -75,6 +85,8 @@ def test_a_sample_that_the_host_must_draw_for_stops_the_flight_of_all(
     assert_close(lab.run(engine, requests), wanted)
     assert flights
     assert all(flight.samples for flight in flights)
+    flown = {sample.request.sampling for flight in flights for sample in flight.samples}
+    assert flown == {free, bound[2]}  # one of them once its stop tokens could be drawn
 
 
 def test_an_aborted_sample_keeps_what_was_read_and_its_lane_goes_to_another(

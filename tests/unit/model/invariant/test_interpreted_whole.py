@@ -46,7 +46,7 @@ def sample(loaded: LoadedModel, requests: Sequence[SampleRequest]) -> list[Compl
     """By steps that draw themselves."""
     engine = NativeEngine(loaded, RolloutConfig(max_concurrent_samples=5))  # type: ignore[call-arg]
     scheduler = engine._scheduler
-    scheduler.shape = replace(scheduler.shape, fixed=True, graphs=True)
+    scheduler.shape = replace(scheduler.shape, fixed=True, graphs=True, by_kernel=True)
     scheduler.drop_caches()
     engine._steps._ahead = StepsAhead(loaded, scheduler)
 
@@ -115,7 +115,6 @@ def test_joined_products_sample_what_the_trainer_scores(
     calls: list[int] = []
     product = Joined.__call__
     monkeypatch.setattr(Joined, "__call__", lambda self, x: (calls.append(1), product(self, x))[1])
-    monkeypatch.setattr("groupwise.engines.native.graphs.kernel_attends", lambda loaded: True)
     requests = requests_of((1, 40), (3, 12), temperature=0.8)
     found = sample(loaded, requests)
     assert bool(calls) == (rank == 0), "adapters are not left out"
