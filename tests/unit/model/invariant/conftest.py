@@ -27,7 +27,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gaps of Triton's: a bound of a loop that numpy holds as `[1]`; products of bfloat16, which it holds as its 16 bits
+    """Gaps of Triton's: a bound of a loop that numpy holds as `[1]`; products of bfloat16, which it holds as 16 bits
     and would multiply as integers; float32 to bfloat16, where it cuts bits off, and a GPU rounds; and a row's bits in a
     product, which in numpy's library hang on its place in the tile (seen on processors without AVX-512)."""
     if not INTERPRETED:
