@@ -90,6 +90,11 @@ def norm_sizes(size: int) -> dict[str, Any]:
     return {"SIZE": size, "BLOCK": block, "ROWS": max(1, min(16, 2048 // block))}
 
 
+def backward_warps(dtype: torch.dtype) -> int:
+    """Of a backward program: float32 rows need the registers of eight."""
+    return 8 if dtype == torch.float32 else 4
+
+
 def add_norm_rows(fresh: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """The sum of `fresh […, H]` and the residual, or `fresh` where there is none; and its norm by `weight [H]`."""
     size = fresh.shape[-1]
@@ -117,6 +122,6 @@ def norm_gradients(
     of_weight = torch.empty(programs, size, dtype=torch.float32, device=x.device)
     launch(
         norm_backward_kernel, (programs,), x, aligned(weight), grad, grad if more is None else aligned(more), of_x,
-        of_weight, M=rows, epsilon=epsilon, ADDS=more is not None, **constants, num_warps=4,
+        of_weight, M=rows, epsilon=epsilon, ADDS=more is not None, **constants, num_warps=backward_warps(x.dtype),
     )  # fmt: skip
     return of_x, of_weight.sum(0).to(weight.dtype)

@@ -22,13 +22,13 @@ def types_of(kernel: Any, constants: dict[str, Any], dtype: torch.dtype, **other
 @pytest.mark.parametrize("dtype", list(NAMES), ids=NAMES.values())
 @pytest.mark.parametrize("size", [1024, 2048, 4096])
 def test_norms(size: int, dtype: torch.dtype, tmp_path: Path) -> None:
-    from groupwise.model.fast_gpu.norm_kernel import add_norm_kernel, norm_backward_kernel, norm_sizes
+    from groupwise.model.fast_gpu.norm_kernel import add_norm_kernel, backward_warps, norm_backward_kernel, norm_sizes
 
-    for kernel in (add_norm_kernel, norm_backward_kernel):
+    for kernel, warps in ((add_norm_kernel, 4), (norm_backward_kernel, backward_warps(dtype))):
         for adds in (True, False):
             constants = {"epsilon": 1e-6, "ADDS": adds, **norm_sizes(size)}
-            built = compiled(kernel, types_of(kernel, constants, dtype, of_weight_ptr="*fp32"), constants, num_warps=4)
-            assert spilled(built, tmp_path) == 0
+            types = types_of(kernel, constants, dtype, of_weight_ptr="*fp32")
+            assert spilled(compiled(kernel, types, constants, num_warps=warps), tmp_path) == 0
 
 
 @pytest.mark.parametrize("dtype", list(NAMES), ids=NAMES.values())
