@@ -11,6 +11,7 @@ from pathlib import Path
 from groupwise.errors import ConfigError
 from groupwise.files import last_step, leads_outside, write_text_atomic
 from groupwise.lock import holder, is_lock, refusal
+from groupwise.wishes import FILES
 
 KNOWN_NAMES = frozenset(
     {
@@ -23,8 +24,11 @@ KNOWN_NAMES = frozenset(
         "ledger.jsonl",
         "findings.jsonl",
         "summary.json",
+        "origins.json",
         "report.html",
+        "comparison.html",
         "plot.svg",
+        *FILES.values(),
         "trajectories",
         "checkpoints",
         "base",

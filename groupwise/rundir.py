@@ -5,7 +5,8 @@ runs/NAME/
   samples.jsonl  trajectories/  checkpoints/  base/  final/  bundles/  tensorboard/  tracking/
   weights/ engines/  what goes to engines in other processes, and what those that the run started print
   .lock.1  who holds it, or held it
-  report.html  plot.svg
+  origins.json  report.html  comparison.html  plot.svg
+  wish.save wish.stop  what somebody beside the run asks of it, see `groupwise.wishes`
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +27,7 @@ from pydantic import ValidationError
 
 from groupwise import __version__, trajectories
 from groupwise.config import Config
-from groupwise.config.loading import config_json
+from groupwise.config.loading import DEFAULT, config_json
 from groupwise.config.renamed import of_today
 from groupwise.config.values import literal
 from groupwise.errors import ConfigError
@@ -60,6 +61,10 @@ class RunDirectory:
     @property
     def config_file(self) -> Path:
         return self.path / "config.json"
+
+    @property
+    def origins_file(self) -> Path:
+        return self.path / "origins.json"
 
     @property
     def versions_file(self) -> Path:
@@ -138,6 +143,21 @@ class RunDirectory:
         """Write config.json and versions.json."""
         write_text_atomic(self.config_file, config_json(config))
         write_json_atomic(self.versions_file, versions())
+
+    def record_origins(self, origins: Mapping[str, str]) -> None:
+        """Write origins.json: where each setting that is not a default came from. Those that a resumed run takes from
+        its own config.json keep the origin that they had."""
+        known: dict[str, str] = {}
+        if self.resumed and self.origins_file.is_file():
+            with suppress(ValueError):
+                known = dict(json.loads(self.origins_file.read_bytes()))
+        fresh = {
+            name: origin
+            for name, origin in origins.items()
+            if origin != DEFAULT and Path(origin).absolute() != self.config_file
+        }
+        if known | fresh:
+            write_json_atomic(self.origins_file, known | fresh)
 
     def append_ledger(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows, each with its `step`, durably."""

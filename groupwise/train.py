@@ -31,6 +31,7 @@ from groupwise.rundir import RunDirectory
 from groupwise.tracking import Trackers
 from groupwise.trajectories import to_json
 from groupwise.watching import Watcher, Wish
+from groupwise.wishes import take_wishes
 
 
 class BatchSource(Protocol):
@@ -99,6 +100,7 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
         TrainingError: too many steps in a row had not one usable sample, or a rule of `train.stop_on` saw something;
             everything of them is written.
     """
+    take_wishes(parts.run.path)  # of the run before this one
     await parts.weight_sync.publish(start)
     if scores := await parts.evaluator.maybe_run(start):
         _log(parts, start, scores)
@@ -122,11 +124,12 @@ async def train(parts: TrainParts, *, start: int = 0) -> int:
         asked = parts.watcher.updated(step + 1)
         with clock("eval"):
             scores = await parts.evaluator.maybe_run(step + 1, final=step + 1 == parts.num_steps, asked=asked)
-        stopping = bool(parts.stop)  # read once: a request that comes after the save must wait for the next one
+        beside = take_wishes(parts.run.path)
+        stopping = bool(parts.stop) or "stop" in beside  # read once: what comes after the save waits for the next one
         found = metrics.merge(batch.metrics, parts.source.metrics(), *learned, scores)
         wish = _log(parts, step + 1, found | clock.metrics() | _throughput(batch, clock), batch)
         last = wish.stop or step + 1 == parts.num_steps
-        parts.saver.after(step + 1, now=last or stopping or wish.save or parts.doctor.stops)
+        parts.saver.after(step + 1, now=last or stopping or wish.save or "save" in beside or parts.doctor.stops)
         parts.empty.check(step + 1, last=last)
         parts.doctor.check(step + 1, run=parts.run.path)
         if last:

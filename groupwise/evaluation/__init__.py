@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from groupwise.accuracy import Interval, accuracy, confidence_interval, mean_pass_at_k, pass_at_k
 from groupwise.evaluation.evaluator import Evaluator, evaluate
-from groupwise.evaluation.metrics import Interval, accuracy, confidence_interval, mean_pass_at_k, pass_at_k
 from groupwise.evaluation.report import EvalReport, EvalRow, EvalSample
 
 __all__ = [

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from groupwise.evaluation.metrics import accuracy, confidence_interval, mean_pass_at_k
+from groupwise.accuracy import accuracy, confidence_interval, mean_pass_at_k
 from groupwise.metrics import Last, Metric
 from groupwise.trajectories import EvalTrajectoryRow
 from groupwise.types import FinishReason, Prompt

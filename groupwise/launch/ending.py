@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NEXT = ("groupwise chat {run}",)
+NEXT = ("groupwise chat {run}", "groupwise report {run} --open")
 """Commands that a finished run names, in order; `{run}` is its directory."""
 
 _LONGEST_COUNTED = 3  # names of rewards in one line
@@ -27,6 +27,7 @@ def ending(summary: Mapping[str, Any], run: str) -> list[str]:
           answers_cut: step 3, 12 times
         model: runs/quickstart/grpo/final
         next:  groupwise chat runs/quickstart/grpo
+        next:  groupwise report runs/quickstart/grpo --open
     """
     steps = summary["steps"]
     return [

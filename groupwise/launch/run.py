@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any, TypeVar
@@ -40,11 +40,13 @@ def run_training(
     overwrite: bool = False,
     accept_changes: bool = False,
     given: Given | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Train as `config` says, from data to `final/`; returns what `summary.json` holds.
 
     Args:
         accept_changes: resume also where something that decides the result has changed; it is recorded.
+        origins: where settings came from, as `LoadedConfig.origins`; the run directory keeps it.
 
     Raises:
         ConfigError, DataError: before a model is loaded, wherever that is possible.
@@ -62,6 +64,7 @@ def run_training(
         accept_changes=accept_changes,
     )
     with place as (opened, loaded), closing(ready.scorer), closing(make_scorer(ready.config, given)) as judge:
+        opened.run.record_origins(origins or {})
         _describe(ready)
         reports = Reports(opened.run)
         placement = InProcess(ready.config, loaded, opened.run)
@@ -81,6 +84,7 @@ def run_sft(
     loaded: LoadedModel | None = None,
     train_data: Source | None = None,
     watcher: Watcher | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Train on worked answers as `config` says; returns what `summary.json` holds.
 
@@ -88,6 +92,7 @@ def run_sft(
         accept_changes: resume also where something that decides the result has changed; it is recorded.
         loaded, train_data: instead of `model.path` and `data.train`.
         watcher: follows the run, and may end it.
+        origins: as in `run_training`.
 
     Raises:
         ConfigError, DataError: before a model is loaded, wherever that is possible.
@@ -97,6 +102,7 @@ def run_sft(
     ready = prepare_sft(config, resume=resume, overwrite=overwrite, loaded=loaded, train_data=train_data)
     place = _place(ready, loaded, watcher, resume=resume, overwrite=overwrite, accept_changes=accept_changes)
     with place as (opened, model):
+        opened.run.record_origins(origins or {})
         level = logging.WARNING if ready.data.num_too_long else logging.INFO
         logger.log(level, "supervised data: %s", ready.data.describe())
         parts, source = assemble_sft(ready, opened, InProcess(ready.config, model, opened.run))

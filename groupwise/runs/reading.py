@@ -76,8 +76,8 @@ def read_run(path: Path) -> RunRecord:
             raise ValueError("config.json holds no object")
     except (OSError, ValueError, RecursionError) as error:
         return RunRecord(path, "unreadable", problem=f"config.json: {error}")
-    rows = list(_rows(path / "metrics.jsonl"))
-    summary = _object(path / "summary.json")
+    rows, _ = json_rows(path / "metrics.jsonl")
+    summary = json_object(path / "summary.json")
     settings = dict(_leaves(config, ""))
     evaluated, rewards, times = (_column(rows, name) for name in ("eval/accuracy", "reward", "time/step"))
     done = int(max(_column(rows, "step"), default=0))
@@ -104,7 +104,7 @@ def _state(path: Path, *, finished: bool) -> State:
         return "finished" if finished else "stopped"
     newest = max(numbered)[1]
     try:
-        if _object(newest).get("released"):
+        if json_object(newest).get("released"):
             return "finished" if finished else "stopped"
         return "running" if time.time() - newest.stat().st_mtime < _SILENT_SECONDS else "killed"
     except OSError:
@@ -113,25 +113,33 @@ def _state(path: Path, *, finished: bool) -> State:
 
 def _num_findings(path: Path, summary: Mapping[str, Any]) -> int:
     found = summary.get("findings")
-    return len(found) if isinstance(found, list) else sum(1 for _ in _rows(path / "findings.jsonl"))
+    return len(found) if isinstance(found, list) else len(json_rows(path / "findings.jsonl")[0])
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Whole rows; a line that is being written is not one yet."""
+def json_rows(file: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The objects of whole lines from byte `start`, and where the last one ends; a line that is being written is not
+    one yet, and one that is damaged is left out."""
+    rows: list[dict[str, Any]] = []
     try:
         with file.open("rb") as lines:
+            lines.seek(start)
             for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                start += len(line)
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError):
                     continue
                 if isinstance(row, dict):
-                    yield row
+                    rows.append(row)
     except OSError:
-        return
+        pass
+    return rows, start
 
 
-def _object(file: Path) -> dict[str, Any]:
+def json_object(file: Path) -> dict[str, Any]:
+    """The file's object; an empty one where there is none that can be read."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):

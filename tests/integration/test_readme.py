@@ -6,6 +6,7 @@ made short. A command that is not known here fails the test.
 
 from __future__ import annotations
 
+import _thread
 import io
 import json
 import re
@@ -13,6 +14,7 @@ import runpy
 import shlex
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +116,8 @@ def run_groupwise(words: list[str]) -> None:
         arguments = [re.sub(r"^40$", "3", word) for word in arguments]
     else:
         arguments += SHORT_RUN.get(arguments[0], ())
+    if arguments[0] == "watch":  # until Ctrl-C
+        threading.Timer(3.0, _thread.interrupt_main).start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.StringIO("What is 2+3?\n/exit\n"))  # what is said to `groupwise chat`
         assert main(arguments) == 0, f"`groupwise {shlex.join(arguments)}` failed"

@@ -105,7 +105,12 @@ def test_lines_fit_the_terminal(task: Any, own_folder: Path, columns: int, fourt
     assert re.fullmatch(r"  before +[\d.]+%  [\d.]+% to [\d.]+%", end[2])
     assert re.fullmatch(r"  after  +[\d.]+%  [\d.]+% to [\d.]+%", end[3])
     assert "findings: " in end[4]
-    assert end[-3:] == ["model: runs/one/final", "next:  groupwise chat runs/one", ""]
+    assert end[-4:] == [
+        "model: runs/one/final",
+        "next:  groupwise chat runs/one",
+        "next:  groupwise report runs/one --open",
+        "",
+    ]
     assert max(map(cell_len, end)) <= columns
 
 
@@ -138,7 +143,7 @@ def test_supervised_lines_are_thinned_and_the_last_is_there(task: Any, own_folde
     assert len(steps) < 12
     last = done.stdout.decode().splitlines()
     assert re.fullmatch(r"loss of the last step: \d+\.\d{4}", last[1])
-    assert last[-1] == "next:  groupwise chat runs/sft"
+    assert last[-2:] == ["next:  groupwise chat runs/sft", "next:  groupwise report runs/sft --open"]
 
 
 def test_a_stopped_run_says_what_was_found_and_ends_as_failed(task: Any, own_folder: Path) -> None:

@@ -13,13 +13,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from groupwise.cli import main
 from groupwise.config import ModelConfig, RolloutConfig
 from groupwise.engines.native import NativeEngine
+from groupwise.errors import Interrupted
 from groupwise.inputs import ModelInput
 from groupwise.launch import Given, run_sft, run_training
 from groupwise.model.loading import load_model
 from groupwise.trajectories import read_trajectories, to_json
 from groupwise.types import Prompt, SampleRequest, SamplingParams
+from groupwise.watching import Unwatched
+from groupwise.wishes import WishName, leave_wish
 
 ReadRows = Callable[[Path], list[dict[str, Any]]]
 MISMATCH = "sampling/sampling_logp_difference/"
@@ -234,3 +238,51 @@ def test_values_that_are_no_rewards_fail_their_own_rollouts_alone(
     assert [row["rollout/failed"] for row in rows] == [8, 8]
     assert agrees(rows)
     assert all(row["grad_norm"] > 0 for row in rows)
+
+
+class Beside(Unwatched):
+    """Somebody beside the run, who asks for something after these steps."""
+
+    def __init__(self, run: Path, wishes: dict[int, WishName]) -> None:
+        self._run, self._wishes = run, wishes
+
+    def updated(self, step: int) -> bool:
+        if name := self._wishes.get(step):
+            leave_wish(self._run, name)
+        return False
+
+
+def test_what_is_asked_beside_the_run_is_done_after_the_step(task: Any, tmp_path: Path, read_jsonl: ReadRows) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    run_training(task.config(whole, train={"steps": 5}))
+    config = task.config(run, train={"steps": 5})
+    with pytest.raises(Interrupted, match="stopped after step 4"):
+        run_training(config, given=Given(watcher=Beside(run, {2: "save", 4: "stop"})))
+    saved = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+    assert saved[-2:] == ["step_000002", "step_000004"]
+    assert not list(run.glob("wish.*"))
+    leave_wish(run, "stop")  # of the run that is no more
+    run_training(config, resume=True)
+    assert read_jsonl(run / "ledger.jsonl") == read_jsonl(whole / "ledger.jsonl")
+    weights = [(folder / "final/model.safetensors").read_bytes() for folder in (whole, run)]
+    assert weights[0] == weights[1]
+
+
+def test_where_settings_came_from_is_kept(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Path("recipe.toml")
+    recipe.write_text(
+        f"[optim]\nlr = 0.002\n[train]\nsteps = 1\n[rollout]\ngroup_size = 2\nprompts_per_step = 2\n"
+        f'max_completion_tokens = 4\n[data]\ntrain = "{task.rows}"\n'
+    )
+    flags = ["--model", str(task.model), "--model.device", "cpu", "--reward", task.reward("low"), "--output", "run"]
+    assert main(["train", "recipe.toml", *flags, "--train.seed", "5"]) == 0
+    origins = json.loads(Path("run/origins.json").read_text())
+    assert origins["optim.lr"] == "recipe.toml"
+    assert origins["train.seed"] == origins["model.path"] == "command line"
+    assert "optim.betas" not in origins
+    flags = ["--train.steps", "2", "--trust-rewards"]
+    assert main(["train", "--resume", "--output", "run", *flags]) == 0
+    again = json.loads(Path("run/origins.json").read_text())
+    assert again["train.steps"] == "command line"
+    assert again["optim.lr"] == "recipe.toml"

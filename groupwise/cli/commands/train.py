@@ -145,7 +145,13 @@ def _train(args: argparse.Namespace) -> None:
         say(ready.describe(resume=args.resume))
         return
     config = loaded.config
-    done = run_training(config, resume=args.resume, overwrite=args.overwrite, accept_changes=args.accept_changes)
+    done = run_training(
+        config,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        accept_changes=args.accept_changes,
+        origins=loaded.origins,
+    )
     say("\n".join(ending(done, str(run_folder(config)))))
 
 
@@ -166,7 +172,13 @@ def _sft(args: argparse.Namespace) -> None:
         say(ready.describe(resume=args.resume))
         return
     config = loaded.config
-    done = run_sft(config, resume=args.resume, overwrite=args.overwrite, accept_changes=args.accept_changes)
+    done = run_sft(
+        config,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        accept_changes=args.accept_changes,
+        origins=loaded.origins,
+    )
     say("\n".join(ending(done, str(supervised_folder(config)))))
 
 

@@ -31,6 +31,7 @@ def test_before_and_after_with_their_intervals() -> None:
         "findings: none",
         "model: runs/one/final",
         "next:  groupwise chat runs/one",
+        "next:  groupwise report runs/one --open",
     ]
 
 

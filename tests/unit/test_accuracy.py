@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groupwise.evaluation.metrics import accuracy, confidence_interval, mean_pass_at_k, pass_at_k
+from groupwise.accuracy import accuracy, confidence_interval, mean_pass_at_k, pass_at_k
 
 
 @pytest.mark.parametrize("n", range(1, 7))
