@@ -20,6 +20,16 @@ MODEL_SETTINGS = (
     "model.chat_template",
     "model.trust_remote_code",
 )
+ROW_SETTINGS = (
+    "data.prompt_column",
+    "data.question_column",
+    "data.answer_column",
+    "data.data_source",
+    "data.system_prompt",
+    "data.few_shot",
+)
+"""How rows become prompts."""
+
 ENGINE_SETTINGS = (
     "rollout.engine",
     "rollout.urls",

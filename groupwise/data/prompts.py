@@ -96,24 +96,30 @@ def load_prompts(source: Source, config: DataConfig, tokenizer: Tokenizer, *, li
     return PromptSet(kept, len(rows), len(rows) - len(kept), config.max_prompt_tokens)
 
 
-def make_prompt(row: SourceRow, index: int, *, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
+def make_prompt(row: SourceRow, index: int, *, config: DataConfig, tokenizer: Tokenizer | None) -> Prompt:
     """The prompt of a row that passed `check_rows`; `index` is its position in the source.
+
+    Args:
+        tokenizer: None gives one for who only judges answers: without tokens, its text that of the messages.
 
     Raises:
         DataError: the chat template refuses the row, or the tokenizer makes nothing of it.
     """
     asked = prompt_value(row.values, config)
-    if isinstance(asked, str):
-        messages, text = (), asked
+    messages = () if isinstance(asked, str) else clean_messages(with_context(asked, config))
+    token_ids: Sequence[int] = ()
+    if tokenizer is None:
+        text = asked if isinstance(asked, str) else "\n".join(str(message["content"]) for message in messages)
+    elif isinstance(asked, str):
+        text = asked
         token_ids = encode_text(text, tokenizer)
     else:
-        messages = clean_messages(with_context(asked, config))
         try:
             text = render(messages, tokenizer, template_kwargs=config.chat_template_kwargs)
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from error
         token_ids = encode_rendered(text, tokenizer)
-    if not token_ids:
+    if tokenizer is not None and not token_ids:
         raise DataError(f"{row.where}: the tokenizer makes no tokens of the prompt {text[:40]!r}; mend or drop the row")
     return Prompt(
         uid=row_uid(index, asked),

@@ -104,7 +104,8 @@ async def check_rewards(scorer: RewardScorer, answers: Answers, *, examples: int
         summarise(name, scorer.weights[name], groups, tried, seconds=taken[f"rewards/{name}/seconds"])
         for name in scorer.names
     ]
-    ranked = sorted((one for one in scored if one.score.reward is not None), key=_reward)
+    different = {(one.prompt.uid, one.answer.text): one for one in scored if one.score.reward is not None}
+    ranked = sorted(different.values(), key=_reward)
     return RewardCheck(
         answers=answers,
         scored=scored,

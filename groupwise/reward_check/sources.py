@@ -9,11 +9,11 @@ from typing import Any, cast
 
 from groupwise.config import DataConfig
 from groupwise.data.files import read_rows
-from groupwise.data.rows import data_source_of, prompt_problem, prompt_value, row_uid, with_context
+from groupwise.data.prompts import check_rows, make_prompt
 from groupwise.errors import DataError
 from groupwise.inputs import ModelInput, SampleKey
-from groupwise.trajectories import read_trajectories
-from groupwise.types import Completion, FinishReason, Prompt, Rollout
+from groupwise.trajectories import TrajectoryRow, read_trajectories
+from groupwise.types import Completion, FinishReason, Prompt, Rollout, Segment
 
 _ANSWERS = ("completion", "completions", "text")
 _OWN = ("completion", "answer", "solution", "extra_info.answer", "reward_model.ground_truth")
@@ -70,11 +70,10 @@ def answers_of_run(run: Path, data: Path, config: DataConfig, *, limit: int | No
         prompt = prompts.get(row.uid)
         if prompt is None:
             raise DataError(f"{run}: row {row.uid} is not in {data}; give the data that the run was trained on")
-        text = "".join(segment.text for segment in row.segments)
-        answer = _answer(row.uid, row.sample_index, text, row.token_ids, cut=row.finish_reason == "length")
-        groups.setdefault((row.step, row.group), (prompt, []))[1].append(answer)
+        if row.segments:  # else it failed before its first turn, and there is nothing to judge
+            groups.setdefault((row.step, row.group), (prompt, []))[1].append(_answer_of(row))
     if not groups:
-        raise DataError(f"{run} has no trajectories; give a run that has made a step")
+        raise DataError(f"{run} has no answers in its trajectories; give a run that has made a step")
     found = list(groups.values())
     return Answers(_spread(found, limit), has_tokens=True, what=f"{run}")
 
@@ -151,28 +150,29 @@ def _at(columns: Mapping[str, Any], path: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _prompts(data: Path, config: DataConfig) -> list[Prompt]:
-    prompts: list[Prompt] = []
-    for index, row in enumerate(read_rows(str(data))):
-        if problem := prompt_problem(row.values, config):
-            raise DataError(f"{row.where}: {problem}")
-        asked = prompt_value(row.values, config)
-        messages = () if isinstance(asked, str) else tuple(with_context(asked, config))
-        columns = dict(row.values)
-        if config.answer_column is not None:
-            columns["answer"] = row.values[config.answer_column]
-        text = asked if isinstance(asked, str) else "\n".join(str(one["content"]) for one in messages)
-        prompts.append(
-            Prompt(
-                uid=row_uid(index, asked),
-                messages=messages,
-                text=text,
-                input=ModelInput.of(()),
-                data_source=data_source_of(row.values, config),
-                columns=columns,
-            )
+def _answer_of(row: TrajectoryRow) -> Answer:
+    """With its turns and its environment's answers, as the run's rewards got it."""
+    segments = tuple(
+        Segment(
+            segment.by,
+            ModelInput.of(row.token_ids[start : start + segment.num_tokens]),
+            segment.text,
+            row.logprobs[start : start + segment.num_tokens],
+            row.policy_versions[start : start + segment.num_tokens],
+            messages=segment.messages,
+            finish_reason=segment.finish_reason,
+            reward=segment.reward,
         )
-    return prompts
+        for segment, start in zip(row.segments, row.starts, strict=True)
+    )
+    rollout = Rollout(SampleKey(row.uid, row.draw or 0, row.sample_index), segments, row.finish_reason)
+    return Answer(rollout, row.completion_tokens, cut=row.finish_reason == "length")
+
+
+def _prompts(data: Path, config: DataConfig) -> list[Prompt]:
+    rows = read_rows(str(data))
+    check_rows(rows, config)
+    return [make_prompt(row, index, config=config, tokenizer=None) for index, row in enumerate(rows)]
 
 
 def _texts(values: Mapping[str, Any], *, where: str) -> Iterable[str]:

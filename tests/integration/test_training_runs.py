@@ -286,3 +286,18 @@ def test_where_settings_came_from_is_kept(task: Any, tmp_path: Path, monkeypatch
     again = json.loads(Path("run/origins.json").read_text())
     assert again["train.steps"] == "command line"
     assert again["optim.lr"] == "recipe.toml"
+
+
+def test_rewards_are_checked_over_what_a_run_has_sampled(
+    task: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run_training(task.config(run, train={"steps": 2}))
+    rows = [row for row in read_trajectories(run) if row.reward is not None]
+    capsys.readouterr()
+    assert main(["reward", "check", "--run", str(run), "--json", "--fail-on", "none"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["answers"] == len(rows) == 32
+    assert found["rewards"][0]["name"] == "low"
+    assert found["rewards"][0]["mean"] == pytest.approx(sum(row.reward or 0.0 for row in rows) / len(rows))
+    assert found["best"][0]["rewards"]["low"] == max(row.reward or 0.0 for row in rows)

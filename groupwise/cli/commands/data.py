@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from groupwise.cli.models import ROW_SETTINGS
 from groupwise.cli.output import say
 from groupwise.cli.parsing import Command, Parser, set_key
 from groupwise.errors import ConfigError
@@ -69,12 +70,7 @@ STATS = Command(
     add_arguments=_stats_arguments,
     run=_stats,
     settings=(
-        "data.prompt_column",
-        "data.question_column",
-        "data.answer_column",
-        "data.data_source",
-        "data.system_prompt",
-        "data.few_shot",
+        *ROW_SETTINGS,
         "data.chat_template_kwargs",
         "data.chat_template_kwargs.",
         "data.max_prompt_tokens",

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from groupwise.cli.models import add_trust_flag
+from groupwise.cli.models import ROW_SETTINGS, add_trust_flag
 from groupwise.cli.output import say
 from groupwise.cli.parsing import Command, Parser, set_key, set_rewards, whole_number
 from groupwise.errors import ConfigError, RewardError
@@ -68,7 +68,8 @@ def _checked(args: argparse.Namespace) -> RewardCheck:
     if not config.data.train:
         raise ConfigError("--data is missing: a file whose rows have the columns that the rewards read")
     answers = _answers(args, config)
-    scorer = RewardScorer(config.reward)
+    # What a run passes over is what is looked for here.
+    scorer = RewardScorer([reward.model_copy(update={"on_error": "fail"}) for reward in config.reward])
     try:
         if not answers.has_tokens and (reads := scorer.readers_of("completion_ids")):
             raise ConfigError(
@@ -109,12 +110,5 @@ REWARD_CHECK = Command(
     summary="show what rewards give to answers that are there already, and what is wrong with them",
     add_arguments=_arguments,
     run=_check,
-    settings=(
-        "data.prompt_column",
-        "data.question_column",
-        "data.answer_column",
-        "data.data_source",
-        "data.system_prompt",
-        "reward.",
-    ),
+    settings=(*ROW_SETTINGS, "reward."),
 )

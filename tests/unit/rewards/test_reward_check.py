@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 
 from groupwise.cli import main
+from groupwise.config import DataConfig
+from groupwise.data.rows import row_uid
+from groupwise.reward_check import answers_of_run
+from groupwise.trajectories import SegmentRow, to_json
+from tests.made_run import lines, rollout
 
 REWARDS = """
 def letters(completions, **columns):
@@ -123,3 +128,39 @@ def test_hostile_answers_are_text_on_the_page(check: Callable[..., Any], tmp_pat
 
 def test_a_runs_own_answers(tmp_path: Path, check: Callable[..., Any]) -> None:
     assert "config.json" in check("letters", flags=("--run", str(tmp_path / "nothing")))[1]
+
+
+def test_what_a_run_passes_over_is_found(check: Callable[..., Any]) -> None:
+    completions = [{"row": 0, "completions": ["a", "b"]}]
+    for on_error in ("zero", "stop"):
+        code, found = check("broken", completions=completions, flags=("--reward.0.on_error", on_error))
+        assert code == 1
+        assert ("failed", "broken") in rules(found)
+        assert found["rewards"][0]["failed"] == 2
+
+
+def test_equal_answers_are_one_example(check: Callable[..., Any]) -> None:
+    _, found = check("letters", completions=[{"row": 0, "completions": ["abc", "abc", "a", "abc"]}])
+    assert [one["answer"] for one in found["best"]] == ["abc", "a"]
+
+
+def test_turns_of_a_run_are_judged_as_turns(tmp_path: Path) -> None:
+    rows = [{"prompt": "question 0"}, {"prompt": "question 1"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig()  # type: ignore[call-arg]
+    [prompt, _] = [row_uid(i, row["prompt"]) for i, row in enumerate(rows)]
+    turn = SegmentRow("model", "think", 3, finish_reason="stop")
+    answer = SegmentRow("environment", "18", 2, messages=({"role": "tool", "content": "18"},))
+    last = SegmentRow("model", "so 18", 7, finish_reason="length", reward=0.5)
+    whole = rollout(1, 0, 2, uid=prompt, segments=(turn, answer, last), finish_reason="length")
+    none = rollout(1, 0, 3, uid=prompt, segments=(), token_ids=(), logprobs=(), policy_versions=(), status="failed")
+    lines(tmp_path / "run/trajectories/step_000001.jsonl", [to_json(whole), to_json(none)])
+    found = answers_of_run(tmp_path / "run", tmp_path / "data.jsonl", config)
+    [(asked, [given])] = found.groups
+    assert asked.text == "question 0"
+    assert (given.length, given.cut) == (10, True)
+    assert given.text == "think18so 18"
+    assert given.rollout.loss_mask == (1,) * 3 + (0,) * 2 + (1,) * 7
+    assert given.rollout.token_ids == whole.token_ids
+    assert [segment.messages for segment in given.rollout.segments] == [(), answer.messages, ()]
+    assert given.rollout.segments[2].reward == 0.5
