@@ -23,15 +23,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpu.shapes import SHAPES
 
 
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
+def _shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is decoded, whoever does it."""
     parser.add_argument("--model-shape", choices=SHAPES, default="0.6b")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
         "--samples", type=int, nargs="+", default=[64, 256], help="decoded together; the last are trained on"
     )
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=512, help="tokens of every completion")
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--micro-batch-tokens", type=int, default=16_384)
     parser.add_argument("--lora-rank", type=int, default=0, help="train an adapter of this rank, not the weights")
     parser.add_argument("--matmul-size", type=int, help="default: 8192 on a GPU, 512 on a CPU")
@@ -54,9 +58,10 @@ def make_parser() -> argparse.ArgumentParser:
     everything.add_argument("--rehearse", action="store_true", help="the same at tiny sizes on a CPU")
     everything.add_argument("--site", type=Path, help="folder with vLLM's packages; without it vLLM is left out")
     model = parts.add_parser("model", parents=[given], help="ceilings, decoding, mismatch, training")
+    _shape_arguments(model)
     _model_arguments(model)
     vllm = parts.add_parser("vllm", parents=[given], help="vLLM's tokens per second at the same lengths")
-    _model_arguments(vllm)
+    _shape_arguments(vllm)
     vllm.add_argument("--site", type=Path, required=True, help="folder that is put before Python's path")
     vllm.add_argument("--memory", type=float, default=0.5, help="share of the GPU's memory that vLLM may take")
     vllm.add_argument("--wait-for", type=Path, help="time nothing before this file is there: a start takes a minute")

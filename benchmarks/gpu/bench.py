@@ -66,11 +66,6 @@ class Ceiling:
     bandwidth: float
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def median_seconds(work: Callable[[int], None], device: torch.device, *, cap: float, repeats: int = 20) -> float:
     """Median time of `work(i)`, i counting up, after two calls that are not counted: on a GPU by its own events."""
     started = time.perf_counter()

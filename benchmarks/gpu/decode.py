@@ -125,7 +125,7 @@ def measure_decode(bench: Bench, ceiling: Ceiling, samples: int, *, graphs: bool
     count = len(prompts) * GROUP_SIZE
     engine = NativeEngine(bench.loaded, RolloutConfig(max_concurrent_samples=count))  # type: ignore[call-arg]
     if not graphs:
-        engine._steps._graphs = None
+        engine._steps._graphs = engine._steps._ahead = None
     asyncio.run(sample(engine, prompts, bench.tokens, cap=bench.cap))  # captures the graphs
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)

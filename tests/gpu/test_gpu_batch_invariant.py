@@ -76,8 +76,9 @@ def test_no_mismatch(dtype: torch.dtype, window: int | None, rank: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 def test_kernels_on_the_device(dtype: torch.dtype) -> None:
     """Values against float64, and the same bits for a row in any company."""
+    from groupwise.model.fast_gpu.norm_kernel import add_norm_rows
     from groupwise.model.invariant.matmul_kernel import product
-    from groupwise.model.invariant.rows_kernel import norm_rows, sum_rows
+    from groupwise.model.invariant.rows_kernel import sum_rows
 
     torch.manual_seed(0)
     tolerance = 1e-4 if dtype == torch.float32 else 2**-7
@@ -88,8 +89,11 @@ def test_kernels_on_the_device(dtype: torch.dtype) -> None:
         torch.testing.assert_close(whole.double(), x.double() @ weight.double().t(), rtol=tolerance, atol=tolerance)
         for rows in (slice(0, 1), slice(3, 5), slice(100, 433)):
             assert torch.equal(product(x[rows], weight, None), whole[rows])
-            weight_norm = norm_rows(x[rows], weight[0], 1e-6, unit_offset=False)
-            assert torch.equal(weight_norm, norm_rows(x, weight[0], 1e-6, unit_offset=False)[rows])
+            for unit_offset in (False, True):
+                norms = [
+                    add_norm_rows(some, None, weight[0], 1e-6, unit_offset=unit_offset)[1] for some in (x[rows], x)
+                ]
+                assert torch.equal(norms[0], norms[1][rows])
     x = torch.rand(70, 151_936, device="cuda")
     torch.testing.assert_close(sum_rows(x).double(), x.double().sum(-1), rtol=1e-5, atol=0)
     assert torch.equal(sum_rows(x[5:6]), sum_rows(x)[5:6])

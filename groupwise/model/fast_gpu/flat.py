@@ -25,13 +25,16 @@ def epsilon_of(norms: Sequence[Any]) -> float:
 
 
 def joinable(decoder: Any) -> bool:
-    """Whether all norms are of the kind that the kernels compute."""
+    """Whether all norms are of the kind that the kernels compute, those of rows with one epsilon."""
     from groupwise.model.fast_cpu.norms import LeanNorm
 
     norms = [decoder.norm]
     for layer in decoder.layers:
-        norms += [layer.input_layernorm, layer.post_attention_layernorm, *layer.self_attn.norms]
-    return all(isinstance(norm, LeanNorm) for norm in norms)
+        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+    of_heads = [norm for layer in decoder.layers for norm in layer.self_attn.norms]
+    if not all(isinstance(norm, LeanNorm) for norm in [*norms, *of_heads]):
+        return False
+    return len({norm.variance_epsilon for norm in norms}) == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,25 +69,15 @@ class _Flat:
         angles = Angles(*rotation.angles)
         fresh: Tensor | None = None
         for layer in self.layers:
-            hidden, normed = _summed(add_norm_rows, fresh, hidden, layer.before, self.epsilon)
+            whole = (hidden, None) if fresh is None else (fresh, hidden)
+            hidden, normed = add_norm_rows(*whole, layer.before, self.epsilon)
             query, key, value = layer.project(normed)
             query, key = rotated(query, key, layer.norms, angles, layer.head_epsilon)
             attended = layer.output(layout.attend(layer.call, query, key, value).flatten(1))
             hidden, normed = add_norm_rows(attended, hidden, layer.after, self.epsilon)
             fresh = layer.mlp(normed)
-        return _summed(add_norm_rows, fresh, hidden, self.norm, self.epsilon)[1]
-
-
-def _summed(
-    add_norm_rows: Callable[..., tuple[Tensor, Tensor]],
-    fresh: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    epsilon: float,
-) -> tuple[Tensor, Tensor]:
-    if fresh is None:
-        return add_norm_rows(hidden, None, weight, epsilon)
-    return add_norm_rows(fresh, hidden, weight, epsilon)
+        whole = (hidden, None) if fresh is None else (fresh, hidden)
+        return add_norm_rows(*whole, self.norm, self.epsilon)[1]
 
 
 def _projection(attention: Any) -> Callable[[Tensor], Sequence[Tensor]]:
@@ -111,9 +104,6 @@ def _mlp(mlp: Any) -> Callable[[Tensor], Tensor]:
 
 def flat_on_gpu(decoder: Any) -> Callable[[Tensor, Any, Layout], Tensor]:
     """Of a decoder whose norms are `joinable`; good for one version of the weights, which stay where they are."""
-    epsilons = {layer.input_layernorm.variance_epsilon for layer in decoder.layers}
-    epsilons |= {layer.post_attention_layernorm.variance_epsilon for layer in decoder.layers}
-    assert epsilons == {decoder.norm.variance_epsilon}, "one epsilon for all norms of a model"
     layers = [
         _Layer(
             call=layer.self_attn.call,

@@ -28,8 +28,12 @@ def add_norm_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     ADDS: tl.constexpr,
+    UNIT_OFFSET: tl.constexpr,
 ):
-    """`sum = residual + fresh` (if ADDS), `out` its norm; all `[M, SIZE]`."""
+    """`sum = residual + fresh` (if ADDS), `out` its norm, rounded where transformers' modules round; all `[M, SIZE]`.
+
+    UNIT_OFFSET: Gemma's, by 1 + weight, all in float32; else Llama's, whose normalised rows are rounded first.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     at = row.to(tl.int64)[:, None] * SIZE + column[None, :]
@@ -42,8 +46,12 @@ def add_norm_kernel(
         x = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + epsilon)
     weight = tl.load(weight_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32)[None, :]
-    unit = (x * scale[:, None]).to(out_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(out_ptr + at, (weight * unit).to(out_ptr.dtype.element_ty), mask=mask)
+    unit = x * scale[:, None]
+    if UNIT_OFFSET:
+        out = unit * (1.0 + weight)
+    else:
+        out = weight * unit.to(out_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -95,8 +103,14 @@ def backward_warps(dtype: torch.dtype) -> int:
     return 8 if dtype == torch.float32 else 4
 
 
-def add_norm_rows(fresh: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The sum of `fresh […, H]` and the residual, or `fresh` where there is none; and its norm by `weight [H]`."""
+def add_norm_rows(
+    fresh: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, *, unit_offset: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The sum of `fresh […, H]` and the residual, or `fresh` where there is none; and its norm by `weight [H]`.
+
+    Args:
+        unit_offset: by 1 + weight, as Gemma's.
+    """
     size = fresh.shape[-1]
     fresh = aligned(fresh)
     rows, constants = fresh.numel() // size, norm_sizes(size)
@@ -105,7 +119,7 @@ def add_norm_rows(fresh: Tensor, residual: Tensor | None, weight: Tensor, epsilo
     launch(
         add_norm_kernel, (triton.cdiv(rows, constants["ROWS"]),), fresh,
         fresh if residual is None else aligned(residual), aligned(weight), whole, out,
-        M=rows, epsilon=epsilon, ADDS=residual is not None, **constants, num_warps=4,
+        M=rows, epsilon=epsilon, ADDS=residual is not None, UNIT_OFFSET=unit_offset, **constants, num_warps=4,
     )  # fmt: skip
     return whole, out
 

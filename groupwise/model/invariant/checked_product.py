@@ -10,7 +10,9 @@ does not is computed by the kernel in `matmul_kernel`, which agrees by construct
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -46,17 +48,20 @@ def forbid_split_sums() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`[…, N]` = `x […, K]` `weight [N, K]`^T + `bias [N]`, each row with the same bits in any company.
+Product: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""`[…, N]` = `x […, K]` `weight [N, K]`^T + `bias [N]`, each row with the same bits in any company."""
 
-    Args:
-        x: where the library serves, one of `row_counts` rows, as `padded_rows` gives them.
-    """
-    if library_serves(weight, bias):
-        return linear(x, weight, bias)
-    from groupwise.model.invariant.matmul_kernel import product as by_kernel
 
-    return by_kernel(x, weight, bias)
+def kernel_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A `Product`, by the kernel."""
+    from groupwise.model.invariant.matmul_kernel import product
+
+    return product(x, weight, bias)
+
+
+def library_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A `Product`, where `library_serves`; `x` has one of `row_counts` rows, as `padded_rows` gives them."""
+    return linear(x, weight, bias)
 
 
 def padded_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
@@ -71,7 +76,7 @@ def padded_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor,
 
 
 def library_serves(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `product` takes the library's for this weight."""
+    """Whether `library_product` is one for this weight."""
     if weight.dtype != torch.bfloat16 or weight.device.type != "cuda" or weight.data_ptr() % _ALIGNMENT:
         return False
     if not weight.is_contiguous() or (bias is not None and bias.data_ptr() % _ALIGNMENT):

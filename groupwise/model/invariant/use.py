@@ -18,13 +18,13 @@ from groupwise.model.fast_cpu.linear import DnnLinear
 from groupwise.model.fast_cpu.norms import LeanNorm
 from groupwise.model.invariant.checked_product import forbid_split_sums, library_serves
 from groupwise.model.invariant.linear import InvariantLinear
-from groupwise.model.invariant.norms import GEMMA_NORMS, InvariantGemmaNorm, InvariantNorm
+from groupwise.model.invariant.norms import GEMMA_NORMS, InvariantGemmaNorm
 
 SETTING = "model.batch_invariant = true"
 _MAX_REPEAT = 32  # query heads of one key head, which are rows of one tile
 _MAX_HEAD_SIZE = 256
 _DTYPES = (torch.bfloat16, torch.float32)
-_KNOWN = (InvariantLinear, InvariantNorm, InvariantGemmaNorm, nn.Embedding)
+_KNOWN = (InvariantLinear, LeanNorm, InvariantGemmaNorm, nn.Embedding)
 
 
 def is_batch_invariant(model: PreTrainedModel) -> bool:
@@ -58,8 +58,6 @@ def make_batch_invariant(model: PreTrainedModel) -> None:
     for module in list(model.modules()):
         if type(module) in (nn.Linear, DnnLinear, FullTileLinear):
             module.__class__ = InvariantLinear
-        elif type(module) is LeanNorm:
-            module.__class__ = InvariantNorm
         for name, child in module.named_children():
             if type(child).__name__ in GEMMA_NORMS:
                 module.register_module(name, InvariantGemmaNorm(child).train(child.training))

@@ -20,13 +20,18 @@ def types_of(kernel: Any, constants: dict[str, Any], dtype: torch.dtype, **other
 
 
 @pytest.mark.parametrize("dtype", list(NAMES), ids=NAMES.values())
-@pytest.mark.parametrize("size", [1024, 2048, 4096])
+@pytest.mark.parametrize("size", [128, 1024, 2048, 4096])
 def test_norms(size: int, dtype: torch.dtype, tmp_path: Path) -> None:
     from groupwise.model.fast_gpu.norm_kernel import add_norm_kernel, backward_warps, norm_backward_kernel, norm_sizes
 
-    for kernel, warps in ((add_norm_kernel, 4), (norm_backward_kernel, backward_warps(dtype))):
-        for adds in (True, False):
-            constants = {"epsilon": 1e-6, "ADDS": adds, **norm_sizes(size)}
+    forward, backward = (add_norm_kernel, 4), (norm_backward_kernel, backward_warps(dtype))
+    for adds in (True, False):
+        for (kernel, warps), more in (
+            (forward, {"UNIT_OFFSET": False}),
+            (forward, {"UNIT_OFFSET": True}),
+            (backward, {}),
+        ):
+            constants = {"epsilon": 1e-6, "ADDS": adds, **more, **norm_sizes(size)}
             types = types_of(kernel, constants, dtype, of_weight_ptr="*fp32")
             assert spilled(compiled(kernel, types, constants, num_warps=warps), tmp_path) == 0
 

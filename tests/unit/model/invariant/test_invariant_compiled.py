@@ -79,17 +79,6 @@ def test_attention(repeat: int, size: int, window: int | None, dtype: torch.dtyp
         assert not instructions, "float32 is not rounded to TF32"
 
 
-@pytest.mark.parametrize("dtype", list(NAMES), ids=NAMES.values())
-@pytest.mark.parametrize("size", [128, 1024, 4096])
-def test_norm(size: int, dtype: torch.dtype, tmp_path: Path) -> None:
-    from groupwise.model.invariant.rows_kernel import norm_constants, norm_kernel
-
-    types = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), f"*{NAMES[dtype]}") | {"M": "i32"}
-    for unit_offset in (False, True):
-        built = compiled(norm_kernel, types, norm_constants(size, 1e-6, unit_offset=unit_offset), num_warps=4)
-        assert spilled(built, tmp_path) == 0
-
-
 def test_sum(tmp_path: Path) -> None:
     from groupwise.model.invariant.rows_kernel import SUM_BLOCK, sum_kernel
 
@@ -100,13 +89,14 @@ def test_sum(tmp_path: Path) -> None:
 
 def test_the_number_of_rows_compiles_nothing_again() -> None:
     """No number but those that a weight's or a head's shape gives is a reason for another form of a kernel."""
+    from groupwise.model.fast_gpu.norm_kernel import add_norm_kernel
     from groupwise.model.invariant.attention_kernel import attention_kernel
     from groupwise.model.invariant.matmul_kernel import product_kernel
-    from groupwise.model.invariant.rows_kernel import norm_kernel, sum_kernel
+    from groupwise.model.invariant.rows_kernel import sum_kernel
 
     numbers = [
         parameter
-        for kernel in (attention_kernel, product_kernel, norm_kernel, sum_kernel)
+        for kernel in (attention_kernel, product_kernel, add_norm_kernel, sum_kernel)
         for parameter in kernel.params  # pyright: ignore[reportFunctionMemberAccess]
         if not parameter.is_constexpr and not parameter.name.endswith("_ptr")
     ]
