@@ -68,7 +68,7 @@ def test_steps_are_shown_as_they_come(page: Path) -> None:
 def test_the_end_is_shown_as_it_comes(page: Path) -> None:
     lines = shown(page)
     end = lines[next(index for index, line in enumerate(lines) if line.startswith("done")) :]
-    run = end[-1].split()[-1]
+    run = end[-1].split()[-2]  # before --open
     assert ending(summary_of(end), run) == end
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from groupwise.model.exact.blocks import BLOCK, WIDTHS, block_of, block_spans, block_start, width_of
+from groupwise.model.exact.blocks import WIDTHS, block_of, block_spans, block_start, padded_keys, width_of
 from groupwise.model.fast_cpu.host_memory import zeros_in_large_pages
 from groupwise.model.forward.packing import round_up
 
@@ -49,7 +49,7 @@ class CacheShape:
 
     def capacity(self, tokens: int) -> int:
         """Tokens that a lane for `tokens` holds."""
-        return round_up(tokens, ARENA_SPAN if self.fixed else BLOCK)
+        return round_up(tokens, ARENA_SPAN) if self.fixed else padded_keys(tokens)
 
     def lanes_for(self, samples: int) -> int:
         return _few(samples, 32) if self.graphs else samples

@@ -11,7 +11,8 @@ and all that is not a product costs by the block. They cannot be larger: of 448 
 values takes two sums, which part where the number of keys says (measured, float32).
 
 A block's last keys may be left out where no row sees them, down to a width that `width_of` knows: measured, scores,
-sums and products then keep their bits. Decoding, which waits for memory, reads no more of a half-filled block.
+sums and products then keep their bits. Decoding, which waits for memory, reads no more of a half-filled block. Between
+128 keys and 256 there is no such width: there AMD's processors cut the product with the values in two equal parts.
 
 Row counts given to matrix products are multiples of `TILE`: fewer rows take other kernels with another order of sums.
 Where a processor's products are found to give fewer the same bits, decoding pads none (`few_rows`).
@@ -38,7 +39,7 @@ from torch import Tensor
 BLOCK = 64
 FINE = 256  # keys, from which on blocks are larger
 LARGEST = 256
-WIDTHS = (16, 32, BLOCK)
+WIDTHS = (16, 32, BLOCK, 2 * BLOCK, LARGEST)
 TILE = 4
 _SMALL_PRODUCT = 16**3
 _FAR = -1e30
@@ -107,7 +108,13 @@ class KeyBlock:
 
 def width_of(keys: int) -> int:
     """The least width at which a block that holds `keys` keys is read."""
-    return next((width for width in WIDTHS if keys <= width), -(-keys // BLOCK) * BLOCK)
+    return next(width for width in WIDTHS if keys <= width)
+
+
+def padded_keys(tokens: int) -> int:
+    """`tokens` of a segment with what fills its last block, to a multiple of `BLOCK` at which blocks may end."""
+    start = block_start(block_of(tokens - 1)) if tokens > 0 else 0
+    return start + max(width_of(tokens - start), BLOCK) if tokens > 0 else 0
 
 
 def full_rows(rows: int, query: Tensor, batch: int) -> int:
@@ -149,7 +156,7 @@ def _alike(rows: int, size: int) -> bool:
                 torch.randn(batch, *shape, generator=draw)
                 for shape in ((company, size), (company, LARGEST), (size, LARGEST), (LARGEST, size))
             )
-            for width in (*WIDTHS, *range(2 * BLOCK, LARGEST + 1, BLOCK)):
+            for width in WIDTHS:
                 for left, right in ((query, key[..., :width]), (weights[..., :width], value[:, :width])):
                     few = torch.bmm(left[:, :rows].contiguous(), right)
                     if not torch.equal(few, torch.bmm(left.contiguous(), right)[:, :rows]):
@@ -285,7 +292,7 @@ def causal_blocks(key: Tensor, value: Tensor, repeat: int, window: int | None, f
     """Blocks of a segment that sees itself, as its rows from token `first` on meet them.
 
     Args:
-        key, value: `[B, T, d]`, T a multiple of `BLOCK`; row r is token `first + r // repeat`.
+        key, value: `[B, T, d]`, T as `padded_keys` gives it; row r is token `first + r // repeat`.
     """
     length = key.shape[1]
     assert length % BLOCK == 0, f"{length} keys are not a multiple of {BLOCK}"
@@ -316,7 +323,7 @@ def _triangle(tokens: int, repeat: int, dtype: torch.dtype, device: torch.device
 def prefix_blocks(
     key: Tensor, value: Tensor, length: int, distance: Tensor | None, window: int | None
 ) -> list[KeyBlock]:
-    """Blocks of a prefix that every row sees: `[B, T, d]`, T `length` rounded up to `BLOCK`.
+    """Blocks of a prefix that every row sees: `[B, T, d]`, T the `padded_keys` of `length`.
 
     Args:
         distance: `[R]`, each row's position minus the prefix's first; needed with a sliding window only.
@@ -327,7 +334,7 @@ def prefix_blocks(
         key_token = token[start:stop]
         hidden, first_key = None, 0
         if stop > length:
-            first_key = stop - BLOCK - start
+            first_key = (length - start) // BLOCK * BLOCK
             hidden = (key_token[first_key:] >= length)[None, None]
         if window is not None:
             assert distance is not None, "a sliding window needs the rows' positions"

@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from groupwise.model.exact.blocks import BLOCK
-from groupwise.model.forward.packing import Segment, round_up
+from groupwise.model.exact.blocks import padded_keys
+from groupwise.model.forward.packing import Segment
 
 _MAX_SCORES = 1 << 26  # float32 scores of one bucket that exist at one time: 256 MiB
 _RUN_TOKENS = 512  # from here on neighbours of one length are a bucket of their own
@@ -55,7 +55,7 @@ class Run:
     length: int
 
     def gather(self, x: Tensor, repeat: int) -> Tensor:
-        heads, padded = x.shape[1] // repeat, round_up(self.length, BLOCK)
+        heads, padded = x.shape[1] // repeat, padded_keys(self.length)
         rows = x.new_empty(heads, self.count, padded, repeat, *x.shape[2:])
         rows[:, :, self.length :].zero_()
         rows[:, :, : self.length].copy_(self._by_head(x, heads))
@@ -136,9 +136,9 @@ def make_buckets(segments: Sequence[Segment], num_heads: int) -> tuple[Bucket, .
     for length, group in groupby(segments, lambda segment: segment.length):
         run = list(group)
         if len(run) * length < _RUN_TOKENS:
-            pooled.setdefault(round_up(length, BLOCK), []).extend(run)
+            pooled.setdefault(padded_keys(length), []).extend(run)
             continue
-        buckets += [Run(part[0].start, len(part), length) for part in _parts(run, round_up(length, BLOCK), num_heads)]
+        buckets += [Run(part[0].start, len(part), length) for part in _parts(run, padded_keys(length), num_heads)]
     for padded, some in sorted(pooled.items()):
         buckets += [Pool.of(part, padded) for part in _parts(some, padded, num_heads)]
     return tuple(buckets)

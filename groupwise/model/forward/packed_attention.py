@@ -17,18 +17,18 @@ from torch.nn.functional import pad
 
 from groupwise.model.exact.attention_backward import NO_WEIGHT, Grads, Rows, attention_backward
 from groupwise.model.exact.blocks import (
-    BLOCK,
     TILE,
     Found,
     KeyBlock,
     causal_blocks,
     full_rows,
+    padded_keys,
     prefix_blocks,
     score,
 )
 from groupwise.model.exact.buckets import Bucket, make_buckets
 from groupwise.model.forward.attention import AttentionCall
-from groupwise.model.forward.packing import Packed, Segment, round_up
+from groupwise.model.forward.packing import Packed, Segment
 from groupwise.model.forward.segment_gradient import segment_gradient
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class _Prefixed:
         rows = (prefix.stop - prefix.start) * repeat
         # Beside keys that lie token by token, one tile of queries has another order of sums (float32, heads of 128).
         self._missing_rows = full_rows(max(rows, 2 * TILE), key, key.shape[1]) - rows
-        missing = round_up(self.length, BLOCK) - self.length
+        missing = padded_keys(self.length) - self.length
         self.key = pad(key[self.keys].transpose(0, 1), (0, 0, 0, missing))
         self.value = pad(value[self.keys].transpose(0, 1), (0, 0, 0, missing))
 

@@ -28,6 +28,7 @@ from groupwise.model.exact.blocks import (
     causal_blocks,
     few_rows,
     full_rows,
+    padded_keys,
     prefix_blocks,
     score,
     width_of,
@@ -78,7 +79,9 @@ def test_blocks_are_a_function_of_the_place_alone(tokens: int) -> None:
 def test_blocks_grow_where_the_texts_say() -> None:
     assert block_starts(1100) == (0, 64, 128, 192, 256, 512, 768, 1024)
     assert block_spans(0) == []
-    assert [width_of(keys) for keys in (1, 16, 17, 33, 64, 65, 129, 256)] == [16, 16, 32, 64, 64, 128, 192, 256]
+    assert [width_of(keys) for keys in (1, 16, 17, 33, 64, 65, 129, 256)] == [16, 16, 32, 64, 64, 128, 256, 256]
+    sizes = {1: 64, 64: 64, 65: 128, 250: 256, 257: 320, 384: 384, 385: 512, 448: 512, 512: 512, 513: 576}
+    assert [padded_keys(tokens) for tokens in (0, *sizes)] == [0, *sizes.values()]
 
 
 @pytest.mark.parametrize("repeat", [1, 2])
