@@ -54,7 +54,7 @@ class LmDeploy:
     """Over HTTP; nothing of LMDeploy is imported.
 
     Args:
-        temperature: that samples are learned at.
+        logprobs: samples are learned at the temperature 1, which its log-probs are of.
     """
 
     health = alive = "/health"
@@ -62,10 +62,8 @@ class LmDeploy:
     restarts = True
     stops = False
 
-    def __init__(self, *, temperature: float = 1.0) -> None:
-        self.caps = EngineCaps(
-            name="lmdeploy", exact_logprobs=False, seeded=True, logprobs=temperature == 1.0, scores=True
-        )
+    def __init__(self, *, logprobs: bool = True) -> None:
+        self.caps = EngineCaps(name="lmdeploy", exact_logprobs=False, seeded=True, logprobs=logprobs, scores=True)
 
     async def reach(self, server: Connection) -> Facts:
         """See `Dialect.reach`; it says nothing of versions."""
