@@ -22,6 +22,7 @@ import pytest
 from groupwise.assembly.engine_check import Checked, check_of
 from groupwise.config import Config
 from groupwise.engines.commands import Command
+from groupwise.engines.external import reach
 from groupwise.engines.launch import EngineProcess
 from groupwise.engines.weights import WeightRef
 from groupwise.errors import ConfigError, EngineError
@@ -263,6 +264,22 @@ def test_a_server_that_cannot_take_weights_or_has_no_room_is_said_before(task: A
     long = "tokens of prompt and completion"
     refused(vllm.contract(task.model), "vllm", long, max_completion_tokens=2000)
     refused(lmdeploy.contract(task.model), "lmdeploy", r"only when it starts.*rollout.launch.python")
+
+
+@pytest.mark.parametrize("module", [lmdeploy, openai], ids=["lmdeploy", "openai"])
+def test_a_server_that_wants_a_key_says_so_and_with_it_serves(
+    task: Any, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = replace(lmdeploy.Flags.as_it_should() if module is lmdeploy else openai.Flags(), api_key="secret")
+    kind = "lmdeploy" if module is lmdeploy else "openai"
+    with server.serving(module.contract(task.model, flags)) as serving:
+        config = task.config(Path("run"), rollout=over(kind, serving.url)).rollout
+        with pytest.raises(ConfigError) as said:
+            reach(config, trains=False)
+        assert "set GROUPWISE_API_KEY to the key" in str(said.value)
+        assert "is a server, but" not in str(said.value)
+        monkeypatch.setenv("GROUPWISE_API_KEY", "secret")
+        assert [facts.model for facts in reach(config, trains=False)] == [str(task.model)]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "lmdeploy", "openai"])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
-from groupwise.engines.connection import Connection
+from pydantic import BaseModel, Field, ValidationError
+
+from groupwise.engines.connection import Connection, NoKey, Refused
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
 from groupwise.inputs import SampleKey
@@ -172,6 +175,44 @@ class Dialect(Protocol):
 
 class KeptOld(EngineError):
     """The engine refused new weights before it touched what it has."""
+
+
+class Card(BaseModel):
+    """One of the models that a server lists.
+
+    Attributes:
+        parent: of an adapter: its base.
+    """
+
+    id: str
+    max_model_len: int | None = None
+    parent: str | None = None
+
+
+class Models(BaseModel):
+    """The answer of `/v1/models`."""
+
+    data: tuple[Card, ...] = Field(min_length=1)
+
+
+@contextmanager
+def recognising(server: Connection, other: str) -> Iterator[None]:
+    """Around what only a server of one kind answers.
+
+    Args:
+        other: what the sentence says of a server of another kind, such as "none of vLLM".
+
+    Raises:
+        NoKey: it wants a key before it says anything.
+        EngineError: it is of another kind.
+    """
+    try:
+        yield
+    except NoKey:
+        raise
+    except (Refused, ValidationError) as error:
+        said = error.said if isinstance(error, Refused) else "it does not say which model it has"
+        raise EngineError(f"{server.url} is a server, but {other}: {said}") from error
 
 
 def new_name() -> str:

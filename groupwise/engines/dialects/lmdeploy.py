@@ -12,8 +12,19 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from groupwise.engines.connection import Connection, Refused
-from groupwise.engines.dialects.base import Answer, Call, Drawn, Facts, Whose, new_name, seed_of, tokens_of
+from groupwise.engines.connection import Connection
+from groupwise.engines.dialects.base import (
+    Answer,
+    Call,
+    Drawn,
+    Facts,
+    Models,
+    Whose,
+    new_name,
+    recognising,
+    seed_of,
+    tokens_of,
+)
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
 from groupwise.protocols import EngineCaps
@@ -42,14 +53,6 @@ class _Scored(BaseModel):
     meta_info: _Meta
 
 
-class _Card(BaseModel):
-    id: str
-
-
-class _Models(BaseModel):
-    data: tuple[_Card, ...] = Field(min_length=1)
-
-
 class LmDeploy:
     """Over HTTP; nothing of LMDeploy is imported.
 
@@ -67,10 +70,8 @@ class LmDeploy:
 
     async def reach(self, server: Connection) -> Facts:
         """See `Dialect.reach`; it says nothing of versions."""
-        try:
-            models = _Models.model_validate(await server.get("/v1/models"))
-        except (Refused, ValidationError) as error:
-            raise EngineError(f"{server.url} is a server, but none of LMDeploy: {error}") from error
+        with recognising(server, "none of LMDeploy"):
+            models = Models.model_validate(await server.get("/v1/models"))
         problem = (
             f"{server.url} cannot be given weights: LMDeploy reads a folder only when it starts; let the run start it, "
             "with rollout.launch.python"

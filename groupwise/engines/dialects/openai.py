@@ -11,8 +11,19 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from groupwise.engines.connection import Connection, Refused
-from groupwise.engines.dialects.base import Answer, Call, Drawn, Facts, Whose, new_name, seed_of, tokens_of
+from groupwise.engines.connection import Connection
+from groupwise.engines.dialects.base import (
+    Answer,
+    Call,
+    Drawn,
+    Facts,
+    Models,
+    Whose,
+    new_name,
+    recognising,
+    seed_of,
+    tokens_of,
+)
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
 from groupwise.protocols import EngineCaps
@@ -37,15 +48,6 @@ class _Reply(BaseModel):
     choices: tuple[_Choice, ...] = Field(min_length=1, max_length=1)
 
 
-class _Card(BaseModel):
-    id: str
-    max_model_len: int | None = None
-
-
-class _Models(BaseModel):
-    data: tuple[_Card, ...] = Field(min_length=1)
-
-
 class OpenAi:
     """Over HTTP."""
 
@@ -59,10 +61,8 @@ class OpenAi:
 
     async def reach(self, server: Connection) -> Facts:
         """See `Dialect.reach`."""
-        try:
-            models = _Models.model_validate(await server.get(self.health))
-        except (Refused, ValidationError) as error:
-            raise EngineError(f"{server.url} lists no models as OpenAI does: {error}") from error
+        with recognising(server, "lists no models as OpenAI does"):
+            models = Models.model_validate(await server.get(self.health))
         return Facts(models.data[0].id, models.data[0].max_model_len, problem="it takes no weights")
 
     async def probe(self, server: Connection) -> None:

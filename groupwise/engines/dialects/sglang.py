@@ -22,6 +22,7 @@ from groupwise.engines.dialects.base import (
     new_name,
     no_sleep,
     old_adapter,
+    recognising,
     seed_of,
     tokens_of,
 )
@@ -91,13 +92,9 @@ class SgLang:
 
     async def reach(self, server: Connection) -> Facts:
         """See `Dialect.reach`."""
-        try:
+        with recognising(server, "none of SGLang 0.5.23 or newer"):
             info = _Info.model_validate(await server.get("/model_info"))
             started = _Started.model_validate(await server.get("/server_info"))
-        except NoKey:
-            raise
-        except (Refused, ValidationError) as error:
-            raise EngineError(f"{server.url} is a server, but none of SGLang 0.5.23 or newer: {error}") from error
         problem = ""
         if started.enable_deterministic_inference is False:
             problem = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
@@ -20,11 +21,13 @@ from groupwise.engines.dialects.base import (
     Drawn,
     Facts,
     KeptOld,
+    Models,
     Whose,
     adapter_name,
     new_name,
     no_sleep,
     old_adapter,
+    recognising,
     seed_of,
     tokens_of,
 )
@@ -126,25 +129,24 @@ class Vllm:
 
     async def reach(self, server: Connection) -> Facts:
         """See `Dialect.reach`."""
+        with recognising(server, "none of vLLM"):
+            models = Models.model_validate(await server.get("/v1/models")).data
+        base = next((model for model in models if not model.parent), None)
+        if base is None:
+            raise EngineError(f"{server.url} is a server, but none of vLLM: it lists adapters alone")
+        facts = Facts(base.id, base.max_model_len)
         try:
-            models = await server.get("/v1/models")
-            base = next(model for model in models["data"] if not model.get("parent"))
-            name, positions = str(base["id"]), base.get("max_model_len")
+            told = await server.get("/weight_info")
         except NoKey:
             raise
-        except Refused as error:
-            raise EngineError(f"{server.url} is a server, but none of vLLM: {error.said}") from error
-        except (KeyError, StopIteration, TypeError, AttributeError) as error:
-            raise EngineError(f"{server.url} is a server, but none of vLLM: it lists no model") from error
-        try:
-            info = _Info.model_validate(await server.get("/weight_info"))
         except Refused as refused:
             problem = (
                 f"{server.url} does not take weights ({refused.status}); start vLLM with VLLM_SERVER_DEV_MODE=1, as "
                 "`groupwise engine command` prints it"
             )
-            return Facts(name, positions, problem=problem)
-        return Facts(name, positions, info.weight_version)
+            return replace(facts, problem=problem)
+        with recognising(server, "none of vLLM"):
+            return replace(facts, version=_Info.model_validate(told).weight_version)
 
     async def probe(self, server: Connection) -> None:
         """`/health` says 200 while the engine behind it is frozen; this route asks it."""
