@@ -11,7 +11,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from groupwise.engines.dialects.base import Drawn, Facts
+from groupwise.engines.dialects.base import Drawn
 from groupwise.engines.member import Member, Prover
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
@@ -29,7 +29,7 @@ class _Group:
 
 @dataclass(slots=True)
 class HttpEngine:
-    """Implements `groupwise.protocols.Engine` over servers; `groupwise.engines.assembling` makes it of a config.
+    """Implements `groupwise.protocols.Engine` over servers; `groupwise.engines.external` makes it of a config.
 
     Attributes:
         members: the servers; they hold the same weights.
@@ -137,10 +137,6 @@ class HttpEngine:
                 logprobs = None if drawn.logprobs is None else drawn.logprobs[:number]
                 return replace(drawn, token_ids=drawn.token_ids[:number], logprobs=logprobs, finish_reason="stop")
         return drawn
-
-    async def reach(self) -> list[Facts]:
-        """What each server says of itself."""
-        return list(await asyncio.gather(*(member.reach() for member in self.members)))
 
     async def load(self, ref: WeightRef) -> None:
         """Serve these weights. Each server takes them at the same time; samples wait for its proof.
