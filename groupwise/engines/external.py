@@ -183,9 +183,7 @@ def launchers(config: RolloutConfig, launched: Launched) -> list[tuple[str, Laun
             dtype=launched.dtype,
             seed=launched.seed,
             rollout=config,
-            lora_rank=launched.lora_rank
-            if "adapter" in dialect_of(config.engine, Speaks((), adapter=True)).takes
-            else 0,
+            lora_rank=launched.lora_rank,
             gpus=gpus,
             on_gpu=has_gpu(),
         )
