@@ -10,17 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from groupwise.engines.connection import Connection
 from groupwise.engines.dialects.base import (
+    CONTROL_SECONDS,
     Answer,
     Call,
     Drawn,
     Facts,
     Models,
     Whose,
+    distribution,
     new_name,
+    parsed,
     recognising,
     seed_of,
     tokens_of,
@@ -31,7 +34,6 @@ from groupwise.protocols import EngineCaps
 from groupwise.types import FinishReason, SampleRequest
 
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
-_CONTROL_SECONDS = 60.0
 _CHAT = "/v1/chat/completions"
 
 
@@ -103,11 +105,7 @@ class LmDeploy:
             "input_ids": tokens_of(request),
             "seed": seed_of(request.key, seed=sampling.seed, position=len(request.continues), bits=32),
             "n": 1,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
+            **distribution(sampling),
             "max_completion_tokens": sampling.max_tokens,
             "min_new_tokens": sampling.min_tokens,
             "skip_special_tokens": False,
@@ -118,10 +116,7 @@ class LmDeploy:
 
     def drawn(self, answer: Answer) -> Drawn:
         """See `Dialect.drawn`."""
-        try:
-            choice = _Reply.model_validate(answer).choices[0]
-        except ValidationError as error:
-            raise EngineError(f"the answer is no completion: {error}") from error
+        choice = parsed(_Reply, answer).choices[0]
         tokens, pairs = choice.output_ids or (), choice.output_token_logprobs or ()
         if tuple(token for _, token in pairs) != tokens:
             raise EngineError(
@@ -151,10 +146,8 @@ class LmDeploy:
 
     def scores(self, answer: Answer) -> tuple[float, ...]:
         """See `Dialect.scores`."""
-        try:
-            pairs = _Scored.model_validate(answer).meta_info.input_token_logprobs or ()
-        except ValidationError as error:
-            raise EngineError(f"LMDeploy gave no log-probs of the prompt: {error}") from error
+        found = parsed(_Scored, answer, wanted="LMDeploy gave no log-probs of the prompt")
+        pairs = found.meta_info.input_token_logprobs or ()
         return tuple(min(0.0, value) for value, _ in pairs)
 
     async def load(self, server: Connection, ref: WeightRef, facts: Facts) -> None:
@@ -169,4 +162,4 @@ class LmDeploy:
     async def abort(self, server: Connection, names: Sequence[str] | None) -> None:
         """Of single ones it hears nothing: they end when their connection does."""
         if names is None:
-            await server.post("/abort_request", {"abort_all": True}, seconds=_CONTROL_SECONDS)
+            await server.post("/abort_request", {"abort_all": True}, seconds=CONTROL_SECONDS)

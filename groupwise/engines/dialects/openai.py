@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from groupwise.engines.connection import Connection
 from groupwise.engines.dialects.base import (
@@ -20,6 +20,7 @@ from groupwise.engines.dialects.base import (
     Models,
     Whose,
     new_name,
+    parsed,
     recognising,
     seed_of,
     tokens_of,
@@ -95,10 +96,7 @@ class OpenAi:
 
     def drawn(self, answer: Answer) -> Drawn:
         """See `Dialect.drawn`."""
-        try:
-            choice = _Reply.model_validate(answer).choices[0]
-        except ValidationError as error:
-            raise EngineError(f"the answer is no completion: {error}") from error
+        choice = parsed(_Reply, answer).choices[0]
         reason = str(choice.finish_reason)
         return Drawn(
             _tokens(choice),

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from groupwise.engines import wire
 from groupwise.engines.connection import Connection, Refused
-from groupwise.engines.dialects.base import Answer, Call, Card, Drawn, Facts, KeptOld, Whose, recognising, tokens_of
+from groupwise.engines.dialects.base import (
+    Answer,
+    Call,
+    Card,
+    Drawn,
+    Facts,
+    KeptOld,
+    Whose,
+    parsed,
+    recognising,
+    tokens_of,
+)
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
 from groupwise.protocols import EngineCaps
@@ -79,10 +90,7 @@ class Own:
 
     def drawn(self, answer: Answer) -> Drawn:
         """See `Dialect.drawn`."""
-        try:
-            choice = wire.GenerateReply.model_validate(answer).choices[0]
-        except ValidationError as error:
-            raise EngineError(f"the answer is no completion: {error}") from error
+        choice = parsed(wire.GenerateReply, answer).choices[0]
         return drawn_of(choice)
 
     def score(self, token_ids: Sequence[int], *, facts: Facts) -> Call | None:

@@ -9,11 +9,11 @@ import httpx
 import pytest
 
 from groupwise.engines.connection import Connection, NoKey, Refused
-from groupwise.engines.dialects.base import old_adapter
 from groupwise.engines.dialects.lmdeploy import LmDeploy
 from groupwise.engines.dialects.openai import OpenAi
 from groupwise.engines.dialects.own import Own
 from groupwise.engines.dialects.sglang import SgLang
+from groupwise.engines.dialects.updated import old_adapter
 from groupwise.engines.dialects.vllm import Vllm
 from groupwise.errors import EngineError
 
