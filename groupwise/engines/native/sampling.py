@@ -103,6 +103,19 @@ def choose(
     """
     if fused(logits):
         return _choose_on_gpu(logits, uniform, params, seen=seen, forbidden=forbidden)
+    return _choose_by_rows(logits, uniform, params, seen=seen, forbidden=forbidden, sums=sums)
+
+
+def _choose_by_rows(
+    logits: Tensor,
+    uniform: Tensor,
+    params: RowParams,
+    *,
+    seen: Tensor | None,
+    forbidden: Forbidden | None,
+    sums: RowSums,
+) -> Choice:
+    """By torch's operations, on a CPU or wherever no kernel stands for them."""
     temperature = params.temperature if params.any_scaled else 1.0
     policy = scale_by_temperature(logits, temperature)
     weighed = weigh(policy, sums=sums)

@@ -139,44 +139,62 @@ class Scheduler:
 
     def admit(self) -> list[Sample]:
         """Move waiting samples to lanes, in order, as far as memory goes; returns those that were admitted."""
-        # 1. As many waiting samples as there are lanes and memory for, in their order.
-        admitted: list[Sample] = []
         live = any(prompt.hidden is not None for prompt in self.prompts)
+        admitted = self._take_those_that_fit(live=live)
+        if self.waiting and not self.running:
+            self._make_way(live=live)
+            return self.admit()
+        if admitted:
+            self._grow(admitted, live=live)
+        return admitted
+
+    def _take_those_that_fit(self, *, live: bool) -> list[Sample]:
+        """As many waiting samples as there are lanes and memory for, in their order.
+
+        Args:
+            live: a prompt's keys are in the cache, which therefore cannot be made anew.
+        """
+        admitted: list[Sample] = []
         while self.waiting and len(self.running) < self._max_samples and self._fits(self.waiting[0], live=live):
             sample = self.waiting.popleft()
-            lane = self._lane_of(sample)
-            back = self.kept.take(sample.request) if sample.num_given else None
-            if lane is None:
-                lane = PromptLane(sample.request.prompt)
-                self.prompts.append(lane)
-                if back is not None:
-                    lane.kept, lane.hidden = back[1], back[1].hidden
-            if back is not None:
-                sample.take_back(back[0])
-            sample.prompt, sample.member = lane, lane.members
-            lane.members += 1
-            lane.running += 1
-            self.running.append(sample)
+            self._enter(sample)
             admitted.append(sample)
-        # 2. Nobody runs and nobody fits: the first one never will, or what is kept stands in its way.
-        if self.waiting and not self.running:
-            if not live:
-                self._refuse(self.waiting[0])
-            # A prompt that was kept stands in the way of larger caches; it will be computed again.
-            self.prompts.clear()
-            self.changes += 1
-            return self.admit()
-        # 3. The caches grow to what was admitted, and copies of earlier turns give way.
-        if admitted:
-            self.changes += 1
-            needed = self._needed()
-            if not live and self._budget.begins_anew(self._caches, needed):
-                self.prompt_cache, self.sample_cache = make_cache(self.shape), make_cache(self.shape)
-            # A cache that keeps its address is made long enough from the start.
-            given = max(sample.num_given for sample in admitted)
-            self.make_room(needed[1].tokens if self.shape.fixed else given)
-            self.kept.give_way(self._budget.room(self._caches))
         return admitted
+
+    def _enter(self, sample: Sample) -> None:
+        """A lane for the sample, and one for its prompt where it has none; from keys of an earlier turn, if kept."""
+        lane = self._lane_of(sample)
+        back = self.kept.take(sample.request) if sample.num_given else None
+        if lane is None:
+            lane = PromptLane(sample.request.prompt)
+            self.prompts.append(lane)
+            if back is not None:
+                lane.kept, lane.hidden = back[1], back[1].hidden
+        if back is not None:
+            sample.take_back(back[0])
+        sample.prompt, sample.member = lane, lane.members
+        lane.members += 1
+        lane.running += 1
+        self.running.append(sample)
+
+    def _make_way(self, *, live: bool) -> None:
+        """Nobody runs and nobody fits: the first one never will, or a prompt that was kept stands in the way of larger
+        caches, and will be computed again."""
+        if not live:
+            self._refuse(self.waiting[0])
+        self.prompts.clear()
+        self.changes += 1
+
+    def _grow(self, admitted: Sequence[Sample], *, live: bool) -> None:
+        """The caches grow to what was admitted, and copies of earlier turns give way."""
+        self.changes += 1
+        needed = self._needed()
+        if not live and self._budget.begins_anew(self._caches, needed):
+            self.prompt_cache, self.sample_cache = make_cache(self.shape), make_cache(self.shape)
+        # A cache that keeps its address is made long enough from the start.
+        given = max(sample.num_given for sample in admitted)
+        self.make_room(needed[1].tokens if self.shape.fixed else given)
+        self.kept.give_way(self._budget.room(self._caches))
 
     def _lane_of(self, sample: Sample) -> PromptLane | None:
         return next((lane for lane in reversed(self.prompts) if lane.input == sample.request.prompt), None)
