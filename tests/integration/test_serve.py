@@ -7,14 +7,16 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 
+from groupwise.checkpoint import read_part, save_checkpoint
 from groupwise.cli import main
 from groupwise.launch import run_training
 from groupwise.serve.text import GrowingText, for_template, tool_calls
@@ -278,6 +280,61 @@ def test_a_run_is_followed(task: Any, tmp_path: Path, lora: dict[str, Any]) -> N
         assert complete(final.url, **asked).json()["choices"] == followed["choices"]
     finally:
         final.stop()
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+        time.sleep(0.1)
+
+
+class Part:
+    """A part of a checkpoint with this state."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError("it is only saved")
+
+
+def test_what_goes_wrong_in_a_followed_run_leaves_the_server_as_it_was(task: Any, tmp_path: Path) -> None:
+    """Checkpoints whose weights nobody expects: each is passed over, no weight of it is taken, and the next is looked
+    at."""
+    run, errors = tmp_path / "run", tmp_path / "errors"
+    run_training(task.config(run, train={"steps": 1, "save_every": 1}))
+    good = run / "checkpoints" / "step_000001"
+    masters: dict[str, Any] = read_part(good, "policy", "optimizer", "masters")
+    last = max(masters)
+    zeros = {name: torch.zeros_like(master) for name, master in masters.items()}
+    damaged: dict[int, Any] = {3: ["no table of weights"], 4: {**zeros, last: torch.zeros(3)}}
+    asked = {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "return_token_ids": True, "logprobs": 0}
+
+    def save(step: int, weights: Any) -> None:
+        state = {"dtype": "float32", "optimizer": {"masters": weights}}
+        save_checkpoint(run / "checkpoints", step, {"policy": Part(state)}, keep=9)
+
+    with errors.open("w") as stream:
+        server = Served(run, "--follow", stderr=stream)
+    try:
+        before = complete(server.url, **asked).json()["choices"]
+        for step, weights in damaged.items():
+            said = errors.read_text().count("step 1 goes on")
+            save(step, weights)
+            wait_until(lambda: errors.read_text().count("step 1 goes on") > said)  # noqa: B023
+            assert complete(server.url, **asked).json()["choices"] == before
+            assert httpx.get(f"{server.url}/health").json()["version"] == 1
+        assert "has no attribute" in errors.read_text()  # nobody expected that
+        assert "another model than is served" in errors.read_text()
+        save(7, zeros)
+        wait_until(lambda: httpx.get(f"{server.url}/health").json()["version"] == 7)
+        assert complete(server.url, **asked).json()["choices"] != before
+    finally:
+        server.stop()
 
 
 def test_only_a_run_can_be_followed(task: Any, capsys: pytest.CaptureFixture[str]) -> None:
