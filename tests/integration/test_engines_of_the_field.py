@@ -164,6 +164,26 @@ def test_it_is_caught_where_a_step_is_smaller_than_the_tolerance(
     assert re.search("earlier version|bound to nothing", caplog.text), caplog.text
 
 
+def test_a_quantised_engine_may_answer_as_before_and_be_off_by_a_nat(
+    task: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Small steps round to nothing there, as they do in an engine that takes no weights at all."""
+
+    def trained(name: str, lr: float, **settings: Any) -> bool:
+        with served("vllm", task) as serving:
+            small = {"optim": {"lr": lr}, "rollout": over("vllm", serving.url, **settings)}
+            config = task.config(tmp_path / name, reward=[], train={"steps": 3}, **small)
+            return trained_with(config, Sabotage(serving, "no_effect"))
+
+    assert trained("quantised", 1e-6, quantized_engine=True)
+    steps = [row for row in rows_of(tmp_path / "quantised", "metrics.jsonl") if "reward" in row]
+    assert 1e-4 < max(row["sync/logp_difference"] for row in steps) < 1  # more than a plain engine is allowed
+    assert not trained("plain", 1e-6, sync_tolerance=1.0)
+    assert "earlier version" in caplog.text
+    assert not trained("far", 0.05, quantized_engine=True)
+    assert "and 1 is allowed (rollout.sync_tolerance)" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("trap", "said"),
     [
