@@ -224,6 +224,16 @@ def test_hostile_clients_leave_nothing_behind(served: Served) -> None:
     assert complete(served.url, max_tokens=2).status_code == 200
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_stream_says_how_much_it_was_so_far_where_it_is_asked(served: Served, told: bool) -> None:
+    options = {"continuous_usage_stats": told, "include_usage": True}
+    asked = {"prompt": "say red:", "max_tokens": 9, "n": 2, "stream_options": options, "logprobs": 0}
+    *chunks, last = streamed(served.url, "/v1/completions", **asked)
+    usages = [chunk["usage"]["completion_tokens"] for chunk in chunks if "usage" in chunk]
+    assert usages == sorted(usages)
+    assert usages[-1:] == ([last["usage"]["completion_tokens"]] if told else [])
+
+
 def test_two_hundred_clients_at_once_get_what_each_would_alone(served: Served) -> None:
     def ask(number: int) -> str:
         return complete(served.url, prompt=f"say {number % 10}:", max_tokens=8, seed=number % 20).json()["choices"][0][

@@ -76,9 +76,9 @@ class NativeEngine:
 
     async def generate(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Completion]:
         outbox: Outbox = asyncio.Queue()
+        for request in requests:
+            self._check(request)
         samples = [Sample(request, outbox) for request in requests]
-        for sample in samples:
-            self._check(sample.request)
         self._begin(samples)
         arrived = 0
         try:
@@ -144,6 +144,7 @@ class NativeEngine:
             raise EngineError(
                 f"asked for policy version {request.policy_version}, but this engine holds {self._version}"
             )
+        self._scheduler.check(request)
 
     async def _work(self) -> None:
         """Step until nothing is left; other tasks (rewards) run between steps."""

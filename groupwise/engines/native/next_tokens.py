@@ -76,7 +76,7 @@ class Draws:
             for row, (sample, count) in enumerate(zip(self._samples, left, strict=True))
             if count > 0
             for stop in (*self._loaded.stop_token_ids, *sample.request.sampling.stop_token_ids)
-            if stop < logits.shape[-1]
+            if 0 <= stop < logits.shape[-1]
         ]
         self._forbidden = Forbidden(*torch.tensor(pairs, device=logits.device).unbind(1)) if pairs else None
 

@@ -88,7 +88,12 @@ class Sample:
     @property
     def most_tokens(self) -> int:
         """How many `tokens` there can be."""
-        return self.begun + self.request.sampling.max_tokens
+        return most_tokens(self.request)
+
+
+def most_tokens(request: SampleRequest) -> int:
+    """How many tokens can follow its prompt: given ones, and those of the answer, which may have begun among them."""
+    return len(request.continues) - request.resumed + request.sampling.max_tokens
 
 
 class Scheduler:
@@ -181,7 +186,7 @@ class Scheduler:
         """Nobody runs and nobody fits: the first one never will, or a prompt that was kept stands in the way of larger
         caches, and will be computed again."""
         if not live:
-            self._refuse(self.waiting[0])
+            self.check(self.waiting[0].request)
         self.prompts.clear()
         self.changes += 1
 
@@ -215,13 +220,21 @@ class Scheduler:
     def _caches(self) -> tuple[KeyCache, KeyCache]:
         return self.prompt_cache, self.sample_cache
 
-    def _refuse(self, sample: Sample) -> None:
-        request, gib = sample.request, self.shape.bytes_per_token / 2**30
-        tokens = self.shape.capacity(sample.most_tokens) + self.shape.capacity(len(request.prompt))
+    def check(self, request: SampleRequest) -> None:
+        """Whether it would fit with the caches to itself.
+
+        Raises:
+            EngineError: it never will.
+        """
+        prompt, most = len(request.prompt), most_tokens(request)
+        needed = self._budget.needed(prompts=[prompt], samples=[most])
+        if self._budget.fits((), needed, live=False):
+            return
+        gib = self.shape.bytes_per_token / 2**30
         raise EngineError(
-            f"one sample of {len(request.prompt)} prompt and {sample.most_tokens} completion tokens "
-            f"needs {tokens * gib:.2f} GiB of keys and values, but rollout.kv_cache_gib allows "
-            f"{self._budget.most * gib:.2f}; raise it, or lower rollout.max_completion_tokens"
+            f"one sample of {prompt} prompt and {most} completion tokens "
+            f"needs {sum(demand.size for demand in needed) * gib:.2f} GiB of keys and values, but rollout.kv_cache_gib "
+            f"allows {self._budget.most * gib:.2f}; raise it, or lower rollout.max_completion_tokens"
         )
 
     def make_room(self, tokens: int) -> None:
