@@ -13,6 +13,7 @@ from groupwise.types import SamplingParams
 
 _MOST_CHOICES = 128
 _MOST_PROMPTS = 4096
+_MOST_LIKELIEST = 20
 
 Objects: TypeAlias = Annotated[tuple[dict[str, Any], ...], Field(fail_fast=True)]
 
@@ -119,7 +120,7 @@ class ChatBody(_Sampled):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
-    top_logprobs: Literal[0] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=_MOST_LIKELIEST)
     tools: Annotated[tuple[Tool, ...], Field(fail_fast=True)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -150,7 +151,14 @@ class ChatBody(_Sampled):
     def _plain_text(self) -> ChatBody:
         if self.response_format is not None and self.response_format.get("type") != "text":
             raise ValueError("response_format: this server cannot hold an answer to a format; leave it out")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: there are no log-probs to tell them with; set logprobs, or leave it out")
         return self
+
+    @property
+    def likeliest(self) -> int:
+        """Most probable tokens that are told of each position."""
+        return self.top_logprobs or 0
 
     @property
     def most_tokens(self) -> int | None:
@@ -173,7 +181,7 @@ class CompletionBody(_Sampled):
         | Annotated[tuple[TokenIds, ...], Field(max_length=_MOST_PROMPTS, fail_fast=True)]
     )
     max_tokens: int = Field(16, ge=1)
-    logprobs: Literal[0, 1] | None = None
+    logprobs: int | None = Field(None, ge=0, le=_MOST_LIKELIEST)
     echo: Literal[False] = False
     suffix: Literal[""] | None = None
     best_of: int | None = None
@@ -184,6 +192,11 @@ class CompletionBody(_Sampled):
         if self.best_of not in (None, self.n):
             raise ValueError("best_of: this server gives all that it draws; leave it out, or raise n")
         return self
+
+    @property
+    def likeliest(self) -> int:
+        """As of a chat."""
+        return self.logprobs or 0
 
     @property
     def prompts(self) -> Sequence[str | tuple[int, ...]]:

@@ -159,7 +159,13 @@ class OpenAi:
             sampling = body.sampling(max_tokens=self._room(prompt, most), seed=seed)
             for sample in range(body.n):
                 key = SampleKey(uid, number if body.seed is None else 0, sample)
-                asked = SampleRequest(key, ModelInput.of(prompt), sampling, policy_version=self._served.version)
+                asked = SampleRequest(
+                    key,
+                    ModelInput.of(prompt),
+                    sampling,
+                    policy_version=self._served.version,
+                    likeliest=body.likeliest,
+                )
                 found.append(_Choice(number * body.n + sample, asked))
         return found
 

@@ -29,7 +29,7 @@ from groupwise.model.fast_gpu.layers import fused
 from groupwise.model.forward.hidden_states import depends_on_length
 from groupwise.model.loading import LoadedModel
 from groupwise.protocols import EngineCaps
-from groupwise.types import Completion, FinishReason, SampleRequest
+from groupwise.types import Completion, FinishReason, Likeliest, SampleRequest
 
 _LOOK_SECONDS = 0.02
 """How often a stream looks at what was drawn."""
@@ -37,10 +37,11 @@ _LOOK_SECONDS = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """Tokens `[n]` of a sample under way, and their log-probs."""
+    """Tokens `[n]` of a sample under way, and their log-probs; and the likeliest, where the request wants them."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    likeliest: tuple[Likeliest, ...] = ()
 
 
 class NativeEngine:
@@ -107,13 +108,16 @@ class NativeEngine:
                     raise completion
                 if completion is not None:
                     if len(completion.token_ids) > seen:
-                        yield Drawing(completion.token_ids[seen:], completion.logprobs[seen:])
+                        yield Drawing(
+                            completion.token_ids[seen:], completion.logprobs[seen:], completion.likeliest[seen:]
+                        )
                     yield completion
                     return
                 drawn, logprobs = tuple(sample.drawn[seen:]), tuple(sample.logprobs[seen:])
                 if drawn and len(drawn) == len(logprobs):
+                    likeliest = tuple(sample.likeliest[seen:])
                     seen += len(drawn)
-                    yield Drawing(drawn, logprobs)
+                    yield Drawing(drawn, logprobs, likeliest)
         finally:
             self._scheduler.remove([sample])
 
@@ -234,6 +238,7 @@ class NativeEngine:
             policy_versions=(sample.request.policy_version,) * len(sample.logprobs),
             text=self._loaded.decode(sample.drawn),
             finish_reason=reason,
+            likeliest=tuple(sample.likeliest),
         )
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from groupwise.engines.native.kept import KeptKeys, KeptPrompt, KeptSample
 from groupwise.engines.native.uniforms import uniforms
 from groupwise.errors import EngineError
 from groupwise.inputs import ModelInput
-from groupwise.types import Completion, SampleRequest
+from groupwise.types import Completion, Likeliest, SampleRequest
 
 Outbox = asyncio.Queue[Completion | BaseException]
 
@@ -48,7 +48,8 @@ class Sample:
     """One request on its way: what was drawn so far, and where it stands.
 
     Attributes:
-        tokens: what follows the prompt, given and drawn; `logprobs` are those of the drawn ones.
+        tokens: what follows the prompt, given and drawn; `logprobs` are those of the drawn ones, and `likeliest` what
+            is told beside each, if anything is.
         num_given: how many of `tokens` the request brought.
         begun: where in `tokens` the answer begins that is being drawn.
         kept: keys of an earlier turn, which are to be put into its lane first.
@@ -63,6 +64,7 @@ class Sample:
     begun: int = field(init=False)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    likeliest: list[Likeliest] = field(default_factory=list[Likeliest])
     prompt: PromptLane | None = None
     member: int = 0
     seen: Tensor | None = None
