@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from pydantic import ValidationError
+
+from groupwise.engines.wire import SamplingBody
 from groupwise.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -96,8 +99,23 @@ def check_engine(rollout: RolloutConfig, *, trains: bool = True) -> None:
         raise ConfigError(
             f"rollout.engine_sleeps has no effect with rollout.engine = {name!r}, which does not sleep; leave it out"
         )
+    if name == "http":
+        _check_fits_the_wire(rollout)
     if trains:
         _check_trains(rollout)
+
+
+def _check_fits_the_wire(rollout: RolloutConfig) -> None:
+    """Refuse what `groupwise serve` takes from nobody, before the first sample is asked for."""
+    names = ("top_k", "repetition_penalty", "stop", "stop_token_ids")
+    try:
+        SamplingBody.model_validate({name: getattr(rollout, name) for name in names})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        setting = ".".join(map(str, problem["loc"]))
+        raise ConfigError(
+            f"rollout.{setting}: {problem['msg']}, as rollout.engine = 'http' has it; give what fits, or use 'native'"
+        ) from error
 
 
 def _refuse_elsewhere(rollout: RolloutConfig) -> None:

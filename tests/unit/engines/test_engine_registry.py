@@ -66,6 +66,22 @@ def test_what_does_not_go_together_is_said_in_one_sentence(settings: dict[str, A
         check_engine(rollout(**settings))
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"stop": ["x"] * 65}, r"rollout\.stop: .* at most 64 items"),
+        ({"stop": ["x" * 2000]}, r"rollout\.stop\.0: .* at most 1024 characters"),
+        ({"stop_token_ids": [2**40]}, r"rollout\.stop_token_ids\.0: "),
+        ({"repetition_penalty": 1e-9}, r"rollout\.repetition_penalty: "),
+    ],
+    ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",
+)
+def test_what_our_own_server_takes_from_nobody_is_refused_before(setting: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"{said}.*as rollout.engine = 'http' has it"):
+        check_engine(rollout(engine="http", urls=["http://127.0.0.1:8000"], **setting))
+    check_engine(rollout(**setting))
+
+
 def test_an_evaluation_asks_less(tmp_path: Path) -> None:
     check_engine(rollout(engine="openai", urls=["http://a"], top_p=0.9), trains=False)
 
