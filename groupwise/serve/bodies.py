@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from groupwise.engines.wire import Penalty, Seed, StopText, StopTexts, StopTokens, Temperature, TokenIds, TopK
 from groupwise.serve.front import Refusal
+from groupwise.texts import one_line
 from groupwise.types import SamplingParams
 
 _MOST_CHOICES = 128
@@ -135,7 +137,7 @@ class ChatBody(_Sampled):
     def _left_to_the_model(cls, choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
         if choice in (None, "auto", "none"):
             return choice
-        wanted = "a call of a named tool" if isinstance(choice, dict) else repr(choice)
+        wanted = "a call of a named tool" if isinstance(choice, dict) else f"'{one_line(choice)}'"
         raise ValueError(
             f"this server cannot hold an answer to {wanted}; give 'auto', which leaves it to the model, or 'none'"
         )
@@ -165,7 +167,7 @@ class ChatBody(_Sampled):
         """Of the answer, where the client says."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
-    @property
+    @cached_property
     def template_tools(self) -> list[dict[str, Any]]:
         """As the chat template takes them; none where they must not be used."""
         if self.tool_choice == "none":
@@ -198,7 +200,7 @@ class CompletionBody(_Sampled):
         """As of a chat."""
         return self.logprobs or 0
 
-    @property
+    @cached_property
     def prompts(self) -> Sequence[str | tuple[int, ...]]:
         """One or several, as texts or as tokens."""
         if isinstance(self.prompt, str):

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 _BODY_SECONDS = 30.0
 _MOST_KEYS = 256
 _MOST_TOLD = 8
+_LONGEST_SLIP = 100
+"""Characters of a key that may be a slip in another."""
+
 _GONE = 499
 """nginx's number for a client that closed its connection; nobody reads it."""
 
@@ -198,7 +201,7 @@ def _problems(error: ValidationError, kind: type[BaseModel]) -> str:
 
 def _problem(loc: tuple[int | str, ...], what: str, said: str, kind: type[BaseModel]) -> str:
     hint = ""
-    if what == "extra_forbidden":
+    if what == "extra_forbidden" and len(str(loc[-1])) <= _LONGEST_SLIP:
         inside = kind.model_fields.get(str(loc[0]))
         nested = getattr(inside and inside.annotation, "model_fields", None)
         hint = nearest(str(loc[-1]), nested or kind.model_fields, "; did you mean {!r}?")

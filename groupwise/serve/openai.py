@@ -24,6 +24,7 @@ from groupwise.serve.forms import ChatForm, CompletionForm, Form, Growing, Usage
 from groupwise.serve.front import Front, Refusal, unless_gone
 from groupwise.serve.served import Served
 from groupwise.serve.text import characters, for_template
+from groupwise.texts import one_line
 from groupwise.types import Completion, SampleRequest
 
 T = TypeVar("T")
@@ -90,10 +91,10 @@ class OpenAi:
         return self._served.loaded.tokenizer
 
     def _check_model(self, name: str | None) -> None:
-        if name not in (None, "", self._served.name):
+        if name and name != self._served.name:
             raise Refusal(
                 404,
-                f"the model {name!r} does not exist here; this server has {self._served.name!r}",
+                f"the model '{one_line(name)}' does not exist here; this server has {self._served.name!r}",
                 code="model_not_found",
             )
 

@@ -67,6 +67,7 @@ HOSTILE: dict[str, tuple[str, dict[str, Any], str]] = {
         "list of calls",
     ),
     "no role": ("/v1/chat/completions", {"messages": [{"content": "x"}]}, "say whose it is"),
+    "positions": ("/inference/v1/generate", {"token_ids": [5] * 100_000}, "4096 positions, and 100,000 leave none"),
     "content": ("/v1/chat/completions", {"messages": [{"role": "user", "content": {"a": 1}}]}, "got dict"),
     "part": (
         "/v1/chat/completions",
@@ -119,6 +120,8 @@ HUGE: dict[str, Any] = {
     "problems": lambda: {"prompt": "a", "stop_token_ids": ["x"] * 1_000_000},
     "keys": lambda: {"prompt": "a"} | {f"k{number}": 1 for number in range(300_000)},
     "keys inside": lambda: {"prompt": "a", "stream_options": {f"k{number}": 1 for number in range(300_000)}},
+    "a key": lambda: {"prompt": "a", "k" * 10_000_000: 1},
+    "a model": lambda: {"prompt": "a", "model": "k" * 10_000_000},
     "prompts": lambda: {"prompt": ["a"] * 300_000},
     "prompts of tokens": lambda: {"prompt": [[5]] * 300_000},
     "answers": lambda: {"prompt": ["a"] * 4000, "n": 128},
@@ -131,7 +134,7 @@ def test_a_huge_request_is_refused_in_little_time_and_few_words(chatty: Served, 
     content = json.dumps(make()).encode()
     started = time.monotonic()
     answer = httpx.post(f"{chatty.url}/v1/completions", content=content, timeout=60)
-    assert answer.status_code == 400, answer.text[:500]
+    assert answer.status_code in (400, 404), answer.text[:500]
     assert len(answer.content) < 2000
     assert time.monotonic() - started < 10  # of some 25 to 100 seconds that these took
 
