@@ -91,6 +91,10 @@ class SamplingParams:
     seed: int = 0
 
 
+Likeliest: TypeAlias = tuple[tuple[int, float], ...]
+"""The most probable tokens of one position, the first one first, each with its log-prob."""
+
+
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
     """One sample asked of an engine, or what is to come of one that began. Requests with equal prompts share the
@@ -104,6 +108,7 @@ class SampleRequest:
             they count for `max_tokens`, `min_tokens` and stop strings.
         keeps: the sample may go on after this turn: what it computed is kept while there is room.
         wants_routes: the completion is to bring the experts that were chosen (`EngineCaps.routes`).
+        likeliest: so many of the most probable tokens of each position are to be told; the native engine does.
 
     Example:
         SampleRequest(SampleKey("train-000017-3fa9", 0, 5), prompt.input, SamplingParams(max_tokens=64))
@@ -117,6 +122,7 @@ class SampleRequest:
     policy_version: int = 0
     keeps: bool = False
     wants_routes: bool = False
+    likeliest: int = 0
 
     def __post_init__(self) -> None:
         assert 0 <= self.resumed <= len(self.continues), f"{self.resumed} of {len(self.continues)} tokens are resumed"
@@ -161,6 +167,7 @@ class Completion:
             top-k/top-p/min-p filters and the repetition penalty (at temperature 0: at temperature 1).
         policy_versions: `[T]`, the version of the weights that drew each token.
         routes: of prompt and completion, where the request wanted them.
+        likeliest: `[T][K]`, where the request wanted them; log-probs as above, of what was drawn from.
     """
 
     key: SampleKey
@@ -171,6 +178,7 @@ class Completion:
     finish_reason: FinishReason
     error: str = ""
     routes: Routes | None = None
+    likeliest: tuple[Likeliest, ...] = ()
 
     @property
     def request_id(self) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from groupwise.algorithms import Algorithm
 from groupwise.assembly.preparation import Prepared
 from groupwise.assembly.record import Reports
 from groupwise.assembly.supervised import PreparedSft
@@ -88,19 +87,12 @@ def assemble_rl(
     Args:
         judge: scores evaluations.
     """
-    config, algorithm, scorer, steps = ready.config, ready.algorithm, ready.scorer, ready.steps
-    control = algorithm.entropy_control
-    adaptive = None if control is None else AdaptiveEntropy(algorithm.entropy_coef, control)
-    policy = placement.policy(
-        algorithm,
-        updates=steps * config.optim.updates_per_batch,
-        temperature=config.rollout.temperature,
-        teacher=None if ready.teacher is None else load_model(ready.teacher),
-    )
+    config, steps = ready.config, ready.steps
+    policy = _policy(ready, placement)
     engine = placement.engine(policy, length=_longest(ready))
     sample, buffer = sampled_by(engine), _buffer(config)
     producer = _producer(ready, _sampler(config, ready.train, opened.start), sample, buffer=buffer)
-    upkeep = _upkeep(config, policy, adaptive)
+    upkeep = _upkeep(ready, policy)
     evaluator = _evaluator(ready, sample, scorer=judge, reports=reports)
     empty = _empty_steps(config)
     doctor = _doctor(config, opened.run, eval_rows=0 if ready.eval is None else len(ready.eval.prompts))
@@ -114,26 +106,14 @@ def assemble_rl(
         "empty": empty,
         "doctor": doctor,
     }
-    weights = scorer.weights | ready.environments.weights
-    keep = partial(teaches, algorithm=algorithm, reward_weights=weights)
-    source = GroupSource(
-        algorithm,
-        producer,
-        buffer,
-        _selection(config, buffer, producer, keep=keep),
-        _logprobs(config, policy, algorithm, engine.caps),
-        scorer,
-        _shape(config),
-        weights,
-    )
     return TrainParts(
         config=config,
         policy=policy,
         upkeep=upkeep,
-        source=source,
+        source=_source(ready, producer, buffer, logprobs=_logprobs(ready, policy, engine.caps)),
         weight_sync=placement.sync(policy, engine, prompts=ready.train.prompts),
         evaluator=evaluator,
-        trackers=_trackers(config, opened, steps=steps, accuracy_of=_counted(ready.eval, scorer)),
+        trackers=_trackers(config, opened, steps=steps, accuracy_of=_counted(ready.eval, ready.scorer)),
         saver=opened.saver(saved, config, best=lambda: evaluator.best.step),
         run=opened.run,
         num_steps=steps,
@@ -171,6 +151,32 @@ def assemble_sft(ready: PreparedSft, opened: Opened, placement: InProcess) -> tu
         watcher=opened.watcher,
     )
     return parts, source
+
+
+def _policy(ready: Prepared, placement: InProcess) -> LocalPolicy:
+    """What learns, with the teacher that it may have."""
+    return placement.policy(
+        ready.algorithm,
+        updates=ready.steps * ready.config.optim.updates_per_batch,
+        temperature=ready.config.rollout.temperature,
+        teacher=None if ready.teacher is None else load_model(ready.teacher),
+    )
+
+
+def _source(ready: Prepared, producer: Producer, buffer: Buffer, *, logprobs: LogprobPass) -> GroupSource:
+    """What makes a step's batch of the groups that are sampled."""
+    weights = ready.scorer.weights | ready.environments.weights
+    keep = partial(teaches, algorithm=ready.algorithm, reward_weights=weights)
+    return GroupSource(
+        ready.algorithm,
+        producer,
+        buffer,
+        _selection(ready.config, buffer, producer, keep=keep),
+        logprobs,
+        ready.scorer,
+        _shape(ready.config),
+        weights,
+    )
 
 
 def _longest(ready: Prepared) -> int:
@@ -246,16 +252,18 @@ def _selection(
     )
 
 
-def _logprobs(config: Config, policy: Policy, algorithm: Algorithm, caps: EngineCaps) -> LogprobPass:
-    old = config.recomputes_logprobs(exact=caps.exact_logprobs) or not caps.logprobs
-    return LogprobPass(policy, algorithm, old=old, stands_in=not caps.logprobs)
+def _logprobs(ready: Prepared, policy: Policy, caps: EngineCaps) -> LogprobPass:
+    old = ready.config.recomputes_logprobs(exact=caps.exact_logprobs) or not caps.logprobs
+    return LogprobPass(policy, ready.algorithm, old=old, stands_in=not caps.logprobs)
 
 
-def _upkeep(config: Config, policy: LocalPolicy, adaptive: AdaptiveEntropy | None) -> Upkeep:
-    reference, moves = policy.reference, config.algorithm.reference
-    if reference is None or not isinstance(moves, MovingReference):
+def _upkeep(ready: Prepared, policy: LocalPolicy) -> Upkeep:
+    algorithm, moves = ready.algorithm, ready.config.algorithm.reference
+    control = algorithm.entropy_control
+    adaptive = None if control is None else AdaptiveEntropy(algorithm.entropy_coef, control)
+    if policy.reference is None or not isinstance(moves, MovingReference):
         return Upkeep(entropy=adaptive, sync=None)
-    return Upkeep(entropy=adaptive, sync=ReferenceSync(policy, reference, moves.sync_every, moves.mixup))
+    return Upkeep(entropy=adaptive, sync=ReferenceSync(policy, policy.reference, moves.sync_every, moves.mixup))
 
 
 def _evaluator(ready: Prepared, sample: Sample, *, scorer: RewardScorer, reports: Reports) -> Evaluator:

@@ -18,7 +18,7 @@ from groupwise.config.model_name import settled_model, short_name
 from groupwise.data import PromptSet, check_rows, load_prompts
 from groupwise.data.files import Source, read_for_training
 from groupwise.doctor import check_rules
-from groupwise.engines import check_engine, is_exact
+from groupwise.engines import check_engine, check_logprobs, has_logprobs, is_exact
 from groupwise.environments import Environments, load_environments
 from groupwise.errors import ConfigError
 from groupwise.fingerprint import code_facts, machine_facts, model_facts, prompt_facts, teacher_facts
@@ -117,6 +117,7 @@ def prepare(config: Config, *, resume: bool = False, overwrite: bool = False, gi
     config, model = begun.config, begun.model
     check_trainable(config, provided=(*given.names, *begun.provided))
     check_engine(config.rollout)
+    check_logprobs(config)
     config = _corrected(config)
     check_backends(config.tracking)
     check_rules(config)
@@ -151,7 +152,7 @@ def _corrected(config: Config) -> Config:
         from groupwise.engines.external import reach
 
         exact = all(facts.exact for facts in reach(config.rollout))
-    corrected = config.corrected(exact=exact)
+    corrected = config.corrected(exact=exact, logprobs=has_logprobs(config.rollout))
     if corrected is not config:
         logger.info(
             "rollout.engine = %r: its log-probs are close to the policy's, not the same; "

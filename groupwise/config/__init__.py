@@ -66,15 +66,16 @@ class Config(Section):
         chosen = self.algorithm.old_logprobs
         return chosen == "policy" or (chosen == "auto" and not exact)
 
-    def corrected(self, *, exact: bool) -> Config:
+    def corrected(self, *, exact: bool, logprobs: bool = True) -> Config:
         """With the correction that a run has unless it is given one: weights cut at 2 where the sampler's log-probs
         are close to the policy's and not the same (truncated importance sampling).
 
         Args:
             exact: as above.
+            logprobs: the sampler has any (`EngineCaps.logprobs`); without, there is nothing to weigh by.
         """
         given = self.algorithm.correction.model_fields_set
-        if exact or given or not self.recomputes_logprobs(exact=False):
+        if exact or not logprobs or given or not self.recomputes_logprobs(exact=False):
             return self
         level = "sequence" if self.algorithm.loss.per_completion else "token"
         algorithm = self.algorithm.model_copy(update={"correction": Truncate(level=level)})

@@ -3,9 +3,19 @@
 from groupwise.engines.checks import (
     ENGINES,
     check_engine,
+    check_logprobs,
+    has_logprobs,
     is_exact,
     refuse_launch,
     require_server,
 )
 
-__all__ = ["ENGINES", "check_engine", "is_exact", "refuse_launch", "require_server"]
+__all__ = [
+    "ENGINES",
+    "check_engine",
+    "check_logprobs",
+    "has_logprobs",
+    "is_exact",
+    "refuse_launch",
+    "require_server",
+]

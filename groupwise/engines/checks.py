@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from pydantic import ValidationError
+
+from groupwise.engines.wire import SamplingBody
 from groupwise.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from groupwise.config import RolloutConfig
+    from groupwise.config import Config, RolloutConfig
 
 ENGINES = ("native", "http", "vllm", "sglang", "lmdeploy", "openai")
 
@@ -33,6 +36,36 @@ _IMPORT_SECONDS = 60
 def is_exact(rollout: RolloutConfig) -> bool:
     """Whether the engine's log-probs can be the trainer's own, to the bit."""
     return rollout.engine in ("native", "http")
+
+
+def has_logprobs(rollout: RolloutConfig) -> bool:
+    """Whether the engine has log-probs of what it draws from: LMDeploy's are those before the temperature."""
+    return rollout.engine != "openai" and (rollout.engine != "lmdeploy" or rollout.temperature == 1)
+
+
+def check_logprobs(config: Config) -> None:
+    """Refuse what weighs an engine's log-probs, where the policy's own stand for them.
+
+    Raises:
+        ConfigError: says which.
+    """
+    if has_logprobs(config.rollout):
+        return
+    correction = config.algorithm.correction
+    masks = correction.off_policy_mask is not None and config.optim.updates_per_batch == 1
+    given = {
+        f"algorithm.correction.name = {correction.name!r}": correction.name != "none",
+        f"algorithm.correction.veto = {correction.veto}": correction.veto is not None,
+        f"algorithm.correction.off_policy_mask = {correction.off_policy_mask}": masks,
+        "algorithm.old_logprobs = 'sampler'": config.algorithm.old_logprobs == "sampler",
+    }
+    for setting, acts_nowhere in given.items():
+        if acts_nowhere:
+            raise ConfigError(
+                f"{setting} has no effect with rollout.engine = {config.rollout.engine!r} and rollout.temperature = "
+                f"{config.rollout.temperature:g}: the engine's log-probs are those before the temperature, so the "
+                "policy's stand for them; leave it out, or set rollout.temperature to 1"
+            )
 
 
 def check_engine(rollout: RolloutConfig, *, trains: bool = True) -> None:
@@ -66,8 +99,23 @@ def check_engine(rollout: RolloutConfig, *, trains: bool = True) -> None:
         raise ConfigError(
             f"rollout.engine_sleeps has no effect with rollout.engine = {name!r}, which does not sleep; leave it out"
         )
+    if name == "http":
+        _check_fits_the_wire(rollout)
     if trains:
         _check_trains(rollout)
+
+
+def _check_fits_the_wire(rollout: RolloutConfig) -> None:
+    """Refuse what `groupwise serve` takes from nobody, before the first sample is asked for."""
+    names = ("top_k", "repetition_penalty", "stop", "stop_token_ids")
+    try:
+        SamplingBody.model_validate({name: getattr(rollout, name) for name in names})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        setting = ".".join(map(str, problem["loc"]))
+        raise ConfigError(
+            f"rollout.{setting}: {problem['msg']}, as rollout.engine = 'http' has it; give what fits, or use 'native'"
+        ) from error
 
 
 def _refuse_elsewhere(rollout: RolloutConfig) -> None:

@@ -24,7 +24,7 @@ class Start:
         model: folder, or Hub name.
         length: tokens of the longest prompt and completion.
         dtype: of the weights, as torch names it.
-        lora_rank: of the adapters that it is to take; 0: none.
+        lora_rank: of the adapter that is trained; 0: none. LMDeploy gets it merged into its base, and is not told.
         gpus: that it sees; None: all.
         on_gpu: whether it computes on one.
     """

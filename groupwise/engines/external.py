@@ -44,13 +44,13 @@ class Speaks:
 
     Attributes:
         adapter: an adapter is trained, and the engine is to have it as one.
-        temperature: that samples are learned at.
+        logprobs: the engine has those of what it draws from (`groupwise.engines.has_logprobs`).
         exact: what a server of Groupwise's says of itself.
     """
 
     stop_token_ids: Sequence[int]
     adapter: bool = False
-    temperature: float = 1.0
+    logprobs: bool = True
     exact: bool = True
 
 
@@ -59,7 +59,7 @@ def dialect_of(name: str, speaks: Speaks) -> Dialect:
     if name == "http":
         return Own(exact=speaks.exact)
     if name == "lmdeploy":
-        return LmDeploy(temperature=speaks.temperature)
+        return LmDeploy(logprobs=speaks.logprobs)
     if name == "openai":
         return OpenAi()
     kinds = {"vllm": Vllm, "sglang": SgLang}
@@ -183,9 +183,7 @@ def launchers(config: RolloutConfig, launched: Launched) -> list[tuple[str, Laun
             dtype=launched.dtype,
             seed=launched.seed,
             rollout=config,
-            lora_rank=launched.lora_rank
-            if "adapter" in dialect_of(config.engine, Speaks((), adapter=True)).takes
-            else 0,
+            lora_rank=launched.lora_rank,
             gpus=gpus,
             on_gpu=has_gpu(),
         )

@@ -11,7 +11,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from groupwise.engines.dialects.base import Drawn, Facts
+from groupwise.engines.dialects.base import Drawn
 from groupwise.engines.member import Member, Prover
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
@@ -29,7 +29,7 @@ class _Group:
 
 @dataclass(slots=True)
 class HttpEngine:
-    """Implements `groupwise.protocols.Engine` over servers; `groupwise.engines.assembling` makes it of a config.
+    """Implements `groupwise.protocols.Engine` over servers; `groupwise.engines.external` makes it of a config.
 
     Attributes:
         members: the servers; they hold the same weights.
@@ -97,24 +97,9 @@ class HttpEngine:
     def _checked(self, request: SampleRequest, drawn: Drawn, url: str) -> Completion:
         if self.cuts:
             drawn = self._cut(request, drawn)
-        tokens, logprobs = drawn.token_ids, drawn.logprobs
-        if not tokens and drawn.text:
-            tokens = tuple(self.encode(drawn.text))[: request.sampling.max_tokens]
-        if logprobs is None:
-            assert not self.caps.logprobs, f"{self.caps.name} says that it has log-probs"
-            logprobs = (0.0,) * len(tokens)
-        wrong = ""
-        if len(logprobs) != len(tokens):
-            wrong = f"{len(logprobs)} log-probs for {len(tokens)} tokens"
-        elif not all(math.isfinite(value) and -9999.0 < value <= 0 for value in logprobs):
-            wrong = "a log-prob that stands for a missing one"
-        elif tokens and not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
-            wrong = f"token {max(tokens)}, of a vocabulary of {self.vocabulary}"
-        elif len(tokens) > request.sampling.max_tokens:
-            wrong = f"{len(tokens)} tokens, of at most {request.sampling.max_tokens}"
-        elif drawn.finish_reason == "length" and drawn.text is None and len(tokens) < request.sampling.max_tokens:
-            wrong = f"{len(tokens)} tokens, cut before {request.sampling.max_tokens}: its context is too short"
-        if wrong:
+        tokens = self._tokens(request, drawn)
+        logprobs = self._logprobs(drawn, len(tokens))
+        if wrong := _wrong_logprobs(logprobs, tokens) or self._wrong_tokens(request, drawn, tokens):
             raise EngineError(f"{url} answered {request.id} with {wrong}")
         return Completion(
             key=request.key,
@@ -125,6 +110,30 @@ class HttpEngine:
             finish_reason=drawn.finish_reason,
             error=drawn.error,
         )
+
+    def _tokens(self, request: SampleRequest, drawn: Drawn) -> tuple[int, ...]:
+        """Those that came, or those of the text where it came alone."""
+        if drawn.token_ids or not drawn.text:
+            return drawn.token_ids
+        return tuple(self.encode(drawn.text))[: request.sampling.max_tokens]
+
+    def _logprobs(self, drawn: Drawn, count: int) -> tuple[float, ...]:
+        """Zeros where the engine has none, which nothing learns from."""
+        if drawn.logprobs is not None:
+            return drawn.logprobs
+        assert not self.caps.logprobs, f"{self.caps.name} says that it has log-probs"
+        return (0.0,) * count
+
+    def _wrong_tokens(self, request: SampleRequest, drawn: Drawn, tokens: Sequence[int]) -> str:
+        """What cannot be of the tokens; empty where nothing is."""
+        most = request.sampling.max_tokens
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
+            return f"token {max(tokens)}, of a vocabulary of {self.vocabulary}"
+        if len(tokens) > most:
+            return f"{len(tokens)} tokens, of at most {most}"
+        if drawn.finish_reason == "length" and drawn.text is None and len(tokens) < most:
+            return f"{len(tokens)} tokens, cut before {most}: its context is too short"
+        return ""
 
     def _cut(self, request: SampleRequest, drawn: Drawn) -> Drawn:
         sampling = request.sampling
@@ -137,10 +146,6 @@ class HttpEngine:
                 logprobs = None if drawn.logprobs is None else drawn.logprobs[:number]
                 return replace(drawn, token_ids=drawn.token_ids[:number], logprobs=logprobs, finish_reason="stop")
         return drawn
-
-    async def reach(self) -> list[Facts]:
-        """What each server says of itself."""
-        return list(await asyncio.gather(*(member.reach() for member in self.members)))
 
     async def load(self, ref: WeightRef) -> None:
         """Serve these weights. Each server takes them at the same time; samples wait for its proof.
@@ -175,3 +180,12 @@ class HttpEngine:
     async def close(self) -> None:
         """Close connections, and end the processes that are the run's own."""
         await asyncio.gather(*(member.close() for member in self.members))
+
+
+def _wrong_logprobs(logprobs: Sequence[float], tokens: Sequence[int]) -> str:
+    """What cannot be of them; empty where nothing is."""
+    if len(logprobs) != len(tokens):
+        return f"{len(logprobs)} log-probs for {len(tokens)} tokens"
+    if not all(math.isfinite(value) and -9999.0 < value <= 0 for value in logprobs):
+        return "a log-prob that stands for a missing one"
+    return ""

@@ -6,10 +6,11 @@ What is Groupwise's own travels in an object of that name, which other servers a
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from groupwise.config.temperature import temperature_problem
 from groupwise.types import SamplingParams
 
 GENERATE = "/inference/v1/generate"
@@ -17,6 +18,29 @@ MODELS = "/v1/models"
 HEALTH = "/health"
 UPDATE_WEIGHTS = "/update_weights"
 ABORT = "/abort_requests"
+
+
+def _that_acts(value: float) -> float:
+    if problem := temperature_problem(value):
+        raise ValueError(problem)
+    return value
+
+
+Temperature: TypeAlias = Annotated[float, AfterValidator(_that_acts)]
+TopK: TypeAlias = Annotated[int, Field(ge=-1, lt=2**31)]
+"""vLLM's -1 keeps all tokens, as 0 does."""
+
+Penalty: TypeAlias = Annotated[float, Field(ge=1e-3, le=1e3)]
+Seed: TypeAlias = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+Index: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+TokenIds: TypeAlias = Annotated[tuple[int, ...], Field(fail_fast=True)]
+StopTokens: TypeAlias = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(max_length=1024, fail_fast=True)
+]
+StopText: TypeAlias = Annotated[str, Field(min_length=1, max_length=1024)]
+"""A stop string is looked for in the text of so many of the newest tokens, at each token."""
+
+StopTexts: TypeAlias = Annotated[tuple[StopText, ...], Field(max_length=64, fail_fast=True)]
 
 
 class _Body(BaseModel):
@@ -27,16 +51,16 @@ class SamplingBody(_Body):
     """How one completion is drawn; names and meaning are vLLM's. `logprobs` and the two about text are what every
     answer has anyway."""
 
-    temperature: float = Field(1.0, ge=0)
+    temperature: Temperature = 1.0
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)
+    top_k: TopK = 0
     min_p: float = Field(0.0, ge=0, lt=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    repetition_penalty: Penalty = 1.0
     max_tokens: int = Field(16, ge=1)
     min_tokens: int = Field(0, ge=0)
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    seed: int | None = None
+    stop: StopTexts = ()
+    stop_token_ids: StopTokens = ()
+    seed: Seed | None = None
     n: Literal[1] = 1
     logprobs: Literal[0, 1] = 1
     skip_special_tokens: bool = False
@@ -67,11 +91,11 @@ class OwnKey(_Body):
     """
 
     uid: str
-    draw: int
-    sample_index: int
-    continues: int = Field(default=0, ge=0)
-    resumed: int = Field(default=0, ge=0)
-    policy_version: int = 0
+    draw: Index
+    sample_index: Index
+    continues: Index = 0
+    resumed: Index = 0
+    policy_version: Index = 0
     keeps: bool = False
 
 
@@ -79,7 +103,7 @@ class GenerateBody(_Body):
     """One sample asked of a server. `model`, `cache_salt` and `priority` change nothing here, and are taken because
     other clients send them."""
 
-    token_ids: tuple[int, ...] = Field(min_length=1)
+    token_ids: TokenIds = Field(min_length=1)
     sampling_params: SamplingBody = SamplingBody()  # type: ignore[call-arg]
     request_id: str | None = None
     model: str | None = None
@@ -87,18 +111,26 @@ class GenerateBody(_Body):
     priority: int = 0
     groupwise: OwnKey | None = None
 
+    @model_validator(mode="after")
+    def _has_a_prompt(self) -> GenerateBody:
+        if self.groupwise is not None and self.groupwise.continues >= len(self.token_ids):
+            raise ValueError(
+                f"groupwise.continues = {self.groupwise.continues} leaves no prompt of {len(self.token_ids)} token_ids"
+            )
+        return self
+
 
 class UpdateBody(_Body):
     """A folder of weights that is to be served as `version`."""
 
-    version: int = Field(ge=0)
+    version: Index
     path: str
 
 
 class AbortBody(_Body):
     """Requests to end now; without names, all."""
 
-    request_ids: tuple[str, ...] | None = None
+    request_ids: Annotated[tuple[str, ...], Field(fail_fast=True)] | None = None
 
 
 class TokenLogprob(BaseModel):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from groupwise.config import Config, RolloutConfig
+from groupwise.engines import has_logprobs
 from groupwise.engines.external import Launched, Speaks, external_engine, launchers, reach
 from groupwise.engines.http import HttpEngine
 from groupwise.engines.identity import model_identity
@@ -69,7 +70,7 @@ def engine_elsewhere(config: Config, loaded: LoadedModel, *, length: int, logs: 
         Speaks(
             stop_token_ids=sorted(loaded.stop_token_ids),
             adapter=loaded.adapter is not None,
-            temperature=rollout.temperature,
+            logprobs=has_logprobs(rollout),
             exact=bool(served) and all(facts.exact for facts in served),
         ),
         decode=loaded.decode,

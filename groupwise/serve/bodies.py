@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from functools import cached_property
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from groupwise.engines.wire import Penalty, Seed, StopText, StopTexts, StopTokens, Temperature, TokenIds, TopK
 from groupwise.serve.front import Refusal
+from groupwise.texts import one_line
 from groupwise.types import SamplingParams
 
 _MOST_CHOICES = 128
+_MOST_PROMPTS = 4096
+_MOST_LIKELIEST = 20
+
+Objects: TypeAlias = Annotated[tuple[dict[str, Any], ...], Field(fail_fast=True)]
 
 
 class StreamOptions(BaseModel):
+    """`continuous_usage_stats` is vLLM's: each part says how much it was so far."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
@@ -24,19 +35,19 @@ class _Sampled(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = None
-    temperature: float | None = Field(None, ge=0, le=100)
+    temperature: Temperature | None = None
     top_p: float | None = Field(None, gt=0, le=1)
     n: int = Field(1, ge=1, le=_MOST_CHOICES)
-    seed: int | None = None
-    stop: str | tuple[str, ...] | None = None
+    seed: Seed | None = None
+    stop: StopText | StopTexts | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     # vLLM's, and ours
-    top_k: int = Field(0, ge=-1)
+    top_k: TopK = 0
     min_p: float = Field(0.0, ge=0, lt=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    repetition_penalty: Penalty = 1.0
     min_tokens: int = Field(0, ge=0)
-    stop_token_ids: tuple[int, ...] | None = None
+    stop_token_ids: StopTokens | None = None
     include_stop_str_in_output: bool = False
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
@@ -60,10 +71,13 @@ class _Sampled(BaseModel):
     @field_validator("stop")
     @classmethod
     def _stops(cls, stop: str | tuple[str, ...] | None) -> tuple[str, ...]:
-        stops = (stop,) if isinstance(stop, str) else stop or ()
-        if "" in stops:
-            raise ValueError("an empty text would end every answer at once")
-        return stops
+        return (stop,) if isinstance(stop, str) else stop or ()
+
+    @model_validator(mode="after")
+    def _streams(self) -> _Sampled:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: there is no stream; set stream, or leave it out")
+        return self
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -104,32 +118,56 @@ class Tool(BaseModel):
 
 
 class ChatBody(_Sampled):
-    messages: tuple[dict[str, Any], ...] = Field(min_length=1)
+    messages: Objects = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
-    top_logprobs: Literal[0] | None = None
-    tools: tuple[Tool, ...] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=_MOST_LIKELIEST)
+    tools: Annotated[tuple[Tool, ...], Field(fail_fast=True)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: Literal[False] = False
-    modalities: tuple[Literal["text"], ...] | None = None
+    modalities: Annotated[tuple[Literal["text"], ...], Field(fail_fast=True)] | None = None
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _left_to_the_model(cls, choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+        if choice in (None, "auto", "none"):
+            return choice
+        wanted = "a call of a named tool" if isinstance(choice, dict) else f"'{one_line(choice)}'"
+        raise ValueError(
+            f"this server cannot hold an answer to {wanted}; give 'auto', which leaves it to the model, or 'none'"
+        )
+
+    @field_validator("parallel_tool_calls")
+    @classmethod
+    def _any_number(cls, parallel: bool | None) -> bool | None:
+        if parallel is False:
+            raise ValueError("this server cannot hold an answer to one call; leave it out")
+        return parallel
 
     @model_validator(mode="after")
     def _plain_text(self) -> ChatBody:
         if self.response_format is not None and self.response_format.get("type") != "text":
             raise ValueError("response_format: this server cannot hold an answer to a format; leave it out")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: there are no log-probs to tell them with; set logprobs, or leave it out")
         return self
+
+    @property
+    def likeliest(self) -> int:
+        """Most probable tokens that are told of each position."""
+        return self.top_logprobs or 0
 
     @property
     def most_tokens(self) -> int | None:
         """Of the answer, where the client says."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
-    @property
+    @cached_property
     def template_tools(self) -> list[dict[str, Any]]:
         """As the chat template takes them; none where they must not be used."""
         if self.tool_choice == "none":
@@ -138,9 +176,14 @@ class ChatBody(_Sampled):
 
 
 class CompletionBody(_Sampled):
-    prompt: str | tuple[int, ...] | tuple[str, ...] | tuple[tuple[int, ...], ...]
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[tuple[str, ...], Field(max_length=_MOST_PROMPTS, fail_fast=True)]
+        | Annotated[tuple[TokenIds, ...], Field(max_length=_MOST_PROMPTS, fail_fast=True)]
+    )
     max_tokens: int = Field(16, ge=1)
-    logprobs: Literal[0, 1] | None = None
+    logprobs: int | None = Field(None, ge=0, le=_MOST_LIKELIEST)
     echo: Literal[False] = False
     suffix: Literal[""] | None = None
     best_of: int | None = None
@@ -153,6 +196,11 @@ class CompletionBody(_Sampled):
         return self
 
     @property
+    def likeliest(self) -> int:
+        """As of a chat."""
+        return self.logprobs or 0
+
+    @cached_property
     def prompts(self) -> Sequence[str | tuple[int, ...]]:
         """One or several, as texts or as tokens."""
         if isinstance(self.prompt, str):

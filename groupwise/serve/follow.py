@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from groupwise.checkpoint import read_part
 from groupwise.config import Config, ModelConfig
@@ -80,8 +81,15 @@ class Followed:
 
 
 def _weights(checkpoint: RunCheckpoint, wanted: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Of the checkpoint, for every parameter that training changes.
+
+    Raises:
+        DataError: they are another model's; none was touched.
+    """
     masters: dict[str, Tensor] = read_part(checkpoint.folder, "policy", "optimizer", "masters")
     dtype = trained_dtype(checkpoint, read_run_config(checkpoint.run))
-    if missing := masters.keys() - wanted.keys():
-        raise DataError(f"{checkpoint.name} has weights that the served model lacks, {min(missing)} for one")
+    shapes = {name: tensor.shape for name, tensor in wanted.items() if isinstance(tensor, Parameter)}
+    found = {name: master.shape for name, master in masters.items()}
+    if wrong := [name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)]:
+        raise DataError(f"{checkpoint.name} has weights of another model than is served, {min(wrong)} for one")
     return {name: master.to(dtype) for name, master in masters.items()}

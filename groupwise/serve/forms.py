@@ -11,16 +11,19 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from groupwise.engines.native.engine import Drawing
 from groupwise.protocols import Tokenizer
 from groupwise.serve.bodies import ChatBody, CompletionBody
 from groupwise.serve.text import CALL_BEGINS, GrowingText, tool_calls, without_stop
-from groupwise.types import Completion
+from groupwise.types import Completion, Likeliest
 
 Body = TypeVar("Body", ChatBody, CompletionBody)
 Json = dict[str, Any]
+Drawn: TypeAlias = Completion | Drawing
+
+_NOTHING = Drawing((), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,19 +150,23 @@ class ChatForm(Form[ChatBody]):
             "index": index,
             "message": message,
             "finish_reason": "tool_calls" if calls and one.finish_reason == "stop" else one.finish_reason,
-            "logprobs": self._logprobs(one.token_ids, one.logprobs),
+            "logprobs": self._logprobs(one),
         }
         return choice | {"token_ids": list(one.token_ids)} if self.body.return_token_ids else choice
 
-    def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> Json | None:
+    def _logprobs(self, drawn: Drawn) -> Json | None:
         if not self.body.logprobs:
             return None
-        content: list[Json] = []
-        for token_id, logprob in zip(token_ids, logprobs, strict=True):
-            name = self._token(token_id)
-            entry = {"token": name, "logprob": logprob, "bytes": list(name.encode()), "top_logprobs": []}
-            content.append(entry | {"token_id": token_id} if self.body.names_tokens else entry)
+        content = [
+            self._entry(token_id, logprob) | {"top_logprobs": [self._entry(*pair) for pair in likeliest]}
+            for token_id, logprob, likeliest in _positions(drawn)
+        ]
         return {"content": content, "refusal": None}
+
+    def _entry(self, token_id: int, logprob: float) -> Json:
+        name = self._token(token_id)
+        entry: Json = {"token": name, "logprob": logprob, "bytes": list(name.encode())}
+        return entry | {"token_id": token_id} if self.body.names_tokens else entry
 
     @property
     def _held(self) -> Sequence[str]:
@@ -174,7 +181,7 @@ class ChatForm(Form[ChatBody]):
         growing.said += shown
         growing.tokens += drawn.token_ids
         if shown or self.body.logprobs or self.body.return_token_ids:
-            yield self._chunk(self._told(_delta(index, {"content": shown}), drawn.token_ids, drawn.logprobs))
+            yield self._chunk(self._told(_delta(index, {"content": shown}), drawn))
 
     def end(self, index: int, growing: Growing, completion: Completion) -> Iterator[Json]:
         rest, calls = growing.text.end(), list[Json]()
@@ -187,9 +194,9 @@ class ChatForm(Form[ChatBody]):
         reason = "tool_calls" if calls and completion.finish_reason == "stop" else completion.finish_reason
         yield self._chunk(_delta(index, {}) | {"finish_reason": reason})
 
-    def _told(self, choice: Json, token_ids: Sequence[int], logprobs: Sequence[float]) -> Json:
-        choice["logprobs"] = self._logprobs(token_ids, logprobs)
-        return choice | {"token_ids": list(token_ids)} if self.body.return_token_ids else choice
+    def _told(self, choice: Json, drawn: Drawing) -> Json:
+        choice["logprobs"] = self._logprobs(drawn)
+        return choice | {"token_ids": list(drawn.token_ids)} if self.body.return_token_ids else choice
 
 
 class CompletionForm(Form[CompletionBody]):
@@ -197,43 +204,62 @@ class CompletionForm(Form[CompletionBody]):
 
     def whole(self, drawn: Sequence[Completion], prompts: Sequence[tuple[int, ...]], usage: Usage) -> Json:
         choices = [
-            self._choice(index, self._text(one), one.token_ids, one.logprobs)
+            self._choice(index, self._text(one), one)
             | {"finish_reason": one.finish_reason}
             | ({"prompt_token_ids": list(prompts[index // self.body.n])} if self.body.return_token_ids else {})
             for index, one in enumerate(drawn)
         ]
         return {**self._head, "object": self.kind, "choices": choices, "usage": usage.json}
 
-    def _choice(self, index: int, text: str, token_ids: Sequence[int], logprobs: Sequence[float]) -> Json:
+    def _choice(self, index: int, text: str, drawn: Drawn) -> Json:
         choice: Json = {
             "index": index,
             "text": text,
             "finish_reason": None,
-            "logprobs": self._logprobs(token_ids, logprobs),
+            "logprobs": self._logprobs(drawn),
         }
-        return choice | {"token_ids": list(token_ids)} if self.body.return_token_ids else choice
+        return choice | {"token_ids": list(drawn.token_ids)} if self.body.return_token_ids else choice
 
-    def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> Json | None:
+    def _logprobs(self, drawn: Drawn) -> Json | None:
         if self.body.logprobs is None:
             return None
-        names = [self._token(token_id) for token_id in token_ids]
         offsets, place = list[int](), 0
-        for token_id in token_ids:
+        for token_id in drawn.token_ids:
             offsets.append(place)
             place += len(self._decode([token_id]))
-        return {"tokens": names, "token_logprobs": list(logprobs), "top_logprobs": None, "text_offset": offsets}
+        return {
+            "tokens": [self._token(token_id) for token_id in drawn.token_ids],
+            "token_logprobs": list(drawn.logprobs),
+            "top_logprobs": [self._by_name(*each) for each in _positions(drawn)] if self.body.likeliest else None,
+            "text_offset": offsets,
+        }
+
+    def _by_name(self, token_id: int, logprob: float, likeliest: Likeliest) -> dict[str, float]:
+        """The drawn token is among them, also where it is none of the likeliest. Of tokens of one text, which are
+        halves of characters, the more probable one is told; `return_token_ids` tells them apart."""
+        named: dict[str, float] = {}
+        for one, value in (*likeliest, (token_id, logprob)):
+            named.setdefault(self._token(one), value)
+        return named
 
     def begin(self, index: int, prompt: tuple[int, ...]) -> Iterator[Json]:
         if self.body.return_token_ids:
-            yield self._chunk(self._choice(index, "", (), ()) | {"prompt_token_ids": list(prompt)})
+            yield self._chunk(self._choice(index, "", _NOTHING) | {"prompt_token_ids": list(prompt)})
 
     def part(self, index: int, growing: Growing, drawn: Drawing) -> Iterator[Json]:
         shown = growing.text.add(drawn.token_ids)
         if shown or self.body.logprobs is not None or self.body.return_token_ids:
-            yield self._chunk(self._choice(index, shown, drawn.token_ids, drawn.logprobs))
+            yield self._chunk(self._choice(index, shown, drawn))
 
     def end(self, index: int, growing: Growing, completion: Completion) -> Iterator[Json]:
-        yield self._chunk(self._choice(index, growing.text.end(), (), ()) | {"finish_reason": completion.finish_reason})
+        rest = self._choice(index, growing.text.end(), _NOTHING)
+        yield self._chunk(rest | {"finish_reason": completion.finish_reason})
+
+
+def _positions(drawn: Drawn) -> Iterator[tuple[int, float, Likeliest]]:
+    """Each token with its log-prob and the likeliest there."""
+    likeliest = drawn.likeliest or ((),) * len(drawn.token_ids)
+    return zip(drawn.token_ids, drawn.logprobs, likeliest, strict=True)
 
 
 def _delta(index: int, delta: Json) -> Json:

@@ -5,22 +5,32 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from groupwise.errors import GroupwiseError, nearest
 from groupwise.serve.served import Busy, OtherVersion, Served
+from groupwise.texts import one_line
 
 Body = TypeVar("Body", bound=BaseModel)
 Handler = Callable[[Request], Awaitable[Response]]
 
+logger = logging.getLogger(__name__)
+
 _BODY_SECONDS = 30.0
+_MOST_KEYS = 256
+_MOST_TOLD = 8
+_LONGEST_SLIP = 100
+"""Characters of a key that may be a slip in another."""
+
 _GONE = 499
 """nginx's number for a client that closed its connection; nobody reads it."""
 
@@ -78,6 +88,9 @@ class Front:
                 response = _refused(Refusal(400, str(error)), openai=openai)
             except ClientDisconnect:
                 response = Response(status_code=_GONE)
+            except Exception:  # whatever it is, its client is told, and the server goes on
+                logger.exception("%s failed", path)
+                response = _refused(Refusal(500, "the server failed; its log says where"), openai=openai)
             self.answers[path, response.status_code] += 1
             self.seconds[path] += time.perf_counter() - started
             return response
@@ -86,7 +99,7 @@ class Front:
 
     def _check_key(self, request: Request) -> None:
         given = request.headers.get("authorization", "")
-        if self._key is not None and not hmac.compare_digest(given.encode(), f"Bearer {self._key}".encode()):
+        if self._key is not None and not hmac.compare_digest(given.encode("latin-1"), f"Bearer {self._key}".encode()):
             raise Refusal(
                 401, "the key is missing or wrong; send it as Authorization: Bearer KEY", code="invalid_api_key"
             )
@@ -107,9 +120,14 @@ class Front:
         except TimeoutError:
             raise Refusal(408, f"the request took more than {_BODY_SECONDS:g} seconds to come") from None
         try:
-            return kind.model_validate_json(bytes(content))
+            given: Any = from_json(bytes(content))
+        except ValueError as error:
+            raise Refusal(400, f"the body: Invalid JSON: {error}") from error
+        _check_width(given)
+        try:
+            return kind.model_validate(given)
         except ValidationError as error:
-            raise Refusal(400, "; ".join(_problems(error, kind))) from error
+            raise Refusal(400, _problems(error, kind)) from error
 
     def metrics(self, served: Served) -> str:
         """In the text form of Prometheus."""
@@ -166,15 +184,29 @@ def _refused(refusal: Refusal, *, openai: bool) -> Response:
     return JSONResponse({"error": error}, status_code=refusal.status)
 
 
-def _problems(error: ValidationError, kind: type[BaseModel]) -> Iterable[str]:
-    for problem in error.errors():
-        where = ".".join(map(str, problem["loc"]))
-        hint = ""
-        if problem["type"] == "extra_forbidden":
-            inside = kind.model_fields.get(str(problem["loc"][0]))
-            nested = getattr(inside and inside.annotation, "model_fields", None)
-            hint = nearest(str(problem["loc"][-1]), nested or kind.model_fields, "; did you mean {!r}?")
-        yield f"{where or 'the body'}: {problem['msg']}{hint}"
+def _check_width(given: Any) -> None:
+    """Each key that is not known would be a problem of its own, to be found and told."""
+    if isinstance(given, dict):
+        body: dict[str, Any] = given
+        widest = max(len(each) for each in [body, *(value for value in body.values() if isinstance(value, dict))])
+        if widest > _MOST_KEYS:
+            raise Refusal(400, f"the body: it has {widest:,} keys in one place; expected at most {_MOST_KEYS}")
+
+
+def _problems(error: ValidationError, kind: type[BaseModel]) -> str:
+    found = error.errors(include_url=False, include_input=False)
+    said = [_problem(problem["loc"], problem["type"], problem["msg"], kind) for problem in found[:_MOST_TOLD]]
+    return "; ".join(said) + (f"; and {len(found) - _MOST_TOLD} more" if len(found) > _MOST_TOLD else "")
+
+
+def _problem(loc: tuple[int | str, ...], what: str, said: str, kind: type[BaseModel]) -> str:
+    hint = ""
+    if what == "extra_forbidden" and len(str(loc[-1])) <= _LONGEST_SLIP:
+        inside = kind.model_fields.get(str(loc[0]))
+        nested = getattr(inside and inside.annotation, "model_fields", None)
+        hint = nearest(str(loc[-1]), nested or kind.model_fields, "; did you mean {!r}?")
+    where = ".".join(one_line(str(part)) for part in loc)
+    return f"{where or 'the body'}: {said.removeprefix('Value error, ')}{hint}"
 
 
 def _metric(name: str, kind: str, text: str) -> list[str]:

@@ -6,9 +6,9 @@ import asyncio
 import json
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -19,14 +19,20 @@ from groupwise.engines.native.engine import Drawing
 from groupwise.errors import GroupwiseError
 from groupwise.inputs import ModelInput, SampleKey
 from groupwise.protocols import Tokenizer
-from groupwise.serve.bodies import ChatBody, CompletionBody
+from groupwise.serve.bodies import ChatBody, CompletionBody, StreamOptions
 from groupwise.serve.forms import ChatForm, CompletionForm, Form, Growing, Usage
 from groupwise.serve.front import Front, Refusal, unless_gone
 from groupwise.serve.served import Served
-from groupwise.serve.text import for_template
+from groupwise.serve.text import characters, for_template
+from groupwise.texts import one_line
 from groupwise.types import Completion, SampleRequest
 
+T = TypeVar("T")
+
 _SEEDS = 2**62
+_LONG_TEXT = 20_000
+"""Characters that are cut into tokens in about ten milliseconds."""
+
 _Part: TypeAlias = tuple[int, Drawing | Completion | BaseException]
 _Parts: TypeAlias = asyncio.Queue[_Part]
 
@@ -50,6 +56,7 @@ class OpenAi:
         self._served = served
         self._front = front
         self._most = most
+        self._longest_token = max(map(len, served.loaded.tokenizer.get_vocab()))
 
     def routes(self) -> list[Route]:
         """For the application."""
@@ -62,14 +69,20 @@ class OpenAi:
     async def _chat(self, request: Request) -> Response:
         body = await self._front.read(request, ChatBody)
         self._check_model(body.model)
-        prompt = self._chat_tokens(body)
+        prompt = await self._chat_tokens(body)
         form = ChatForm(self._served.name, self._served.version, body, self._tokenizer)
         return await self._answer(request, form, [prompt], most=body.most_tokens)
 
     async def _completion(self, request: Request) -> Response:
         body = await self._front.read(request, CompletionBody)
         self._check_model(body.model)
-        prompts = [self._tokens(prompt, special=body.add_special_tokens) for prompt in body.prompts]
+        if (count := len(body.prompts) * body.n) > self._served.max_samples:
+            raise Refusal(
+                400,
+                f"prompt and n ask for {count:,} answers, and this server takes up to "
+                f"{self._served.max_samples:,}; ask for fewer at a time",
+            )
+        prompts = await self._prompt_tokens(body)
         form = CompletionForm(self._served.name, self._served.version, body, self._tokenizer)
         return await self._answer(request, form, prompts, most=body.max_tokens)
 
@@ -78,29 +91,56 @@ class OpenAi:
         return self._served.loaded.tokenizer
 
     def _check_model(self, name: str | None) -> None:
-        if name not in (None, "", self._served.name):
+        if name and name != self._served.name:
             raise Refusal(
                 404,
-                f"the model {name!r} does not exist here; this server has {self._served.name!r}",
+                f"the model '{one_line(name)}' does not exist here; this server has {self._served.name!r}",
                 code="model_not_found",
             )
 
-    def _chat_tokens(self, body: ChatBody) -> tuple[int, ...]:
+    async def _chat_tokens(self, body: ChatBody) -> tuple[int, ...]:
         try:
             messages = [for_template(message) for message in body.messages]
-            kwargs: dict[str, Any] = dict(body.chat_template_kwargs or {})
-            if tools := body.template_tools:
-                kwargs["tools"] = tools
-            check_read(self._tokenizer, kwargs)
-            text = render(
-                messages,
-                self._tokenizer,
-                template_kwargs=kwargs,
-                add_generation_prompt=body.add_generation_prompt,
-            )
-        except (GroupwiseError, ValueError, TypeError) as error:
+        except ValueError as error:
             raise Refusal(400, f"messages: {error}") from error
-        return encode_rendered(text, self._tokenizer)
+        kwargs: dict[str, Any] = dict(body.chat_template_kwargs or {})
+        if tools := body.template_tools:
+            kwargs["tools"] = tools
+        size = characters([messages, kwargs])
+        self._check_size(size)
+
+        def tokens() -> tuple[int, ...]:
+            try:
+                check_read(self._tokenizer, kwargs)
+                text = render(
+                    messages,
+                    self._tokenizer,
+                    template_kwargs=kwargs,
+                    add_generation_prompt=body.add_generation_prompt,
+                )
+            except (GroupwiseError, ValueError, TypeError) as error:
+                raise Refusal(400, f"messages: {error}") from error
+            self._check_size(len(text))
+            return encode_rendered(text, self._tokenizer)
+
+        return await _beside(tokens, size)
+
+    async def _prompt_tokens(self, body: CompletionBody) -> list[tuple[int, ...]]:
+        sizes = [len(prompt) if isinstance(prompt, str) else 0 for prompt in body.prompts]
+        self._check_size(max(sizes))
+        return await _beside(
+            lambda: [self._tokens(prompt, special=body.add_special_tokens) for prompt in body.prompts], sum(sizes)
+        )
+
+    def _check_size(self, characters: int) -> None:
+        """Refuse a text that is too long for the model however it is cut into tokens, before it is cut."""
+        positions = self._served.positions
+        if positions is not None and characters > positions * self._longest_token:
+            raise Refusal(
+                400,
+                f"the model has {positions} positions; the prompt's {characters:,} characters are too many",
+                code="context_length_exceeded",
+            )
 
     def _tokens(self, prompt: str | tuple[int, ...], *, special: bool) -> tuple[int, ...]:
         if not isinstance(prompt, str):
@@ -120,7 +160,13 @@ class OpenAi:
             sampling = body.sampling(max_tokens=self._room(prompt, most), seed=seed)
             for sample in range(body.n):
                 key = SampleKey(uid, number if body.seed is None else 0, sample)
-                asked = SampleRequest(key, ModelInput.of(prompt), sampling, policy_version=self._served.version)
+                asked = SampleRequest(
+                    key,
+                    ModelInput.of(prompt),
+                    sampling,
+                    policy_version=self._served.version,
+                    likeliest=body.likeliest,
+                )
                 found.append(_Choice(number * body.n + sample, asked))
         return found
 
@@ -164,7 +210,8 @@ class OpenAi:
         """Server-sent events; closing it ends the samples."""
         queue: _Parts = asyncio.Queue()
         running = [asyncio.ensure_future(self._feed(choice, queue)) for choice in choices]
-        counts: dict[int, int] = {}
+        options = form.body.stream_options or StreamOptions()
+        counts, whole = [0] * len(choices), 0
         try:
             first = await queue.get()
             if isinstance(first[1], BaseException):
@@ -174,13 +221,14 @@ class OpenAi:
                     yield _event(chunk)
             written = [form.growing() for _ in choices]
             async for index, part in _until_all(first, queue, len(choices)):
-                if isinstance(part, Completion):
-                    counts[index] = len(part.token_ids)
+                if not isinstance(part, BaseException):
+                    counts[index] = len(part.token_ids) + (counts[index] if isinstance(part, Drawing) else 0)
+                whole += isinstance(part, Completion)
+                so_far = {"usage": Usage.of(prompts, counts).json} if options.continuous_usage_stats else {}
                 for chunk in _said(form, index, written[index], part):
-                    yield _event(chunk)
-            options = form.body.stream_options
-            if len(counts) == len(choices) and options is not None and options.include_usage:
-                yield _event(form.usage(Usage.of(prompts, list(counts.values()))))
+                    yield _event({**chunk, **so_far})
+            if whole == len(choices) and options.include_usage:
+                yield _event(form.usage(Usage.of(prompts, counts)))
             yield "data: [DONE]\n\n"
         finally:
             for one in running:
@@ -196,6 +244,11 @@ class OpenAi:
             queue.put_nowait((choice.index, error))
         finally:
             await stream.aclose()
+
+
+async def _beside(work: Callable[[], T], size: int) -> T:
+    """In a thread where a text of this size would keep the other clients waiting."""
+    return await asyncio.to_thread(work) if size > _LONG_TEXT else work()
 
 
 async def _until_all(first: _Part, queue: _Parts, count: int) -> AsyncIterator[_Part]:

@@ -56,14 +56,14 @@ class Served:
         self.running = 0
         self.tokens = 0
         self._engine = engine
-        self._max_samples = max_samples
+        self.max_samples = max_samples
         self._idle = asyncio.Event()
         self._idle.set()
         self._updating = asyncio.Lock()
 
     @asynccontextmanager
     async def _counted(self, request: SampleRequest) -> AsyncIterator[None]:
-        if self.running >= self._max_samples:
+        if self.running >= self.max_samples:
             raise Busy(f"{self.running} samples are under way, the most that this server takes; ask again later")
         async with self._updating:  # new samples wait while weights change
             if request.policy_version != self.version:

@@ -7,7 +7,9 @@ import re
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
+
+from groupwise.texts import encodable
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -93,11 +95,13 @@ def tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
     def take(found: re.Match[str]) -> str:
         try:
             call: Any = json.loads(found[1])
-            name, arguments = call["name"], call.get("arguments", {})
-        except (ValueError, KeyError, TypeError, AttributeError):
+            name, arguments = str(call["name"]), call.get("arguments", {})
+            given = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return found[0]
-        given = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        function = {"name": str(name), "arguments": given}
+        if encodable(name + given) != name + given:  # half a surrogate pair, which no answer can carry
+            return found[0]
+        function = {"name": name, "arguments": given}
         calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
         return ""
 
@@ -109,25 +113,51 @@ def for_template(message: dict[str, Any]) -> dict[str, Any]:
     """A client's message as templates read it: text parts joined, arguments of calls as objects.
 
     Raises:
-        ValueError: it has parts that are no text.
+        ValueError: it has parts that are no text, or is no message.
     """
-    content = message.get("content")
-    if isinstance(content, list):
-        parts: list[Any] = content
-        if any(not isinstance(part, dict) or part.get("type") != "text" for part in parts):
-            raise ValueError("content: this model reads text alone; got a part of another type")
-        content = "".join(str(part.get("text", "")) for part in parts)
-    message = {**message, "content": "" if content is None else content}
-    calls: list[dict[str, Any]] = message.get("tool_calls") or []
+    if not isinstance(message.get("role"), str):
+        raise ValueError("role: each message has to say whose it is, such as 'user'")
+    message = {**message, "content": _text_of(message.get("content"))}
+    calls: Any = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(_is_call(call) for call in cast("list[Any]", calls)):
+        raise ValueError("tool_calls: expected a list of calls, each with a function")
     if calls:
-        message["tool_calls"] = [_call_for_template(call) for call in calls]
+        message["tool_calls"] = [_call_for_template(call) for call in cast("list[dict[str, Any]]", calls)]
     return message
 
 
+def _text_of(content: Any) -> str:
+    """Of a message's content: a text, its parts, or nothing where it only calls tools."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise ValueError(f"content: expected a text, or parts of it; got {type(content).__name__}")
+    parts = cast("list[Any]", content)
+    if any(not isinstance(part, dict) or part.get("type") != "text" for part in parts):
+        raise ValueError("content: this model reads text alone; got a part of another type")
+    texts = [part.get("text", "") for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("content: a part of type 'text' has no text")
+    return "".join(texts)
+
+
+def _is_call(call: Any) -> bool:
+    return isinstance(call, dict) and isinstance(call.get("function"), dict)
+
+
 def _call_for_template(call: dict[str, Any]) -> dict[str, Any]:
-    function: dict[str, Any] = dict(call.get("function") or {})
+    function: dict[str, Any] = dict(call["function"])
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        with suppress(ValueError):  # else they are the model's own words
+        with suppress(ValueError, RecursionError):  # else they are the model's own words
             function["arguments"] = json.loads(arguments)
     return {**call, "function": function}
+
+
+def characters(value: Any) -> int:
+    """Of all texts in it, those of keys left out."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(characters, cast("dict[str, Any]", value).values()))
+    return sum(map(characters, cast("list[Any]", value))) if isinstance(value, list | tuple) else 0

@@ -61,6 +61,11 @@ class TokenWire:
 
     async def _generate(self, request: Request) -> Response:
         body = await self._front.read(request, wire.GenerateBody)
+        positions, given = self._served.positions, len(body.token_ids)
+        if positions is not None and given >= positions:
+            raise Refusal(
+                400, f"token_ids: the model has {positions} positions, and {given:,} leave none for an answer"
+            )
         asked = self._asked(body)
         completion: Completion = await unless_gone(request, self._served.draw(asked))
         reply = wire.reply_body(

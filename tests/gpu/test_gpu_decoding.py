@@ -56,6 +56,8 @@ def test_graphs_that_draw_give_what_the_host_draws(dtype: torch.dtype, most: int
     filtered = make_requests([SamplingParams(max_tokens=20, top_k=5), SamplingParams(max_tokens=90)])
     assert collect(engine, filtered) == collect(by_host, filtered)
     assert collect(engine, requests) == wanted
+    told = collect(engine, [replace(request, likeliest=n % 3) for n, request in enumerate(requests)])
+    assert {name: replace(completion, likeliest=()) for name, completion in told.items()} == wanted
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])

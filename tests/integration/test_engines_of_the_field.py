@@ -22,6 +22,7 @@ import pytest
 from groupwise.assembly.engine_check import Checked, check_of
 from groupwise.config import Config
 from groupwise.engines.commands import Command
+from groupwise.engines.external import reach
 from groupwise.engines.launch import EngineProcess
 from groupwise.engines.weights import WeightRef
 from groupwise.errors import ConfigError, EngineError
@@ -163,6 +164,26 @@ def test_it_is_caught_where_a_step_is_smaller_than_the_tolerance(
     assert re.search("earlier version|bound to nothing", caplog.text), caplog.text
 
 
+def test_a_quantised_engine_may_answer_as_before_and_be_off_by_a_nat(
+    task: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Small steps round to nothing there, as they do in an engine that takes no weights at all."""
+
+    def trained(name: str, lr: float, **settings: Any) -> bool:
+        with served("vllm", task) as serving:
+            small = {"optim": {"lr": lr}, "rollout": over("vllm", serving.url, **settings)}
+            config = task.config(tmp_path / name, reward=[], train={"steps": 3}, **small)
+            return trained_with(config, Sabotage(serving, "no_effect"))
+
+    assert trained("quantised", 1e-6, quantized_engine=True)
+    steps = [row for row in rows_of(tmp_path / "quantised", "metrics.jsonl") if "reward" in row]
+    assert 1e-4 < max(row["sync/logp_difference"] for row in steps) < 1  # more than a plain engine is allowed
+    assert not trained("plain", 1e-6, sync_tolerance=1.0)
+    assert "earlier version" in caplog.text
+    assert not trained("far", 0.05, quantized_engine=True)
+    assert "and 1 is allowed (rollout.sync_tolerance)" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("trap", "said"),
     [
@@ -263,6 +284,22 @@ def test_a_server_that_cannot_take_weights_or_has_no_room_is_said_before(task: A
     long = "tokens of prompt and completion"
     refused(vllm.contract(task.model), "vllm", long, max_completion_tokens=2000)
     refused(lmdeploy.contract(task.model), "lmdeploy", r"only when it starts.*rollout.launch.python")
+
+
+@pytest.mark.parametrize("module", [lmdeploy, openai], ids=["lmdeploy", "openai"])
+def test_a_server_that_wants_a_key_says_so_and_with_it_serves(
+    task: Any, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = replace(lmdeploy.Flags.as_it_should() if module is lmdeploy else openai.Flags(), api_key="secret")
+    kind = "lmdeploy" if module is lmdeploy else "openai"
+    with server.serving(module.contract(task.model, flags)) as serving:
+        config = task.config(Path("run"), rollout=over(kind, serving.url)).rollout
+        with pytest.raises(ConfigError) as said:
+            reach(config, trains=False)
+        assert "set GROUPWISE_API_KEY to the key" in str(said.value)
+        assert "is a server, but" not in str(said.value)
+        monkeypatch.setenv("GROUPWISE_API_KEY", "secret")
+        assert [facts.model for facts in reach(config, trains=False)] == [str(task.model)]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "lmdeploy", "openai"])

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import pytest
@@ -26,7 +26,8 @@ from groupwise.weight_sync.folder import MANIFEST, WEIGHTS, read_weights, write_
 class Served:
     """A `groupwise serve` of the task's model, in a process of its own."""
 
-    def __init__(self, model: Path, *flags: str, port: int = 0) -> None:
+    def __init__(self, model: Path, *flags: str, port: int = 0, stderr: IO[str] | None = None) -> None:
+        self._stderr = stderr
         self._command = [sys.executable, "-m", "groupwise.cli", "serve", str(model), "--model.dtype", "float32", *flags]
         self.start(port)
         line = self.process.stdout.readline() if self.process.stdout else ""
@@ -36,7 +37,9 @@ class Served:
     def start(self, port: int) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [*self._command, "--port", str(port), "--model.device", "cpu"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=self._stderr, text=True, env=environment
+        )
 
     def kill_and_start_again(self) -> None:
         self.process.send_signal(signal.SIGKILL)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 
+from groupwise.checkpoint import read_part, save_checkpoint
 from groupwise.cli import main
 from groupwise.launch import run_training
-from groupwise.serve.text import GrowingText, for_template, tool_calls
 from tests.integration.test_http_engine import Served  # the same server, as a process
 
 
@@ -164,7 +163,7 @@ def test_chats_are_rendered_with_tools_and_answered(chatty: Served) -> None:
         ({"prompt": []}, 400, "empty"),
         ({"prompt": ""}, 400, "no tokens"),
         ({"prompt": [10**9]}, 400, "embeddings for"),
-        ({"logprobs": 5}, 400, "logprobs"),
+        ({"logprobs": 21}, 400, "logprobs"),
         ({"best_of": 4}, 400, "best_of"),
         ({"echo": True}, 400, "echo"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty"),
@@ -195,31 +194,43 @@ def test_what_is_no_request_is_said(served: Served, route: str, content: bytes) 
     assert answer.json()["error"]
 
 
-def test_hostile_clients_leave_nothing_behind(served: Served) -> None:
-    """A hundred megabytes, bodies that never end, streams that are left, connections that say nothing."""
-    with ThreadPoolExecutor(1) as pool:
-        large = pool.submit(
-            httpx.post, f"{served.url}/v1/completions", content=b'{"prompt": "' + b"a" * (100 << 20), timeout=60
-        )
-        with contextlib.suppress(httpx.WriteError):  # the answer came before all of it was sent
-            assert large.result().status_code == 413
-    host, port = served.url.removeprefix("http://").split(":")
-    silent = [socket.create_connection((host, int(port))) for _ in range(20)]
-    for each in silent:
-        each.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
-    long = {"prompt": "say red:", "max_tokens": 3000, "min_tokens": 3000, "stream": True}
-    for _ in range(3):
-        with httpx.stream("POST", f"{served.url}/v1/completions", json=long, timeout=60) as answer:
-            next(answer.iter_lines())
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{served.url}/v1/completions", json={**long, "stream": False}, timeout=0.3)
-    for each in silent:
-        each.close()
-    deadline = time.monotonic() + 20
-    while metric(served.url, "groupwise_samples_running") and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert metric(served.url, "groupwise_samples_running") == 0
-    assert complete(served.url, max_tokens=2).status_code == 200
+def test_the_likeliest_tokens_are_told_beside_each(chatty: Served) -> None:
+    asked: dict[str, Any] = {"prompt": "say red:", "max_tokens": 6, "seed": 3, "return_token_ids": True}
+    plain = complete(chatty.url, **asked, logprobs=0).json()["choices"][0]
+    (choice,) = complete(chatty.url, **asked, logprobs=3).json()["choices"]
+    assert plain["logprobs"]["top_logprobs"] is None
+    assert {**choice["logprobs"], "top_logprobs": None} == plain["logprobs"]
+    names, values = choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"]
+    for name, value, told in zip(names, values, choice["logprobs"]["top_logprobs"], strict=True):
+        assert told[name] == value  # the drawn one is among them
+        assert len(told) == 3 + (name not in list(told)[:3])
+        assert sorted(told.values(), reverse=True) == list(told.values())
+    parts = streamed(chatty.url, "/v1/completions", **asked, logprobs=3)
+    streamed_ones = [top for part in parts for top in part["choices"][0]["logprobs"]["top_logprobs"]]
+    assert streamed_ones == choice["logprobs"]["top_logprobs"]
+
+    talk: dict[str, Any] = {"max_tokens": 5, "seed": 2, "logprobs": True, "return_token_ids": True}
+    (answer,) = chat(chatty.url, **talk, top_logprobs=2).json()["choices"]
+    (bare,) = chat(chatty.url, **talk).json()["choices"]
+    assert answer["token_ids"] == bare["token_ids"]
+    for entry, alone in zip(answer["logprobs"]["content"], bare["logprobs"]["content"], strict=True):
+        first, second = entry["top_logprobs"]
+        assert first["logprob"] >= second["logprob"]
+        assert first.keys() == alone.keys() - {"top_logprobs"}
+        assert {**entry, "top_logprobs": []} == alone
+    refused = chat(chatty.url, top_logprobs=2)
+    assert refused.status_code == 400
+    assert "set logprobs" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_stream_says_how_much_it_was_so_far_where_it_is_asked(served: Served, told: bool) -> None:
+    options = {"continuous_usage_stats": told, "include_usage": True}
+    asked = {"prompt": "say red:", "max_tokens": 9, "n": 2, "stream_options": options, "logprobs": 0}
+    *chunks, last = streamed(served.url, "/v1/completions", **asked)
+    usages = [chunk["usage"]["completion_tokens"] for chunk in chunks if "usage" in chunk]
+    assert usages == sorted(usages)
+    assert usages[-1:] == ([last["usage"]["completion_tokens"]] if told else [])
 
 
 def test_two_hundred_clients_at_once_get_what_each_would_alone(served: Served) -> None:
@@ -280,35 +291,64 @@ def test_a_run_is_followed(task: Any, tmp_path: Path, lora: dict[str, Any]) -> N
         final.stop()
 
 
+def wait_until(true: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+        time.sleep(0.1)
+
+
+class Part:
+    """A part of a checkpoint with this state."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError("it is only saved")
+
+
+def test_what_goes_wrong_in_a_followed_run_leaves_the_server_as_it_was(task: Any, tmp_path: Path) -> None:
+    """Checkpoints whose weights nobody expects: each is passed over, no weight of it is taken, and the next is looked
+    at."""
+    run, errors = tmp_path / "run", tmp_path / "errors"
+    run_training(task.config(run, train={"steps": 1, "save_every": 1}))
+    good = run / "checkpoints" / "step_000001"
+    masters: dict[str, Any] = read_part(good, "policy", "optimizer", "masters")
+    last = max(masters)
+    zeros = {name: torch.zeros_like(master) for name, master in masters.items()}
+    damaged: dict[int, Any] = {3: ["no table of weights"], 4: {**zeros, last: torch.zeros(3)}}
+    asked = {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0, "return_token_ids": True, "logprobs": 0}
+
+    def save(step: int, weights: Any) -> None:
+        state = {"dtype": "float32", "optimizer": {"masters": weights}}
+        save_checkpoint(run / "checkpoints", step, {"policy": Part(state)}, keep=9)
+
+    with errors.open("w") as stream:
+        server = Served(run, "--follow", stderr=stream)
+    try:
+        before = complete(server.url, **asked).json()["choices"]
+        for step, weights in damaged.items():
+            said = errors.read_text().count("step 1 goes on")
+            save(step, weights)
+            wait_until(lambda: errors.read_text().count("step 1 goes on") > said)  # noqa: B023
+            assert complete(server.url, **asked).json()["choices"] == before
+            assert httpx.get(f"{server.url}/health").json()["version"] == 1
+        assert "has no attribute" in errors.read_text()  # nobody expected that
+        assert "another model than is served" in errors.read_text()
+        save(7, zeros)
+        wait_until(lambda: httpx.get(f"{server.url}/health").json()["version"] == 7)
+        assert complete(server.url, **asked).json()["choices"] != before
+    finally:
+        server.stop()
+
+
 def test_only_a_run_can_be_followed(task: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(task.model), "--follow"]) == 2
     assert "no run directory" in capsys.readouterr().err
-
-
-def test_text_grows_by_whole_characters_and_never_shows_a_stop() -> None:
-    tokens = list("ab日本x<stop>never".encode())
-
-    def decode(ids: Any) -> str:
-        return bytes(ids).decode(errors="replace")
-
-    for size in (1, 2, 3, 7):
-        text = GrowingText(decode, stops=("<stop>",))
-        shown = [text.add(tokens[at : at + size]) for at in range(0, len(tokens), size)]
-        assert "".join([*shown, text.end()]) == "ab日本x"
-        assert text.stopped
-    rest = GrowingText(decode, stops=("<stop>",))
-    assert rest.add(list(b"a<st")) == "a"
-    assert rest.end() == "<st"
-
-
-def test_calls_of_tools_are_read_and_other_text_stays() -> None:
-    text, calls = tool_calls('so <tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>')
-    assert text == "so"
-    assert calls[0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
-    for other in ("<tool_call>{}</tool_call>", "<tool_call>{no}</tool_call>", "<tool_call>", "plain"):
-        assert tool_calls(other) == (other, [])
-    with pytest.raises(ValueError, match="another type"):
-        for_template({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]})
 
 
 def resident_mib(pid: int) -> float:

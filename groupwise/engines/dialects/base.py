@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
-from groupwise.engines.connection import Connection
+from pydantic import BaseModel, Field, ValidationError
+
+from groupwise.engines.connection import Connection, NoKey, Refused
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
 from groupwise.inputs import SampleKey
 from groupwise.protocols import EngineCaps
-from groupwise.types import FinishReason, SampleRequest
+from groupwise.types import FinishReason, SampleRequest, SamplingParams
+
+Said = TypeVar("Said", bound=BaseModel)
+
+CONTROL_SECONDS = 60.0
+"""Longest wait for a control route that has little to do: one that is asked while the engine dies never answers."""
 
 Answer: TypeAlias = Any
 """JSON, as a server sent it."""
@@ -174,25 +182,63 @@ class KeptOld(EngineError):
     """The engine refused new weights before it touched what it has."""
 
 
+class Card(BaseModel):
+    """One of the models that a server lists.
+
+    Attributes:
+        parent: of an adapter: its base.
+    """
+
+    id: str
+    max_model_len: int | None = None
+    parent: str | None = None
+
+
+class Models(BaseModel):
+    """The answer of `/v1/models`."""
+
+    data: tuple[Card, ...] = Field(min_length=1)
+
+
+@contextmanager
+def recognising(server: Connection, other: str) -> Generator[None]:
+    """Around what only a server of one kind answers.
+
+    Args:
+        other: what the sentence says of a server of another kind, such as "none of vLLM".
+
+    Raises:
+        NoKey: it wants a key before it says anything.
+        EngineError: it is of another kind.
+    """
+    try:
+        yield
+    except NoKey:
+        raise
+    except (Refused, ValidationError) as error:
+        said = error.said if isinstance(error, Refused) else "it does not say which model it has"
+        raise EngineError(f"{server.url} is a server, but {other}: {said}") from error
+
+
+def parsed(kind: type[Said], answer: Answer, *, wanted: str = "the answer is no completion") -> Said:
+    """The answer, as what it was to be.
+
+    Args:
+        wanted: what the sentence says of one that is not.
+
+    Raises:
+        EngineError: it is not.
+    """
+    try:
+        return kind.model_validate(answer)
+    except ValidationError as error:
+        raise EngineError(f"{wanted}: {error}") from error
+
+
 def new_name() -> str:
     """Of one length, because an engine aborts whatever begins so, and new for each try, because an engine may still
     have the one before."""
     return uuid.uuid4().hex
-
-
-def adapter_name(version: int) -> str:
-    """New for each version, so that none is ever taken for another."""
-    return f"policy-{version:06d}"
-
-
-def old_adapter(version: int) -> str | None:
-    """The one that need not be there any more, once `version` is: the one before that stays until it is proven."""
-    return adapter_name(version - 2) if version >= 2 else None
-
-
-def no_sleep(url: str, flag: str, said: str) -> str:
-    """The sentence for a server that does not give its memory back."""
-    return f"{url} does not sleep: {said}; start it with {flag}, or leave rollout.engine_sleeps out"
 
 
 def seed_of(key: SampleKey, *, seed: int, position: int, bits: int) -> int:
@@ -209,3 +255,15 @@ def seed_of(key: SampleKey, *, seed: int, position: int, bits: int) -> int:
 def tokens_of(request: SampleRequest) -> list[int]:
     """Prompt, and what follows it already."""
     return [*request.prompt.token_ids, *request.continues.token_ids]
+
+
+def distribution(sampling: SamplingParams) -> dict[str, float]:
+    """What the next token is drawn from, in the names that most engines have. Every value is sent: what is left out
+    may be another than here."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+    }

@@ -10,17 +10,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from groupwise.engines.connection import Connection, Refused
-from groupwise.engines.dialects.base import Answer, Call, Drawn, Facts, Whose, new_name, seed_of, tokens_of
+from groupwise.engines.connection import Connection
+from groupwise.engines.dialects.base import (
+    CONTROL_SECONDS,
+    Answer,
+    Call,
+    Drawn,
+    Facts,
+    Models,
+    Whose,
+    distribution,
+    new_name,
+    parsed,
+    recognising,
+    seed_of,
+    tokens_of,
+)
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
 from groupwise.protocols import EngineCaps
 from groupwise.types import FinishReason, SampleRequest
 
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
-_CONTROL_SECONDS = 60.0
 _CHAT = "/v1/chat/completions"
 
 
@@ -42,19 +55,11 @@ class _Scored(BaseModel):
     meta_info: _Meta
 
 
-class _Card(BaseModel):
-    id: str
-
-
-class _Models(BaseModel):
-    data: tuple[_Card, ...] = Field(min_length=1)
-
-
 class LmDeploy:
     """Over HTTP; nothing of LMDeploy is imported.
 
     Args:
-        temperature: that samples are learned at.
+        logprobs: samples are learned at the temperature 1, which its log-probs are of.
     """
 
     health = alive = "/health"
@@ -62,17 +67,13 @@ class LmDeploy:
     restarts = True
     stops = False
 
-    def __init__(self, *, temperature: float = 1.0) -> None:
-        self.caps = EngineCaps(
-            name="lmdeploy", exact_logprobs=False, seeded=True, logprobs=temperature == 1.0, scores=True
-        )
+    def __init__(self, *, logprobs: bool = True) -> None:
+        self.caps = EngineCaps(name="lmdeploy", exact_logprobs=False, seeded=True, logprobs=logprobs, scores=True)
 
     async def reach(self, server: Connection) -> Facts:
         """See `Dialect.reach`; it says nothing of versions."""
-        try:
-            models = _Models.model_validate(await server.get("/v1/models"))
-        except (Refused, ValidationError) as error:
-            raise EngineError(f"{server.url} is a server, but none of LMDeploy: {error}") from error
+        with recognising(server, "none of LMDeploy"):
+            models = Models.model_validate(await server.get("/v1/models"))
         problem = (
             f"{server.url} cannot be given weights: LMDeploy reads a folder only when it starts; let the run start it, "
             "with rollout.launch.python"
@@ -104,11 +105,7 @@ class LmDeploy:
             "input_ids": tokens_of(request),
             "seed": seed_of(request.key, seed=sampling.seed, position=len(request.continues), bits=32),
             "n": 1,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
+            **distribution(sampling),
             "max_completion_tokens": sampling.max_tokens,
             "min_new_tokens": sampling.min_tokens,
             "skip_special_tokens": False,
@@ -119,10 +116,7 @@ class LmDeploy:
 
     def drawn(self, answer: Answer) -> Drawn:
         """See `Dialect.drawn`."""
-        try:
-            choice = _Reply.model_validate(answer).choices[0]
-        except ValidationError as error:
-            raise EngineError(f"the answer is no completion: {error}") from error
+        choice = parsed(_Reply, answer).choices[0]
         tokens, pairs = choice.output_ids or (), choice.output_token_logprobs or ()
         if tuple(token for _, token in pairs) != tokens:
             raise EngineError(
@@ -152,10 +146,8 @@ class LmDeploy:
 
     def scores(self, answer: Answer) -> tuple[float, ...]:
         """See `Dialect.scores`."""
-        try:
-            pairs = _Scored.model_validate(answer).meta_info.input_token_logprobs or ()
-        except ValidationError as error:
-            raise EngineError(f"LMDeploy gave no log-probs of the prompt: {error}") from error
+        found = parsed(_Scored, answer, wanted="LMDeploy gave no log-probs of the prompt")
+        pairs = found.meta_info.input_token_logprobs or ()
         return tuple(min(0.0, value) for value, _ in pairs)
 
     async def load(self, server: Connection, ref: WeightRef, facts: Facts) -> None:
@@ -170,4 +162,4 @@ class LmDeploy:
     async def abort(self, server: Connection, names: Sequence[str] | None) -> None:
         """Of single ones it hears nothing: they end when their connection does."""
         if names is None:
-            await server.post("/abort_request", {"abort_all": True}, seconds=_CONTROL_SECONDS)
+            await server.post("/abort_request", {"abort_all": True}, seconds=CONTROL_SECONDS)

@@ -9,10 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from groupwise.engines.connection import Connection, Refused
-from groupwise.engines.dialects.base import Answer, Call, Drawn, Facts, Whose, new_name, seed_of, tokens_of
+from groupwise.engines.connection import Connection
+from groupwise.engines.dialects.base import (
+    Answer,
+    Call,
+    Drawn,
+    Facts,
+    Models,
+    Whose,
+    new_name,
+    parsed,
+    recognising,
+    seed_of,
+    tokens_of,
+)
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
 from groupwise.protocols import EngineCaps
@@ -37,15 +49,6 @@ class _Reply(BaseModel):
     choices: tuple[_Choice, ...] = Field(min_length=1, max_length=1)
 
 
-class _Card(BaseModel):
-    id: str
-    max_model_len: int | None = None
-
-
-class _Models(BaseModel):
-    data: tuple[_Card, ...] = Field(min_length=1)
-
-
 class OpenAi:
     """Over HTTP."""
 
@@ -59,10 +62,8 @@ class OpenAi:
 
     async def reach(self, server: Connection) -> Facts:
         """See `Dialect.reach`."""
-        try:
-            models = _Models.model_validate(await server.get(self.health))
-        except (Refused, ValidationError) as error:
-            raise EngineError(f"{server.url} lists no models as OpenAI does: {error}") from error
+        with recognising(server, "lists no models as OpenAI does"):
+            models = Models.model_validate(await server.get(self.health))
         return Facts(models.data[0].id, models.data[0].max_model_len, problem="it takes no weights")
 
     async def probe(self, server: Connection) -> None:
@@ -95,10 +96,7 @@ class OpenAi:
 
     def drawn(self, answer: Answer) -> Drawn:
         """See `Dialect.drawn`."""
-        try:
-            choice = _Reply.model_validate(answer).choices[0]
-        except ValidationError as error:
-            raise EngineError(f"the answer is no completion: {error}") from error
+        choice = parsed(_Reply, answer).choices[0]
         reason = str(choice.finish_reason)
         return Drawn(
             _tokens(choice),

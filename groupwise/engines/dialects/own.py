@@ -5,15 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field
 
 from groupwise.engines import wire
-from groupwise.engines.connection import Connection, NoKey, Refused
-from groupwise.engines.dialects.base import Answer, Call, Drawn, Facts, KeptOld, Whose, tokens_of
+from groupwise.engines.connection import Connection, Refused
+from groupwise.engines.dialects.base import (
+    Answer,
+    Call,
+    Card,
+    Drawn,
+    Facts,
+    KeptOld,
+    Whose,
+    parsed,
+    recognising,
+    tokens_of,
+)
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
 from groupwise.protocols import EngineCaps
 from groupwise.types import SampleRequest
+
+
+class _Card(Card):
+    groupwise: wire.ServedModel
+
+
+class _Models(BaseModel):
+    data: tuple[_Card, ...] = Field(min_length=1)
 
 
 class Own:
@@ -33,21 +52,10 @@ class Own:
 
     async def reach(self, server: Connection) -> Facts:
         """What model it has; see `Dialect.reach`."""
-        try:
-            model = (await server.get(wire.MODELS))["data"][0]
-            served = wire.ServedModel.model_validate(model["groupwise"])
-            return Facts(
-                model["id"], model["max_model_len"], str(served.version), identity=served.identity, exact=served.exact
-            )
-        except NoKey:
-            raise
-        except Refused as error:
-            raise EngineError(f"{server.url} is a server, but none of `groupwise serve`: {error.said}") from error
-        except (KeyError, IndexError, TypeError, ValidationError) as error:
-            raise EngineError(
-                f"{server.url} is a server, but none of `groupwise serve`: it does not say what model it has "
-                f"({type(error).__name__})"
-            ) from error
+        with recognising(server, "none of `groupwise serve`"):
+            model = _Models.model_validate(await server.get(wire.MODELS)).data[0]
+        served = model.groupwise
+        return Facts(model.id, model.max_model_len, str(served.version), identity=served.identity, exact=served.exact)
 
     async def probe(self, server: Connection) -> None:
         """Its front and its engine are one process."""
@@ -82,10 +90,7 @@ class Own:
 
     def drawn(self, answer: Answer) -> Drawn:
         """See `Dialect.drawn`."""
-        try:
-            choice = wire.GenerateReply.model_validate(answer).choices[0]
-        except ValidationError as error:
-            raise EngineError(f"the answer is no completion: {error}") from error
+        choice = parsed(wire.GenerateReply, answer).choices[0]
         return drawn_of(choice)
 
     def score(self, token_ids: Sequence[int], *, facts: Facts) -> Call | None:

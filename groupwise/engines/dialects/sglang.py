@@ -5,32 +5,29 @@ It has to be started with `--enable-deterministic-inference`: without, it ignore
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from groupwise.engines.connection import Connection, NoKey, Refused
+from groupwise.engines.connection import Connection, Refused
 from groupwise.engines.dialects.base import (
     Answer,
     Call,
     Drawn,
     Facts,
     Whose,
-    adapter_name,
-    new_name,
-    no_sleep,
-    old_adapter,
+    distribution,
+    parsed,
+    recognising,
     seed_of,
     tokens_of,
 )
-from groupwise.engines.weights import WeightKind, WeightRef
+from groupwise.engines.dialects.updated import Updated, adapter_name
+from groupwise.engines.weights import WeightRef
 from groupwise.errors import EngineError
-from groupwise.protocols import EngineCaps
 from groupwise.types import FinishReason, SampleRequest
 
-_CONTROL_SECONDS = 60.0
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
@@ -74,30 +71,19 @@ class _Started(BaseModel):
     enable_deterministic_inference: bool | None = None
 
 
-class SgLang:
-    """Over HTTP; nothing of SGLang is imported. Arguments as for `Vllm`."""
+class SgLang(Updated):
+    """See `Updated`. All its requests' names are of one length: `/abort_request` ends whatever begins with one."""
 
+    engine = "sglang"
+    unload = "/unload_lora_adapter"
+    sleeper = "--enable-memory-saver"
     health = alive = "/health"  # it draws a token
-    restarts = False
-    stops = True
-
-    def __init__(
-        self, *, kind: Literal["model", "adapter"], stop_token_ids: Sequence[int], load_seconds: float = 600.0
-    ) -> None:
-        self.caps = EngineCaps(name="sglang", exact_logprobs=False, seeded=True, scores=True)
-        self.takes: Sequence[WeightKind] = (kind,)
-        self._stops = tuple(stop_token_ids)
-        self._load_seconds = load_seconds
 
     async def reach(self, server: Connection) -> Facts:
         """See `Dialect.reach`."""
-        try:
+        with recognising(server, "none of SGLang 0.5.23 or newer"):
             info = _Info.model_validate(await server.get("/model_info"))
             started = _Started.model_validate(await server.get("/server_info"))
-        except NoKey:
-            raise
-        except (Refused, ValidationError) as error:
-            raise EngineError(f"{server.url} is a server, but none of SGLang 0.5.23 or newer: {error}") from error
         problem = ""
         if started.enable_deterministic_inference is False:
             problem = (
@@ -113,10 +99,6 @@ class SgLang:
         """This route draws a token."""
         await server.get("/health_generate", seconds=30.0)
 
-    def name(self, request: SampleRequest) -> str:
-        """All of one length: `/abort_request` ends whatever begins with the name."""
-        return new_name()
-
     def proof(self, request: SampleRequest, *, name: str, facts: Facts, whose: Whose = "policy") -> Call:
         """`ignore_eos` makes it deaf to every stop token."""
         params = {**self._params(request), "ignore_eos": True}
@@ -127,20 +109,16 @@ class SgLang:
         sampling = request.sampling
         params = {
             **self._params(request),
+            **self._ends(sampling),
             "min_new_tokens": sampling.min_tokens,
-            "stop": list(sampling.stop),
-            "stop_token_ids": sorted({*self._stops, *sampling.stop_token_ids}),
         }
         return self._call(request, params, name=name, adapter=True)
 
     def _params(self, request: SampleRequest) -> dict[str, Any]:
         sampling = request.sampling
         return {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
+            **distribution(sampling),
             "top_k": sampling.top_k or -1,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
             "max_new_tokens": sampling.max_tokens,
             "sampling_seed": seed_of(request.key, seed=sampling.seed, position=len(request.continues), bits=31),
             "skip_special_tokens": False,
@@ -155,13 +133,13 @@ class SgLang:
             "return_logprob": True,
             "cache_salt": f"v{request.policy_version}/{adapter}",
         }
-        if adapter and self.takes == ("adapter",):
+        if adapter and self._adapts:
             body["lora_path"] = adapter_name(request.policy_version)
         return Call("/generate", body)
 
     def drawn(self, answer: Answer) -> Drawn:
         """See `Dialect.drawn`; a log-prob that is no number comes as a stop of that name."""
-        reply = _read(answer)
+        reply = parsed(_Reply, answer)
         meta = reply.meta_info
         pairs = meta.output_token_logprobs or ()
         if tuple(token for _, token, _ in pairs) != reply.output_ids:
@@ -176,13 +154,13 @@ class SgLang:
             reply.output_ids,
             tuple(-9999.0 if value is None else min(0.0, value) for value, _, _ in pairs),
             finish,
-            () if self.takes == ("adapter",) else versions,  # the label is the base's
+            () if self._adapts else versions,  # the label is the base's
             error=error,
         )
 
     def score(self, token_ids: Sequence[int], *, facts: Facts) -> Call | None:
         """The prompt's log-probs, of one sample of one token. With an adapter, drawing alone proves it, as for vLLM."""
-        if self.takes == ("adapter",):
+        if self._adapts:
             return None
         body: dict[str, Any] = {
             "input_ids": list(token_ids),
@@ -194,30 +172,26 @@ class SgLang:
 
     def scores(self, answer: Answer) -> tuple[float, ...]:
         """See `Dialect.scores`."""
-        pairs = _read(answer).meta_info.input_token_logprobs or ()
+        pairs = parsed(_Reply, answer).meta_info.input_token_logprobs or ()
         if len(pairs) < 2 or any(value is None for value, _, _ in pairs[1:]):
             raise EngineError("SGLang gave no log-probs of the prompt")
         return tuple(value for value, _, _ in pairs[1:] if value is not None)
 
-    async def load(self, server: Connection, ref: WeightRef, facts: Facts) -> None:
-        """See `Dialect.load`. What fails is torn: SGLang's way back reads the new folder, not the old."""
-        if ref.kind == "adapter":
-            await self._load_adapter(server, ref)
-            return
-        await server.post("/pause_generation", {"mode": "abort"}, seconds=_CONTROL_SECONDS)
+    async def _load_model(self, server: Connection, ref: WeightRef) -> None:
+        """What fails is torn: SGLang's way back reads the new folder, not the old."""
+        await self._control(server, "/pause_generation", {"mode": "abort"})
         body = {"model_path": str(ref.folder), "weight_version": str(ref.version), "flush_cache": True}
         try:
             await server.post("/update_weights_from_disk", body, seconds=self._load_seconds)
         except Refused as refused:
             if "cache" not in refused.said or "not flushed" not in refused.said:
                 raise EngineError(f"version {ref.version} was not loaded: {refused}") from refused
-            await server.post("/flush_cache", seconds=_CONTROL_SECONDS)  # the weights did change
-        await server.post("/continue_generation", {}, seconds=_CONTROL_SECONDS)
+            await self._control(server, "/flush_cache")  # the weights did change
+        await self._control(server, "/continue_generation")
 
-    async def _load_adapter(self, server: Connection, ref: WeightRef) -> None:
-        body = {"lora_name": adapter_name(ref.version), "lora_path": str(ref.folder)}
+    async def _load_adapter(self, server: Connection, ref: WeightRef, named: Mapping[str, str]) -> None:
         try:
-            found = _Outcome.model_validate(await server.post("/load_lora_adapter", body, seconds=self._load_seconds))
+            found = _Outcome.model_validate(await server.post("/load_lora_adapter", named, seconds=self._load_seconds))
         except Refused as refused:
             found = _Outcome(message=refused.said)
         if not found.success and "already" not in found.message:
@@ -225,32 +199,16 @@ class SgLang:
                 f"{server.url}: the adapter was not loaded: {found.message}; SGLang needs --enable-lora, and "
                 "--max-lora-rank that is large enough"
             )
-        if old := old_adapter(ref.version):
-            with suppress(Refused):  # it was unloaded before, or never there
-                await server.post("/unload_lora_adapter", {"lora_name": old}, seconds=_CONTROL_SECONDS)
 
-    async def sleep(self, server: Connection) -> None:
-        """It has to be started with `--enable-memory-saver`."""
-        try:
-            await server.post("/release_memory_occupation", {}, seconds=_CONTROL_SECONDS)
-        except NoKey:
-            raise
-        except Refused as refused:
-            raise EngineError(no_sleep(server.url, "--enable-memory-saver", refused.said)) from refused
+    async def _fall_asleep(self, server: Connection) -> None:
+        await self._control(server, "/release_memory_occupation")
 
     async def wake(self, server: Connection) -> None:
         """See `Dialect.wake`."""
-        await server.post("/resume_memory_occupation", {}, seconds=_CONTROL_SECONDS)
+        await self._control(server, "/resume_memory_occupation")
 
     async def abort(self, server: Connection, names: Sequence[str] | None) -> None:
         """See `Dialect.abort`."""
         bodies: list[dict[str, Any]] = [{"abort_all": True}] if names is None else [{"rid": name} for name in names]
         for body in bodies:
-            await server.post("/abort_request", body, seconds=_CONTROL_SECONDS)
-
-
-def _read(answer: Answer) -> _Reply:
-    try:
-        return _Reply.model_validate(answer)
-    except ValidationError as error:
-        raise EngineError(f"the answer is no completion: {error}") from error
+            await self._control(server, "/abort_request", body)

@@ -7,9 +7,9 @@ and with the worker extension, which verifies weights and keeps a tied head's pa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -20,23 +20,20 @@ from groupwise.engines.dialects.base import (
     Drawn,
     Facts,
     KeptOld,
+    Models,
     Whose,
-    adapter_name,
-    new_name,
-    no_sleep,
-    old_adapter,
+    distribution,
+    parsed,
+    recognising,
     seed_of,
     tokens_of,
 )
-from groupwise.engines.weights import WeightKind, WeightRef
+from groupwise.engines.dialects.updated import Updated, adapter_name
+from groupwise.engines.weights import WeightRef
 from groupwise.errors import EngineError, EngineLost
-from groupwise.protocols import EngineCaps
 from groupwise.types import FinishReason, SampleRequest
 
 _GENERATE = "/inference/v1/generate"
-_CONTROL_SECONDS = 60.0
-"""Longest wait for a control route that has little to do: one that is asked while the engine dies never answers."""
-
 _ABORT_PREFIX = "generate-tokens-"
 """Without it, the route answers 200 and aborts nothing."""
 
@@ -102,49 +99,35 @@ class _Results(BaseModel):
 _Reply.model_rebuild()
 
 
-class Vllm:
-    """Over HTTP; nothing of vLLM is imported.
+class Vllm(Updated):
+    """See `Updated`."""
 
-    Args:
-        kind: what it is given: a whole model, or an adapter of a base that it serves.
-        stop_token_ids: the model's own.
-        load_seconds: longest wait for weights to be loaded.
-    """
-
+    engine = "vllm"
+    unload = "/v1/unload_lora_adapter"
+    sleeper = "--enable-sleep-mode"
     health = "/health"
     alive = "/weight_info"  # the other says 200 while the engine behind it is frozen
-    restarts = False
-    stops = True
-
-    def __init__(
-        self, *, kind: Literal["model", "adapter"], stop_token_ids: Sequence[int], load_seconds: float = 600.0
-    ) -> None:
-        self.caps = EngineCaps(name="vllm", exact_logprobs=False, seeded=True, scores=True)
-        self.takes: Sequence[WeightKind] = (kind,)
-        self._stops = tuple(stop_token_ids)
-        self._load_seconds = load_seconds
 
     async def reach(self, server: Connection) -> Facts:
         """See `Dialect.reach`."""
+        with recognising(server, "none of vLLM"):
+            models = Models.model_validate(await server.get("/v1/models")).data
+        base = next((model for model in models if not model.parent), None)
+        if base is None:
+            raise EngineError(f"{server.url} is a server, but none of vLLM: it lists adapters alone")
+        facts = Facts(base.id, base.max_model_len)
         try:
-            models = await server.get("/v1/models")
-            base = next(model for model in models["data"] if not model.get("parent"))
-            name, positions = str(base["id"]), base.get("max_model_len")
+            told = await server.get("/weight_info")
         except NoKey:
             raise
-        except Refused as error:
-            raise EngineError(f"{server.url} is a server, but none of vLLM: {error.said}") from error
-        except (KeyError, StopIteration, TypeError, AttributeError) as error:
-            raise EngineError(f"{server.url} is a server, but none of vLLM: it lists no model") from error
-        try:
-            info = _Info.model_validate(await server.get("/weight_info"))
         except Refused as refused:
             problem = (
                 f"{server.url} does not take weights ({refused.status}); start vLLM with VLLM_SERVER_DEV_MODE=1, as "
                 "`groupwise engine command` prints it"
             )
-            return Facts(name, positions, problem=problem)
-        return Facts(name, positions, info.weight_version)
+            return replace(facts, problem=problem)
+        with recognising(server, "none of vLLM"):
+            return replace(facts, version=_Info.model_validate(told).weight_version)
 
     async def probe(self, server: Connection) -> None:
         """`/health` says 200 while the engine behind it is frozen; this route asks it."""
@@ -154,18 +137,13 @@ class Vllm:
             if refused.status != _NOT_FOUND:  # it is not there where the server takes no weights
                 raise EngineLost(str(refused)) from refused
 
-    def name(self, request: SampleRequest) -> str:
-        """See `Dialect.name`."""
-        return new_name()
-
     def sample(self, request: SampleRequest, *, name: str, facts: Facts) -> Call:
         """One request per sample, each with a seed: neighbours of one request with `n` share theirs."""
         sampling = request.sampling
         params = {
             **self._params(request),
+            **self._ends(sampling),
             "min_tokens": sampling.min_tokens,
-            "stop": list(sampling.stop),
-            "stop_token_ids": sorted({*self._stops, *sampling.stop_token_ids}),
         }
         return self._call(request, params, name=name, model=self._model(request.policy_version, facts))
 
@@ -177,11 +155,7 @@ class Vllm:
     def _params(self, request: SampleRequest) -> dict[str, Any]:
         sampling = request.sampling
         return {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
+            **distribution(sampling),
             "seed": seed_of(request.key, seed=sampling.seed, position=len(request.continues), bits=62),
             "n": 1,
             "max_tokens": sampling.max_tokens,
@@ -202,7 +176,7 @@ class Vllm:
 
     def drawn(self, answer: Answer) -> Drawn:
         """See `Dialect.drawn`."""
-        choice = _read(answer).choices[0]
+        choice = parsed(_Reply, answer).choices[0]
         content = () if choice.logprobs is None else choice.logprobs.content
         named = tuple(each.token_id for each in content)
         if named != choice.token_ids:
@@ -219,34 +193,30 @@ class Vllm:
     def score(self, token_ids: Sequence[int], *, facts: Facts) -> Call | None:
         """`prompt_logprobs`, which vLLM computes past its prefix cache. With adapters switched on, it ends vLLM's CPU
         engine (0.32: its LoRA layers take the prompt's rows for those of samples); then drawing alone proves it."""
-        if self.takes == ("adapter",):
+        if self._adapts:
             return None
         params = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
         return Call(_GENERATE, {"model": facts.model, "token_ids": list(token_ids), "sampling_params": params})
 
     def scores(self, answer: Answer) -> tuple[float, ...]:
         """See `Dialect.scores`."""
-        found = _read(answer).prompt_logprobs
+        found = parsed(_Reply, answer).prompt_logprobs
         if not found or any(each is None or not each for each in found[1:]):
             raise EngineError("vLLM gave no log-probs of the prompt")
         return tuple(next(iter(each.values())).logprob for each in found[1:] if each is not None)
 
     def _model(self, version: int, facts: Facts) -> str:
         """An adapter has a new name for each version, so that none is ever taken for another."""
-        return facts.model if self.takes == ("model",) else adapter_name(version)
+        return adapter_name(version) if self._adapts else facts.model
 
-    async def load(self, server: Connection, ref: WeightRef, facts: Facts) -> None:
-        """See `Dialect.load`."""
-        if ref.kind == "adapter":
-            await self._load_adapter(server, ref)
-            return
+    async def _load_model(self, server: Connection, ref: WeightRef) -> None:
         await self._control(server, "/pause", query={"mode": "abort"})
-        await self._load_model(server, ref)
+        await self._load_weights(server, ref)
         await self._flush(server)
         await self._control(server, "/update_weight_version", {"new_version": str(ref.version)})
         await self._control(server, "/resume")
 
-    async def _load_model(self, server: Connection, ref: WeightRef) -> None:
+    async def _load_weights(self, server: Connection, ref: WeightRef) -> None:
         call = {"method": "groupwise_load", "kwargs": {"path": str(ref.folder), "version": ref.version}}
         answer: Answer = None
         try:
@@ -277,10 +247,9 @@ class Vllm:
             await asyncio.sleep(0.1)
         raise EngineError(f"{server.url} does not forget what it cached with other weights")
 
-    async def _load_adapter(self, server: Connection, ref: WeightRef) -> None:
-        body = {"lora_name": adapter_name(ref.version), "lora_path": str(ref.folder)}
+    async def _load_adapter(self, server: Connection, ref: WeightRef, named: Mapping[str, str]) -> None:
         try:
-            await server.post("/v1/load_lora_adapter", body, seconds=self._load_seconds)
+            await server.post("/v1/load_lora_adapter", named, seconds=self._load_seconds)
         except Refused as refused:
             if "already been loaded" not in refused.said:
                 raise EngineError(
@@ -288,18 +257,10 @@ class Vllm:
                     "large enough and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
                 ) from refused
         await self._control(server, "/update_weight_version", {"new_version": str(ref.version)})
-        if old := old_adapter(ref.version):
-            with suppress(Refused):  # it was unloaded before, or never there
-                await self._control(server, "/v1/unload_lora_adapter", {"lora_name": old})
 
-    async def sleep(self, server: Connection) -> None:
+    async def _fall_asleep(self, server: Connection) -> None:
         """Its weights go to the host's memory: of the two levels, the one that a failed load can come back from."""
-        try:
-            await self._control(server, "/sleep", query={"level": "1"})
-        except NoKey:
-            raise
-        except Refused as refused:
-            raise EngineError(no_sleep(server.url, "--enable-sleep-mode", refused.said)) from refused
+        await self._control(server, "/sleep", query={"level": "1"})
 
     async def wake(self, server: Connection) -> None:
         """See `Dialect.wake`."""
@@ -309,15 +270,3 @@ class Vllm:
         """See `Dialect.abort`."""
         body = {} if names is None else {"request_ids": [_ABORT_PREFIX + name for name in names]}
         await self._control(server, "/abort_requests", body)
-
-    async def _control(
-        self, server: Connection, route: str, body: dict[str, Any] | None = None, **query: dict[str, str]
-    ) -> Any:
-        return await server.post(route, body, seconds=_CONTROL_SECONDS, **query)
-
-
-def _read(answer: Answer) -> _Reply:
-    try:
-        return _Reply.model_validate(answer)
-    except ValidationError as error:
-        raise EngineError(f"the answer is no completion: {error}") from error

@@ -199,8 +199,8 @@ class _Step:
 
 
 def _params_of(running: Sequence[Sample], lanes: int, device: torch.device) -> RowParams | None:
-    """`[lanes]`, with padding; None unless every sample draws from the whole distribution: where no token is given, and
-    stop tokens can be drawn already."""
+    """`[lanes]`, with padding; None unless every sample draws from the whole distribution, and nothing but what it
+    draws is wanted: where no token is given, and stop tokens can be drawn already."""
     if not all(map(_draws_freely, running)):
         return None
     padding = [_PADDING] * (lanes - len(running))
@@ -209,4 +209,8 @@ def _params_of(running: Sequence[Sample], lanes: int, device: torch.device) -> R
 
 
 def _draws_freely(sample: Sample) -> bool:
-    return not sample.fed and len(sample.tokens) >= sample.begun + sample.request.sampling.min_tokens
+    return (
+        not sample.fed
+        and not sample.request.likeliest
+        and len(sample.tokens) >= sample.begun + sample.request.sampling.min_tokens
+    )

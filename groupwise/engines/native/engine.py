@@ -29,7 +29,7 @@ from groupwise.model.fast_gpu.layers import fused
 from groupwise.model.forward.hidden_states import depends_on_length
 from groupwise.model.loading import LoadedModel
 from groupwise.protocols import EngineCaps
-from groupwise.types import Completion, FinishReason, SampleRequest
+from groupwise.types import Completion, FinishReason, Likeliest, SampleRequest
 
 _LOOK_SECONDS = 0.02
 """How often a stream looks at what was drawn."""
@@ -37,10 +37,11 @@ _LOOK_SECONDS = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """Tokens `[n]` of a sample under way, and their log-probs."""
+    """Tokens `[n]` of a sample under way, and their log-probs; and the likeliest, where the request wants them."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    likeliest: tuple[Likeliest, ...] = ()
 
 
 class NativeEngine:
@@ -76,9 +77,9 @@ class NativeEngine:
 
     async def generate(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Completion]:
         outbox: Outbox = asyncio.Queue()
+        for request in requests:
+            self._check(request)
         samples = [Sample(request, outbox) for request in requests]
-        for sample in samples:
-            self._check(sample.request)
         self._begin(samples)
         arrived = 0
         try:
@@ -107,13 +108,16 @@ class NativeEngine:
                     raise completion
                 if completion is not None:
                     if len(completion.token_ids) > seen:
-                        yield Drawing(completion.token_ids[seen:], completion.logprobs[seen:])
+                        yield Drawing(
+                            completion.token_ids[seen:], completion.logprobs[seen:], completion.likeliest[seen:]
+                        )
                     yield completion
                     return
                 drawn, logprobs = tuple(sample.drawn[seen:]), tuple(sample.logprobs[seen:])
                 if drawn and len(drawn) == len(logprobs):
+                    likeliest = tuple(sample.likeliest[seen:])
                     seen += len(drawn)
-                    yield Drawing(drawn, logprobs)
+                    yield Drawing(drawn, logprobs, likeliest)
         finally:
             self._scheduler.remove([sample])
 
@@ -144,6 +148,7 @@ class NativeEngine:
             raise EngineError(
                 f"asked for policy version {request.policy_version}, but this engine holds {self._version}"
             )
+        self._scheduler.check(request)
 
     async def _work(self) -> None:
         """Step until nothing is left; other tasks (rewards) run between steps."""
@@ -233,6 +238,7 @@ class NativeEngine:
             policy_versions=(sample.request.policy_version,) * len(sample.logprobs),
             text=self._loaded.decode(sample.drawn),
             finish_reason=reason,
+            likeliest=tuple(sample.likeliest),
         )
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from groupwise.engines.native.sampling import Forbidden, RowParams, choose
+from groupwise.engines.native.sampling import Choice, Forbidden, RowParams, choose
 from groupwise.engines.native.scheduler import Sample
 from groupwise.engines.native.stopping import find_finish
 from groupwise.model.loading import LoadedModel
@@ -27,6 +27,7 @@ class Draws:
         self._forbidden: Forbidden | None = None
         self._holds = 0  # draws for which the forbidden tokens stay the same
         self._feeds = any(sample.fed for sample in samples)
+        self._likeliest = max(sample.request.likeliest for sample in samples)
 
     def next(self, logits: Tensor) -> list[tuple[Sample, FinishReason]]:
         """Give each sample a token from `logits [B, V]`; returns those that it ends, and why."""
@@ -44,11 +45,13 @@ class Draws:
             seen=self._seen,
             forbidden=self._forbidden,
             sums=self._loaded.head.row_sums,
+            likeliest=self._likeliest,
         )
         tokens = self._with_fed(choice.tokens) if self._feeds else choice.tokens
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], True)
         ended: list[tuple[Sample, FinishReason]] = []
+        self._tell(choice)
         for sample, token, logprob in zip(samples, ints(tokens), floats(choice.logprobs), strict=True):
             sample.tokens.append(token)
             if sample.fed:
@@ -60,6 +63,17 @@ class Draws:
                 ended.append((sample, reason))
         self._feeds = self._feeds and any(sample.fed for sample in samples)
         return ended
+
+    def _tell(self, choice: Choice) -> None:
+        """Give the likeliest tokens to the samples that want them, where one is drawn."""
+        if choice.likeliest is None or choice.their_logprobs is None:
+            return
+        width = choice.likeliest.shape[1]
+        pairs = tuple(zip(ints(choice.likeliest.flatten()), floats(choice.their_logprobs.flatten()), strict=True))
+        for row, sample in enumerate(self._samples):
+            if sample.request.likeliest and not sample.fed:
+                first = row * width
+                sample.likeliest.append(pairs[first : first + min(width, sample.request.likeliest)])
 
     def _with_fed(self, drawn: Tensor) -> Tensor:
         """`[B]`, with the token that is given where one is."""
@@ -76,7 +90,7 @@ class Draws:
             for row, (sample, count) in enumerate(zip(self._samples, left, strict=True))
             if count > 0
             for stop in (*self._loaded.stop_token_ids, *sample.request.sampling.stop_token_ids)
-            if stop < logits.shape[-1]
+            if 0 <= stop < logits.shape[-1]
         ]
         self._forbidden = Forbidden(*torch.tensor(pairs, device=logits.device).unbind(1)) if pairs else None
 

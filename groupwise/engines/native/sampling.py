@@ -6,7 +6,7 @@ does not depend on the rows beside it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,10 +77,30 @@ class Forbidden:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`tokens [B]` int64 and their `logprobs [B]` float32 under the policy at its temperature, before filters."""
+    """`tokens [B]` int64 and their `logprobs [B]` float32 under the policy at its temperature, before filters.
+
+    Attributes:
+        likeliest: `[B, K]` int64, the policy's most probable tokens, and `their_logprobs [B, K]`; None unless they are
+            asked for.
+    """
 
     tokens: Tensor
     logprobs: Tensor
+    likeliest: Tensor | None = None
+    their_logprobs: Tensor | None = None
+
+    @staticmethod
+    def of(tokens: Tensor, logits: Tensor, *, likeliest: int, logprobs: Callable[[Tensor], Tensor]) -> Choice:
+        """With the `likeliest` most probable tokens of `logits [B, V]`, where there are so many.
+
+        Args:
+            logprobs: those of tokens `[B]`, the same computation for all of them.
+        """
+        if not likeliest:
+            return Choice(tokens, logprobs(tokens))
+        most = logits.topk(min(likeliest, logits.shape[-1])).indices
+        theirs = torch.stack([logprobs(column) for column in most.T.contiguous()], -1)
+        return Choice(tokens, logprobs(tokens), most, theirs)
 
 
 def choose(
@@ -91,6 +111,7 @@ def choose(
     seen: Tensor | None = None,
     forbidden: Forbidden | None = None,
     sums: RowSums = row_sums,
+    likeliest: int = 0,
 ) -> Choice:
     """Draw one token per row.
 
@@ -100,9 +121,24 @@ def choose(
         seen: `[B, V]` bool, tokens that the repetition penalty concerns; needed when `params.penalty` is set.
         forbidden: tokens that cannot be drawn.
         sums: the head's `row_sums`.
+        likeliest: so many of the most probable tokens are told with those that are drawn.
     """
     if fused(logits):
-        return _choose_on_gpu(logits, uniform, params, seen=seen, forbidden=forbidden)
+        return _choose_on_gpu(logits, uniform, params, seen=seen, forbidden=forbidden, likeliest=likeliest)
+    return _choose_by_rows(logits, uniform, params, seen=seen, forbidden=forbidden, sums=sums, likeliest=likeliest)
+
+
+def _choose_by_rows(
+    logits: Tensor,
+    uniform: Tensor,
+    params: RowParams,
+    *,
+    seen: Tensor | None,
+    forbidden: Forbidden | None,
+    sums: RowSums,
+    likeliest: int,
+) -> Choice:
+    """By torch's operations, on a CPU or wherever no kernel stands for them."""
     temperature = params.temperature if params.any_scaled else 1.0
     policy = scale_by_temperature(logits, temperature)
     weighed = weigh(policy, sums=sums)
@@ -121,11 +157,17 @@ def choose(
     if params.any_greedy:
         best = wanted if forbidden is None else forbidden.hidden_in(wanted)
         tokens = torch.where(params.temperature > 0, tokens, best.argmax(-1))
-    return Choice(tokens, target_logprobs(policy, tokens, weighed))
+    return Choice.of(tokens, policy, likeliest=likeliest, logprobs=lambda some: target_logprobs(policy, some, weighed))
 
 
 def _choose_on_gpu(
-    logits: Tensor, uniform: Tensor, params: RowParams, *, seen: Tensor | None, forbidden: Forbidden | None
+    logits: Tensor,
+    uniform: Tensor,
+    params: RowParams,
+    *,
+    seen: Tensor | None,
+    forbidden: Forbidden | None,
+    likeliest: int,
 ) -> Choice:
     """By kernels that read the logits as the head gives them, and the trainer's own for the log-probs."""
     from groupwise.model.fast_gpu.scores_kernel import logprob_rows, pick_tokens, weigh_rows
@@ -145,7 +187,12 @@ def _choose_on_gpu(
     tokens, found = pick_tokens(wanted, uniform, divisor, any_greedy=params.any_greedy)
     if wanted is not logits:
         found = weigh_rows(logits, temperature)
-    return Choice(tokens, logprob_rows(logits, tokens, temperature, found))
+    return Choice.of(
+        tokens,
+        logits,
+        likeliest=likeliest,
+        logprobs=lambda some: logprob_rows(logits, aligned(some), temperature, found),
+    )
 
 
 def _take_away(forbidden: Forbidden, logits: Tensor, weighed: Weighed) -> None:

@@ -22,7 +22,7 @@ from groupwise.engines.native.kept import KeptKeys, KeptPrompt, KeptSample
 from groupwise.engines.native.uniforms import uniforms
 from groupwise.errors import EngineError
 from groupwise.inputs import ModelInput
-from groupwise.types import Completion, SampleRequest
+from groupwise.types import Completion, Likeliest, SampleRequest
 
 Outbox = asyncio.Queue[Completion | BaseException]
 
@@ -48,7 +48,8 @@ class Sample:
     """One request on its way: what was drawn so far, and where it stands.
 
     Attributes:
-        tokens: what follows the prompt, given and drawn; `logprobs` are those of the drawn ones.
+        tokens: what follows the prompt, given and drawn; `logprobs` are those of the drawn ones, and `likeliest` what
+            is told beside each, if anything is.
         num_given: how many of `tokens` the request brought.
         begun: where in `tokens` the answer begins that is being drawn.
         kept: keys of an earlier turn, which are to be put into its lane first.
@@ -63,6 +64,7 @@ class Sample:
     begun: int = field(init=False)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    likeliest: list[Likeliest] = field(default_factory=list[Likeliest])
     prompt: PromptLane | None = None
     member: int = 0
     seen: Tensor | None = None
@@ -88,7 +90,12 @@ class Sample:
     @property
     def most_tokens(self) -> int:
         """How many `tokens` there can be."""
-        return self.begun + self.request.sampling.max_tokens
+        return most_tokens(self.request)
+
+
+def most_tokens(request: SampleRequest) -> int:
+    """How many tokens can follow its prompt: given ones, and those of the answer, which may have begun among them."""
+    return len(request.continues) - request.resumed + request.sampling.max_tokens
 
 
 class Scheduler:
@@ -139,44 +146,62 @@ class Scheduler:
 
     def admit(self) -> list[Sample]:
         """Move waiting samples to lanes, in order, as far as memory goes; returns those that were admitted."""
-        # 1. As many waiting samples as there are lanes and memory for, in their order.
-        admitted: list[Sample] = []
         live = any(prompt.hidden is not None for prompt in self.prompts)
+        admitted = self._take_those_that_fit(live=live)
+        if self.waiting and not self.running:
+            self._make_way(live=live)
+            return self.admit()
+        if admitted:
+            self._grow(admitted, live=live)
+        return admitted
+
+    def _take_those_that_fit(self, *, live: bool) -> list[Sample]:
+        """As many waiting samples as there are lanes and memory for, in their order.
+
+        Args:
+            live: a prompt's keys are in the cache, which therefore cannot be made anew.
+        """
+        admitted: list[Sample] = []
         while self.waiting and len(self.running) < self._max_samples and self._fits(self.waiting[0], live=live):
             sample = self.waiting.popleft()
-            lane = self._lane_of(sample)
-            back = self.kept.take(sample.request) if sample.num_given else None
-            if lane is None:
-                lane = PromptLane(sample.request.prompt)
-                self.prompts.append(lane)
-                if back is not None:
-                    lane.kept, lane.hidden = back[1], back[1].hidden
-            if back is not None:
-                sample.take_back(back[0])
-            sample.prompt, sample.member = lane, lane.members
-            lane.members += 1
-            lane.running += 1
-            self.running.append(sample)
+            self._enter(sample)
             admitted.append(sample)
-        # 2. Nobody runs and nobody fits: the first one never will, or what is kept stands in its way.
-        if self.waiting and not self.running:
-            if not live:
-                self._refuse(self.waiting[0])
-            # A prompt that was kept stands in the way of larger caches; it will be computed again.
-            self.prompts.clear()
-            self.changes += 1
-            return self.admit()
-        # 3. The caches grow to what was admitted, and copies of earlier turns give way.
-        if admitted:
-            self.changes += 1
-            needed = self._needed()
-            if not live and self._budget.begins_anew(self._caches, needed):
-                self.prompt_cache, self.sample_cache = make_cache(self.shape), make_cache(self.shape)
-            # A cache that keeps its address is made long enough from the start.
-            given = max(sample.num_given for sample in admitted)
-            self.make_room(needed[1].tokens if self.shape.fixed else given)
-            self.kept.give_way(self._budget.room(self._caches))
         return admitted
+
+    def _enter(self, sample: Sample) -> None:
+        """A lane for the sample, and one for its prompt where it has none; from keys of an earlier turn, if kept."""
+        lane = self._lane_of(sample)
+        back = self.kept.take(sample.request) if sample.num_given else None
+        if lane is None:
+            lane = PromptLane(sample.request.prompt)
+            self.prompts.append(lane)
+            if back is not None:
+                lane.kept, lane.hidden = back[1], back[1].hidden
+        if back is not None:
+            sample.take_back(back[0])
+        sample.prompt, sample.member = lane, lane.members
+        lane.members += 1
+        lane.running += 1
+        self.running.append(sample)
+
+    def _make_way(self, *, live: bool) -> None:
+        """Nobody runs and nobody fits: the first one never will, or a prompt that was kept stands in the way of larger
+        caches, and will be computed again."""
+        if not live:
+            self.check(self.waiting[0].request)
+        self.prompts.clear()
+        self.changes += 1
+
+    def _grow(self, admitted: Sequence[Sample], *, live: bool) -> None:
+        """The caches grow to what was admitted, and copies of earlier turns give way."""
+        self.changes += 1
+        needed = self._needed()
+        if not live and self._budget.begins_anew(self._caches, needed):
+            self.prompt_cache, self.sample_cache = make_cache(self.shape), make_cache(self.shape)
+        # A cache that keeps its address is made long enough from the start.
+        given = max(sample.num_given for sample in admitted)
+        self.make_room(needed[1].tokens if self.shape.fixed else given)
+        self.kept.give_way(self._budget.room(self._caches))
 
     def _lane_of(self, sample: Sample) -> PromptLane | None:
         return next((lane for lane in reversed(self.prompts) if lane.input == sample.request.prompt), None)
@@ -197,13 +222,21 @@ class Scheduler:
     def _caches(self) -> tuple[KeyCache, KeyCache]:
         return self.prompt_cache, self.sample_cache
 
-    def _refuse(self, sample: Sample) -> None:
-        request, gib = sample.request, self.shape.bytes_per_token / 2**30
-        tokens = self.shape.capacity(sample.most_tokens) + self.shape.capacity(len(request.prompt))
+    def check(self, request: SampleRequest) -> None:
+        """Whether it would fit with the caches to itself.
+
+        Raises:
+            EngineError: it never will.
+        """
+        prompt, most = len(request.prompt), most_tokens(request)
+        needed = self._budget.needed(prompts=[prompt], samples=[most])
+        if self._budget.fits((), needed, live=False):
+            return
+        gib = self.shape.bytes_per_token / 2**30
         raise EngineError(
-            f"one sample of {len(request.prompt)} prompt and {sample.most_tokens} completion tokens "
-            f"needs {tokens * gib:.2f} GiB of keys and values, but rollout.kv_cache_gib allows "
-            f"{self._budget.most * gib:.2f}; raise it, or lower rollout.max_completion_tokens"
+            f"one sample of {prompt} prompt and {most} completion tokens "
+            f"needs {sum(demand.size for demand in needed) * gib:.2f} GiB of keys and values, but rollout.kv_cache_gib "
+            f"allows {self._budget.most * gib:.2f}; raise it, or lower rollout.max_completion_tokens"
         )
 
     def make_room(self, tokens: int) -> None:

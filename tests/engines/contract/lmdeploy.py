@@ -22,6 +22,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tests.engines.contract import server
 from tests.engines.contract.buckets import named_tensors
@@ -42,6 +43,7 @@ class Flags:
     enable_abort_handling: bool = False
     enable_prefix_caching: bool = False
     model_name: str | None = None
+    api_key: str | None = None
 
     @staticmethod
     def as_it_should() -> Flags:
@@ -85,8 +87,19 @@ class Lmdeploy:
             Route("/wakeup", self.wakeup, methods=post),
             Route("/is_sleeping", self.is_sleeping),
         ]
+        for route in routes[1:]:  # all but the health are behind the key
+            route.app = self._behind_the_key(route.app)
         errors = {LmdeployError: _error, Busy: _busy, Dead: _dead}
         return server.Contract(self.engine, routes, frozenset({"/generate", CHAT}), errors=errors)
+
+    def _behind_the_key(self, app: ASGIApp) -> ASGIApp:
+        async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+            given = Request(scope).headers.get("authorization")
+            if self.flags.api_key and given != f"Bearer {self.flags.api_key}":
+                raise LmdeployError("Please request with valid api key!", 401)
+            await app(scope, receive, send)
+
+        return checked
 
     # Tokens
 
@@ -333,6 +346,7 @@ def main() -> None:
     parser.add_argument("--session-len", type=int, help="the same as --context")
     parser.add_argument("--logprobs-mode")
     parser.add_argument("--model-name")
+    parser.add_argument("--api-keys")
     parser.add_argument("--enable-abort-handling", action="store_true")
     parser.add_argument("--enable-prefix-caching", action="store_true")
     given, _ = parser.parse_known_args()
@@ -342,6 +356,7 @@ def main() -> None:
         enable_abort_handling=given.enable_abort_handling,
         enable_prefix_caching=given.enable_prefix_caching,
         model_name=given.model_name,
+        api_key=given.api_keys,
     )
     server.run(contract(given.model, flags, *given.trap), given.host, given.port)
 

@@ -193,7 +193,8 @@ class ServedModel:
 
 def _module(folder: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return model.eval().requires_grad_(False)
+    # A copy has its memory aligned, as later copies have: what a file is mapped to is not, and gives other last bits.
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def _unpack_head(model: Any) -> None:

@@ -127,9 +127,12 @@ class Openai:
 
     # What was asked
 
-    async def _body(self, request: Request) -> dict[str, Any]:
+    def _check_key(self, request: Request) -> None:
         if self.flags.api_key and request.headers.get("authorization") != f"Bearer {self.flags.api_key}":
             raise OpenaiError("Incorrect API key provided", 401, "authentication_error")
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        self._check_key(request)
         try:
             body = await request.json()
         except ValueError as error:
@@ -191,6 +194,7 @@ class Openai:
         return Response(status_code=503 if self.engine.dead else 200)
 
     async def models(self, request: Request) -> Response:
+        self._check_key(request)
         card = {"id": self.name, "object": "model", "owned_by": "contract", "created": 0}
         return JSONResponse({"object": "list", "data": [card | {"max_model_len": self.engine.context}]})
 

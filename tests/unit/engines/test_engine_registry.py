@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from groupwise.config import RolloutConfig
-from groupwise.engines import check_engine, checks
+from groupwise.assembly.preparation import prepare
+from groupwise.config import Config, RolloutConfig
+from groupwise.engines import check_engine, check_logprobs, checks, has_logprobs
+from groupwise.engines.external import Speaks, dialect_of
 from groupwise.errors import ConfigError
 from groupwise.weight_sync.directory import own_folder
 
@@ -64,6 +66,22 @@ def test_what_does_not_go_together_is_said_in_one_sentence(settings: dict[str, A
         check_engine(rollout(**settings))
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"stop": ["x"] * 65}, r"rollout\.stop: .* at most 64 items"),
+        ({"stop": ["x" * 2000]}, r"rollout\.stop\.0: .* at most 1024 characters"),
+        ({"stop_token_ids": [2**40]}, r"rollout\.stop_token_ids\.0: "),
+        ({"repetition_penalty": 1e-9}, r"rollout\.repetition_penalty: "),
+    ],
+    ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",
+)
+def test_what_our_own_server_takes_from_nobody_is_refused_before(setting: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"{said}.*as rollout.engine = 'http' has it"):
+        check_engine(rollout(engine="http", urls=["http://127.0.0.1:8000"], **setting))
+    check_engine(rollout(**setting))
+
+
 def test_an_evaluation_asks_less(tmp_path: Path) -> None:
     check_engine(rollout(engine="openai", urls=["http://a"], top_p=0.9), trains=False)
 
@@ -111,3 +129,50 @@ def test_two_runs_have_folders_of_their_own_below_one(tmp_path: Path) -> None:
     assert first == again != second
     assert {first.parent, second.parent} == {tmp_path}
     assert first.name.startswith("run-")
+
+
+def over(engine: str, temperature: float, **algorithm: Any) -> Config:
+    rollout = {"engine": engine, "temperature": temperature, "urls": ["http://127.0.0.1:9"], "prompts_per_step": 4}
+    return Config.model_validate({"rollout": rollout, "algorithm": algorithm})
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "said"),
+    [
+        ({"correction": {"name": "truncate"}}, "correction.name = 'truncate' has no effect"),
+        ({"correction": {"name": "decoupled", "level": "sequence"}}, "correction.name = 'decoupled' has no effect"),
+        ({"correction": {"veto": 0.1}}, "correction.veto = 0.1 has no effect"),
+        ({"correction": {"off_policy_mask": 0.5}}, "correction.off_policy_mask = 0.5 has no effect"),
+        ({"old_logprobs": "sampler"}, "old_logprobs = 'sampler' has no effect"),
+    ],
+    ids=str,
+)
+def test_log_probs_that_the_engine_does_not_have_cannot_be_weighed(algorithm: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{said} .* and rollout.temperature = 0.7: .* set rollout.temperature to 1"):
+        check_logprobs(over("lmdeploy", 0.7, **algorithm))
+    check_logprobs(over("lmdeploy", 1.0, **algorithm))
+    check_logprobs(over("vllm", 0.7, **algorithm))
+
+
+def test_a_mask_of_drift_acts_beside_them_where_weights_move_within_a_step() -> None:
+    config = over("lmdeploy", 0.7, correction={"off_policy_mask": 0.5})
+    check_logprobs(config.model_copy(update={"optim": config.optim.model_copy(update={"steps_per_batch": 2})}))
+
+
+def test_a_run_is_refused_before_any_server_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    config = over("lmdeploy", 0.7, correction={"name": "truncate"}).model_dump(exclude_unset=True)
+    config |= {"model": {"path": "Qwen/Qwen3-0.6B"}, "data": {"train": str(tmp_path / "rows.jsonl")}}
+    config["train"] = {"output": str(tmp_path / "run")}
+    with pytest.raises(ConfigError, match=r"correction\.name = 'truncate' has no effect"):
+        prepare(Config.model_validate({**config, "reward": [{"name": "gsm8k"}]}))
+
+
+@pytest.mark.parametrize("engine", ["http", "vllm", "sglang", "lmdeploy", "openai"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_weights_are_cut_where_there_is_something_to_weigh_by(engine: str, temperature: float) -> None:
+    config = over(engine, temperature)
+    there = has_logprobs(config.rollout)
+    assert there == (engine != "openai" and (engine, temperature) != ("lmdeploy", 0.7))
+    assert dialect_of(engine, Speaks((), logprobs=there)).caps.logprobs == there
+    assert config.corrected(exact=False, logprobs=there).algorithm.correction.name == ("truncate" if there else "none")

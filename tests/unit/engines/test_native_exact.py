@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from groupwise.inputs import ModelInput
 from groupwise.model.loading import LoadedModel
 from groupwise.types import Completion, SampleRequest, SamplingParams
 
@@ -165,3 +167,45 @@ def test_prompts_of_one_uid_but_other_tokens_are_not_mixed_up(lab: Lab) -> None:
     together = lab.run(lab.engine(loaded), requests)
     for request in requests:
         assert lab.run(lab.engine(loaded), [request]) == {request.id: together[request.id]}
+
+
+def test_the_likeliest_tokens_have_the_trainers_log_probs_and_change_no_sample(lab: Lab) -> None:
+    loaded = without_stops(lab.model())
+    requests = lab.requests([lab.prompt(f"p{n}", n) for n in (1, 66)], MIXED)
+    plain = lab.run(lab.engine(loaded), requests)
+    asked = [replace(request, likeliest=4 * (number % 2)) for number, request in enumerate(requests)]
+    found = lab.run(lab.engine(loaded), asked)
+    for request in asked:
+        completion = found[request.id]
+        assert replace(completion, likeliest=()) == plain[request.id]
+        assert len(completion.likeliest) == (len(completion.token_ids) if request.likeliest else 0)
+        for place in range(0, len(completion.likeliest), 5):
+            told = completion.likeliest[place]
+            assert [value for _, value in told] == sorted((value for _, value in told), reverse=True)
+            for token, value in told:
+                with_it = replace(completion, token_ids=(*completion.token_ids[:place], token))
+                (again,) = lab.recomputed(loaded, [request], {request.id: with_it}).values()
+                assert float(again[-1]) == value
+            most = max(value for _, value in told)
+            assert completion.logprobs[place] <= most
+
+
+def test_more_likely_tokens_than_there_are_are_all(lab: Lab) -> None:
+    loaded = without_stops(lab.model())
+    (request,) = lab.requests([lab.prompt("a", 3)], [SamplingParams(max_tokens=2, temperature=1.7)])
+    (completion,) = lab.run(lab.engine(loaded), [replace(request, likeliest=10_000)]).values()
+    for told in completion.likeliest:
+        assert len(told) == len({token for token, _ in told}) == loaded.text_config.vocab_size
+        assert sum(math.exp(value) for _, value in told) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_turn_that_goes_on_tells_of_what_it_draws_alone(lab: Lab) -> None:
+    loaded = without_stops(lab.model())
+    (first,) = lab.requests([lab.prompt("a", 9)], [SamplingParams(max_tokens=5)])
+    engine = lab.engine(loaded)
+    (begun,) = lab.run(engine, [replace(first, keeps=True)]).values()
+    answered = ModelInput.of((*begun.token_ids, 7, 8, 9))
+    (second,) = lab.run(engine, [replace(first, continues=answered, likeliest=2)]).values()
+    (alone,) = lab.run(lab.engine(loaded), [replace(first, continues=answered, likeliest=2)]).values()
+    assert len(second.likeliest) == len(second.logprobs) == 5
+    assert second == alone

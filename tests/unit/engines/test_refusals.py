@@ -9,9 +9,11 @@ import httpx
 import pytest
 
 from groupwise.engines.connection import Connection, NoKey, Refused
-from groupwise.engines.dialects.base import old_adapter
+from groupwise.engines.dialects.lmdeploy import LmDeploy
+from groupwise.engines.dialects.openai import OpenAi
 from groupwise.engines.dialects.own import Own
 from groupwise.engines.dialects.sglang import SgLang
+from groupwise.engines.dialects.updated import old_adapter
 from groupwise.engines.dialects.vllm import Vllm
 from groupwise.errors import EngineError
 
@@ -41,12 +43,41 @@ class Refusing:
 DIALECTS = [Own(exact=True), Vllm(kind="model", stop_token_ids=[]), SgLang(kind="model", stop_token_ids=[])]
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: type(dialect).__name__)
+@pytest.mark.parametrize("dialect", [*DIALECTS, LmDeploy(), OpenAi()], ids=lambda dialect: type(dialect).__name__)
 def test_a_missing_key_is_not_taken_for_another_server(dialect: Any) -> None:
     with pytest.raises(NoKey):
         asyncio.run(dialect.reach(Refusing(NoKey("http://a", 401, "no"))))
-    with pytest.raises(EngineError, match="is a server, but none of"):
+    with pytest.raises(EngineError, match=r"is a server, but (none of|lists no models)"):
         asyncio.run(dialect.reach(Refusing(Refused("http://a", 404, "no"))))
+
+
+class Saying:
+    """A connection to a server that answers everything so."""
+
+    url = "http://a"
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    async def get(self, *args: Any, **options: Any) -> Any:
+        return self._answer
+
+
+NO_LISTS = [None, "a page", []]
+NO_MODELS = [{}, {"data": []}, {"data": [{}]}, {"data": [7]}]  # of SGLang's facts all may be left out
+
+
+@pytest.mark.parametrize(
+    ("dialect", "answer"),
+    [
+        *((DIALECTS[2], answer) for answer in NO_LISTS),
+        *((dialect, answer) for dialect in (*DIALECTS[:2], LmDeploy(), OpenAi()) for answer in NO_LISTS + NO_MODELS),
+    ],
+    ids=lambda each: type(each).__name__ if hasattr(each, "caps") else str(each),
+)
+def test_another_server_is_known_by_what_it_says(dialect: Any, answer: Any) -> None:
+    with pytest.raises(EngineError, match=r"is a server, but [^\n]*: it does not say which model it has"):
+        asyncio.run(dialect.reach(Saying(answer)))
 
 
 @pytest.mark.parametrize(

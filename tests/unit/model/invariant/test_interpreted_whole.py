@@ -73,6 +73,27 @@ def test_no_mismatch(
     assert mismatch(loaded, requests, found, temperature=0.8) == 0.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_the_likeliest_tokens_have_the_trainers_log_probs(dtype: torch.dtype, load: Callable[..., LoadedModel]) -> None:
+    """The host draws for a sample that wants them, and graphs for it do not."""
+    loaded = load("qwen3", dtype=dtype)
+    requests = requests_of((1, 40), (3, 5), temperature=0.8)
+    plain = sample(loaded, requests)
+    wanting = [replace(request, likeliest=2 * (number % 2)) for number, request in enumerate(requests)]
+    found = sample(loaded, wanting)
+    assert [replace(one, likeliest=()) for one in found] == plain
+    asked, ended = list[SampleRequest](), list[Completion]()
+    for request, one in zip(wanting, found, strict=True):
+        assert len(one.likeliest) == (len(one.token_ids) if request.likeliest else 0)
+        for place, told in enumerate(one.likeliest):
+            for token, logprob in told:
+                tokens, logprobs = (*one.token_ids[:place], token), (*one.logprobs[:place], logprob)
+                asked.append(request)
+                ended.append(replace(one, token_ids=tokens, logprobs=logprobs))
+    assert mismatch(loaded, asked, ended, temperature=0.8) == 0.0
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_and_gradients_are_those_of_the_modules(
