@@ -155,12 +155,12 @@ def test_distillation_needs_no_reward_and_one_sample(task: Any, tmp_path: Path) 
     run_sft(task.config(teacher, data={"train": str(task.worked)}, sft={"rows_per_step": 10}, train={"steps": 30}))
     algorithm = {"name": "distill", "teacher": {"path": str(teacher)}}
     rollout = {"group_size": 1, "prompts_per_step": 40}
-    optim = {"lr": 0.01}
-    run_training(task.config(run, algorithm=algorithm, reward=[], rollout=rollout, optim=optim, train={"steps": 40}))
+    optim = {"lr": 0.004}
+    run_training(task.config(run, algorithm=algorithm, reward=[], rollout=rollout, optim=optim, train={"steps": 80}))
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kl = [-row["credit/teacher_mean"] for row in rows if "credit/teacher_mean" in row]
-    assert len(kl) == 40
-    assert sum(kl[-10:]) < 0.95 * sum(kl[:10])
+    assert len(kl) == 80
+    assert sum(kl[-10:]) < 0.9 * sum(kl[:10])
     assert all(row["sampling/sampling_logp_difference/max"] == 0.0 for row in rows)
 
 
