@@ -18,6 +18,7 @@ from groupwise.cli.commands import (
     generate,
     info,
     model,
+    plan,
     quickstart,
     reward,
     runs,
@@ -34,6 +35,7 @@ from groupwise.notices import once_each
 COMMANDS: tuple[Command, ...] = (
     quickstart.QUICKSTART,
     train.TRAIN,
+    plan.PLAN,
     train.SFT,
     xtuner.XTUNER,
     evaluate.EVAL,

@@ -1,0 +1,294 @@
+"""The device at hand, measured for some seconds: products and copies on a GPU; on a CPU, where much else counts, a
+model of the run's own widths with few layers and a part of its vocabulary, trained and sampled from as in the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from groupwise.batches import TrainingRow
+from groupwise.config import LoraConfig, ModelConfig, RolloutConfig
+from groupwise.engines.native import NativeEngine
+from groupwise.engines.native.sampling import RowParams, choose
+from groupwise.inputs import ModelInput
+from groupwise.model.fast_cpu.linear import ordered_weights
+from groupwise.model.forward.attention import ATTENTION_NAME
+from groupwise.model.forward.head import token_scores
+from groupwise.model.forward.hidden_states import packed_hidden_states
+from groupwise.model.forward.packing import Packed, pack
+from groupwise.model.loading import LoadedModel, load_tokenizer, resolve_device, resolve_dtype, with_adapter, wrap_model
+from groupwise.model.outline import whole_model
+from groupwise.plan.devices import Device
+from groupwise.plan.facts import Load, ModelFacts, Setup
+from groupwise.plan.outline import facts_of
+from groupwise.plan.seconds import Rates, attention_pairs, head_operations, layer_operations
+from groupwise.policy.streams import Streams
+from groupwise.types import Prompt, SampleRequest, SamplingParams
+
+_SIZE = 1 << 26  # bytes that are copied: more than a processor's cache
+_VOCABULARY = 8_192
+_OPERATIONS = 3e10  # of one pass that is timed
+_STEP_SECONDS = 0.4
+_FEWEST_STEPS, _MOST_STEPS = 6, 48
+_PROMPT = 16
+_WIDE_LAYER = 16_000_000  # weights, from which on two layers are compared with one, instead of three
+
+
+def device_at_hand(config: ModelConfig) -> Device:
+    """The device that `model.device` names, with what is free there, and a GPU's measured ceilings.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    device = resolve_device(config.device)
+    if device.type == "cpu":
+        name = f"this CPU, {torch.get_num_threads()} threads"
+        return Device(name, _free_memory(), 0.0, 0.0, 0.0, on_gpu=False, source="measured here")
+    free, _ = torch.cuda.mem_get_info(device)
+    half, single = (_operations(device, dtype) for dtype in (torch.bfloat16, torch.float32))
+    return Device(torch.cuda.get_device_name(device), free, half, single, bandwidth(device), source="measured here")
+
+
+def _free_memory() -> int:
+    """Bytes that programs can still have: what Linux says, or the group of processes may have."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        lines = dict(line.split(":", 1) for line in info.read_text(encoding="utf-8").splitlines() if ":" in line)
+        found.append(1024 * int(lines["MemAvailable"].split()[0]))
+    for bound in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        text = bound.read_text(encoding="utf-8").strip() if bound.is_file() else ""
+        if text.isdigit():
+            found.append(int(text))
+    return min(found)
+
+
+def typical_seconds(work: Callable[[], object], device: torch.device, *, repeats: int = 3) -> float:
+    """The median of some calls, after one that is not counted."""
+    found: list[float] = []
+    for _ in range(repeats + 1):
+        _wait(device)
+        started = time.perf_counter()
+        work()
+        _wait(device)
+        found.append(time.perf_counter() - started)
+    return statistics.median(found[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _operations(device: torch.device, dtype: torch.dtype, size: int = 8_192) -> float:
+    x = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / typical_seconds(lambda: torch.mm(x, x), device, repeats=5)
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second of a copy, those read and those written."""
+    size = _SIZE if device.type == "cpu" else 16 * _SIZE
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / typical_seconds(lambda: target.copy_(source), device, repeats=5)
+
+
+def calibrate(
+    config: ModelConfig, lora: LoraConfig, facts: ModelFacts, setup: Setup, load: Load, *, lanes: int
+) -> Rates:
+    """What the CPU at hand reaches with models of these widths.
+
+    Args:
+        lanes: samples decoded together.
+    """
+    few, many = (_Replica.of(config, lora, layers=layers) for layers in (1, 2 if _is_wide(facts) else 3))
+    lanes = min(lanes, load.samples)
+    draw = _draw_seconds(many, lanes)
+    short, long = (_step_seconds(each, load, lanes) for each in (few, many))
+    layer = max(0.0, long - short) / (many.facts.layers - few.facts.layers)
+    # As in a run, learning has a thread of its own: torch's threads are each thread's own, and those that one leaves
+    # behind would be in the way of the other's.
+    with ThreadPoolExecutor(1) as pool:
+        train, forward = pool.submit(_layer_rates, many, setup, load).result()
+        head_train, head_forward = pool.submit(_head_rates, many, setup, load).result()
+    return Rates(
+        train=train,
+        forward=forward,
+        head_train=head_train,
+        head_forward=head_forward,
+        bandwidth=bandwidth(torch.device("cpu")),
+        note=f"measured here with {many.facts.layers} layers of the model's widths",
+        step=max(0.0, short - layer - draw),
+        layer=layer,
+        draw=draw / many.facts.vocabulary,
+    )
+
+
+def _is_wide(facts: ModelFacts) -> bool:
+    return facts.in_layers // facts.layers > _WIDE_LAYER
+
+
+@dataclass(frozen=True, slots=True)
+class _Replica:
+    """A model of the run's widths with random weights."""
+
+    loaded: LoadedModel
+    facts: ModelFacts
+
+    @staticmethod
+    def of(config: ModelConfig, lora: LoraConfig, *, layers: int) -> _Replica:
+        base = whole_model(config)
+        whole = AutoConfig.from_pretrained(base.path, trust_remote_code=base.trust_remote_code)
+        settings = _shortened(whole, layers)
+        dtype = resolve_dtype(config.dtype, torch.device("cpu"))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model: Any = AutoModelForCausalLM.from_config(
+                settings, dtype=dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=base.trust_remote_code
+            )
+        loaded = with_adapter(wrap_model(model, load_tokenizer(config)), lora)
+        return _Replica(loaded, facts_of(loaded.model))
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return [weight for weight in self.loaded.model.parameters() if weight.requires_grad]
+
+    def timed(self, setup: Setup, work: Callable[[Packed], object], packs: Sequence[Packed]) -> float:
+        """Seconds of `work` on all of them, side by side as in the run."""
+        if setup.passes == 1:
+            return typical_seconds(lambda: [work(one) for one in packs], self.loaded.device)
+        streams = Streams(self.loaded.model)
+        return typical_seconds(lambda: list(streams.map(work, packs)), self.loaded.device)
+
+
+def _shortened(whole: Any, layers: int) -> Any:
+    settings = copy.deepcopy(whole)
+    text = settings.get_text_config()
+    text.num_hidden_layers = layers
+    text.vocab_size = min(text.vocab_size, _VOCABULARY)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text, name, None)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return settings
+
+
+def _layer_rates(replica: _Replica, setup: Setup, load: Load) -> tuple[float, float]:
+    """Operations per second in layers: with a backward pass, and without."""
+    facts = replica.facts
+    sample = Load(1, 1, min(load.prompt, 128), load.prompt, min(load.answer, 256), load.answer)
+    alone = 6 * facts.products * sample.packed
+    sample = Load(1, min(load.group, max(1, round(_OPERATIONS / alone))), *_lengths(sample))
+    packed, pairs = pack(_rows(sample, facts.vocabulary)), attention_pairs(sample)
+    weights = replica.trained
+
+    def learn(one: Packed) -> None:
+        hidden = packed_hidden_states(replica.loaded.model, one)
+        torch.autograd.grad(hidden, weights, torch.ones_like(hidden), allow_unused=True)
+
+    def score(one: Packed) -> None:
+        with torch.no_grad():
+            packed_hidden_states(replica.loaded.model, one)
+
+    packs = [packed] * setup.passes
+    done = [setup.passes * layer_operations(facts, sample.packed, pairs, backward=kind) for kind in (True, False)]
+    return done[0] / replica.timed(setup, learn, packs), done[1] / replica.timed(setup, score, packs)
+
+
+def _lengths(load: Load) -> tuple[int, int, int, int]:
+    return load.prompt, load.longest_prompt, load.answer, load.longest_answer
+
+
+def _rows(load: Load, vocabulary: int) -> list[TrainingRow]:
+    def tokens(count: int, first: int) -> ModelInput:
+        return ModelInput.of([(first + 7 * place) % vocabulary for place in range(count)])
+
+    zeros, prompt = (0.0,) * load.answer, tokens(load.prompt, 3)
+    return [
+        TrainingRow(0, prompt, tokens(load.answer, 11 + i), (1,) * load.answer, zeros, zeros) for i in range(load.group)
+    ]
+
+
+def _head_rates(replica: _Replica, setup: Setup, load: Load) -> tuple[float, float]:
+    """The same of the head, on tokens whose weights are kept as those of a step's are, or are not."""
+    facts, loaded = replica.facts, replica.loaded
+    count = max(64, min(load.drawn, setup.chunk, int(_OPERATIONS / (6 * facts.head))))
+    hidden = torch.randn(count, facts.width, dtype=loaded.model.dtype, requires_grad=True)
+    targets = torch.arange(count) % facts.vocabulary
+    head: Any = loaded.model.get_output_embeddings()
+    weights = [hidden, *(weight for weight in head.parameters() if weight.requires_grad)]
+
+    def learn() -> None:
+        found = token_scores(loaded.head, hidden, targets, chunk_tokens=setup.chunk, with_entropy=setup.entropy)
+        total = found.logprobs.sum() if found.entropy is None else found.logprobs.sum() + found.entropy.sum()
+        torch.autograd.grad(total, weights)
+
+    def score() -> None:
+        with torch.no_grad():
+            token_scores(loaded.head, hidden, targets, chunk_tokens=setup.chunk)
+
+    done = [head_operations(facts, setup, count, backward=kind) for kind in (True, False)]
+    return done[0] / typical_seconds(learn, loaded.device), done[1] / typical_seconds(score, loaded.device)
+
+
+def _draw_seconds(replica: _Replica, lanes: int) -> float:
+    """Logits and a draw for each of the samples."""
+    loaded = replica.loaded
+    hidden = torch.randn(lanes, replica.facts.width, dtype=loaded.model.dtype)
+    params = RowParams.of([SamplingParams(max_tokens=1)] * lanes, loaded.device)
+    uniform = torch.full((lanes,), 0.5, dtype=torch.float64)
+
+    def draw() -> None:
+        choose(loaded.head.logits(hidden), uniform, params, sums=loaded.head.row_sums)
+
+    with torch.inference_mode(), ordered_weights(loaded.model):
+        return typical_seconds(draw, loaded.device)
+
+
+class _TimedEngine(NativeEngine):
+    """Notes the seconds of each step."""
+
+    def __init__(self, loaded: LoadedModel, config: RolloutConfig) -> None:
+        super().__init__(loaded, config)
+        self.seconds: list[float] = []
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        super()._step()
+        self.seconds.append(time.perf_counter() - started)
+
+
+def _step_seconds(replica: _Replica, load: Load, lanes: int) -> float:
+    """A decode step of so many samples, at the beginning of their answers."""
+    engine = _TimedEngine(replica.loaded, RolloutConfig.model_validate({"max_concurrent_samples": lanes}))
+    vocabulary, size = replica.facts.vocabulary, min(load.group, lanes)
+    prompts = [
+        Prompt(f"p{i}", (), "", ModelInput.of([(i + place) % vocabulary for place in range(_PROMPT)]))
+        for i in range(-(-lanes // size))
+    ]
+
+    async def sample(tokens: int) -> float:
+        engine.seconds.clear()
+        sampling = SamplingParams(max_tokens=tokens)
+        asked = [SampleRequest.of(prompts[i // size], i % size, sampling) for i in range(lanes)]
+        async for _ in engine.generate(asked):
+            pass
+        return statistics.median(engine.seconds[1:])  # the first computes prompts
+
+    async def measure() -> float:
+        first = await sample(_FEWEST_STEPS)
+        return await sample(max(_FEWEST_STEPS, min(_MOST_STEPS, int(_STEP_SECONDS / first))))
+
+    return asyncio.run(measure())

@@ -1,0 +1,77 @@
+"""A model's numbers from its config alone: its modules without weights (torch's meta device), which are counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from groupwise.model.exact.experts import experts_of
+from groupwise.model.fast_cpu.lean_layers import LLAMA_LAYERS
+from groupwise.model.forward.hidden_states import depends_on_length
+from groupwise.plan.facts import SMALL_BYTES, ModelFacts
+
+
+def facts_of(model: PreTrainedModel) -> ModelFacts:
+    """Count a model's numbers; where the weights are, and whether there are any, makes no difference."""
+    config = model.config.get_text_config()
+    settings: dict[str, Any] = config.to_dict()
+    heads = int(config.num_attention_heads)
+    names = dict(model.named_parameters())
+    adapter = sum(p.numel() for name, p in names.items() if ".lora_" in name)
+    inside = {name: p for name, p in names.items() if ".lora_" not in name and ".layers." in name and p.dim() > 1}
+    in_layers = sum(p.numel() for p in inside.values())
+    active = _active_share(model, settings)
+    experts = {id(p) for module in experts_of(model) for p in module.parameters()}
+    products = sum(int(p.numel() * (active if id(p) in experts else 1)) for p in inside.values())
+    return ModelFacts(
+        layers=int(config.num_hidden_layers),
+        width=int(config.hidden_size),
+        heads=heads,
+        key_heads=int(settings.get("num_key_value_heads") or heads),
+        head_size=int(settings.get("head_dim") or config.hidden_size // heads),
+        mlp=_mlp(model, settings),
+        vocabulary=int(config.vocab_size),
+        parameters=sum(p.numel() for name, p in names.items() if ".lora_" not in name),
+        products=products,
+        in_layers=in_layers,
+        tied=_is_tied(model),
+        norms_heads=any(name.endswith(".q_norm.weight") for name in names),
+        known=_is_known(model),
+        adapter=adapter,
+    )
+
+
+def passes_side_by_side(model: PreTrainedModel, facts: ModelFacts, each: int, *, on_gpu: bool, packed: bool) -> int:
+    """As `groupwise.policy.streams.Streams` decides it, for a model that has its weights yet to come."""
+    small = facts.weight_bytes(each, packed=packed) + each * facts.adapter <= SMALL_BYTES
+    changes = any(depends_on_length(m) or (isinstance(m, nn.Dropout) and m.p > 0) for m in model.modules())
+    return min(2, torch.get_num_threads()) if small and not on_gpu and not changes else 1
+
+
+def _active_share(model: PreTrainedModel, settings: dict[str, Any]) -> float:
+    """Of all experts' weights, those that one token meets."""
+    if not experts_of(model):
+        return 1.0
+    count = settings.get("num_experts") or settings.get("num_local_experts") or settings.get("n_routed_experts") or 1
+    return int(settings.get("num_experts_per_tok") or 1) / int(count)
+
+
+def _mlp(model: PreTrainedModel, settings: dict[str, Any]) -> int:
+    if not experts_of(model):
+        return int(settings.get("intermediate_size") or 0)
+    each = int(settings.get("moe_intermediate_size") or settings.get("intermediate_size") or 0)
+    shared = int(settings.get("shared_expert_intermediate_size") or 0)
+    return each * int(settings.get("num_experts_per_tok") or 1) + shared
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return bool(model.config.get_text_config().tie_word_embeddings) and embedding is not None and head is not None
+
+
+def _is_known(model: PreTrainedModel) -> bool:
+    kinds = {type(module).__name__ for module in model.modules() if type(module).__name__.endswith("DecoderLayer")}
+    return len(kinds) == 1 and kinds <= LLAMA_LAYERS
