@@ -181,7 +181,7 @@ def _shortened(whole: Any, layers: int) -> Any:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text, name, None)
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+        text.layer_types = (list(text.layer_types) * layers)[:layers]
     return settings
 
 

@@ -23,7 +23,7 @@ class ModelFacts:
         in_layers: those that the layers hold: more than `products` where experts are.
         norms_heads: queries and keys are normed.
         known: its layers are those that Groupwise computes with fused functions; others keep more activations.
-        adapter: numbers of the LoRA adapter, 0 without.
+        adapter: numbers of the LoRA adapter, 0 without; `ranks` of a layer's, added up.
 
     Example:
         Qwen3-0.6B: layers=28, width=1024, heads=16, key_heads=8, head_size=128, mlp=3072, vocabulary=151_936,
@@ -44,6 +44,7 @@ class ModelFacts:
     norms_heads: bool = False
     known: bool = True
     adapter: int = 0
+    ranks: int = 0
 
     @property
     def head(self) -> int:

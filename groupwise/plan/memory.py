@@ -28,11 +28,11 @@ IMPORTS = {False: 356 * MIB, True: 0}
 LIBRARIES = {False: 80 * MIB, True: 768 * MIB}
 """What libraries take once they compute, on a CPU (measured) and on a GPU (its context; an estimate)."""
 
-HOLES = {False: 0.12, True: 0.05}
-"""Of what comes and goes in a pass, memory that is free and of no use: blocks of other sizes lie around it."""
-
-SCORES = 1 << 28
-"""Most bytes of attention scores that a backward pass on a CPU, or a prefill, has at one time."""
+HOLES = {"full": 0.10, "adapter": 0.30, "rounds": 0.50, "gpu": 0.10}
+"""Of what comes and goes in a pass, memory that is free and of no use, because blocks of other sizes lie around it. On
+a CPU as measured after two steps: with all weights trained, with an adapter, whose products come and go between what
+stays, and where passes of several sizes follow each other in an update; over many steps the first two grow towards the
+third. On a GPU an estimate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +122,13 @@ def _sampling(facts: ModelFacts, setup: Setup, sampling: Sampling) -> dict[str, 
 def kept_per_token(facts: ModelFacts, each: int) -> int:
     """Bytes that one layer keeps of a token until its gradient: inputs of the two norms and of the products (four of
     the width), queries, keys and values as attention saw them with its result, the same before their norms where there
-    are some, gate, up and their product; in float32 a norm's scale, and the log of each row's mass."""
+    are some, gate, up and their product, and what an adapter has between its matrices; in float32 a norm's scale, and
+    the log of each row's mass."""
     heads = facts.queries + 2 * facts.keys + facts.queries
     if facts.norms_heads:
         heads += facts.queries + facts.keys
     scales = 2 + facts.heads + (facts.heads + facts.key_heads if facts.norms_heads else 0)
-    kept = each * (4 * facts.width + heads + 3 * facts.mlp) + 4 * scales
+    kept = each * (4 * facts.width + heads + 3 * facts.mlp + facts.ranks) + 4 * scales
     return kept if facts.known else int(kept * OTHERS[each])
 
 
@@ -149,28 +150,31 @@ def activations(facts: ModelFacts, setup: Setup, tokens: int) -> int:
 
 def head_bytes(facts: ModelFacts, setup: Setup, scored: int) -> int:
     """Of the head's backward pass: a chunk of logits, or the softmax's weights of all tokens where these are small; and
-    the head's gradient, twice while it is added up."""
+    the head's gradient, twice while chunks add up."""
     kept = 4 * scored * facts.vocabulary <= KEPT_BYTES and not setup.entropy
-    gradient = 0 if facts.adapter else 2 * setup.each * facts.head
+    size = setup.chunk * (NARROW if setup.on_gpu and not setup.entropy else 1)
+    once = 0 if facts.adapter else setup.each * facts.head
+    gradient = once * (2 if scored > size else 1)
     hidden = setup.each * scored * facts.width
     if kept:
         return 4 * scored * facts.vocabulary + gradient + hidden
     if setup.on_gpu and not setup.entropy:
-        return setup.each * min(NARROW * setup.chunk, scored) * facts.vocabulary + gradient + hidden
-    chunk = min(setup.chunk, scored) * facts.vocabulary
+        return setup.each * min(size, scored) * facts.vocabulary + gradient + hidden
+    chunk = min(size, scored) * facts.vocabulary
     if setup.entropy:
         return 16 * chunk + gradient + hidden
     wide = chunk * (4 if setup.each == 4 else 6)
     narrow = chunk * setup.each
-    return max(wide + gradient // 2, narrow + gradient) + hidden
+    return (max(wide + once, narrow + gradient) if setup.each < 4 else wide + gradient) + hidden
 
 
 def _learning(facts: ModelFacts, setup: Setup, work: Pass) -> dict[str, int]:
     """The larger of a pass whose backward begins, and one whose backward ends: activations give way to gradients."""
     own = facts.trained * setup.each
     added = 4 * facts.trained if work.count > setup.passes else 0
-    acts, head = (setup.passes * each for each in (activations(facts, setup, work.tokens), _head(facts, setup, work)))
-    holes = int(HOLES[setup.on_gpu] * (acts + head))
+    acts = setup.passes * activations(facts, setup, work.tokens)
+    head = setup.passes * head_bytes(facts, setup, work.scored)
+    holes = int(HOLES[_kind(facts, setup, work)] * (acts + head))
     begins = {"gradients": added, "activations": acts, "logits": head, "holes": holes}
     if setup.passes > 1:
         grads = setup.passes * own + max(added, 4 * facts.trained if setup.has_masters else 0)
@@ -182,5 +186,9 @@ def _learning(facts: ModelFacts, setup: Setup, work: Pass) -> dict[str, int]:
     return max(begins, ends, key=lambda parts: sum(parts.values()))
 
 
-def _head(facts: ModelFacts, setup: Setup, work: Pass) -> int:
-    return head_bytes(facts, setup, work.scored)
+def _kind(facts: ModelFacts, setup: Setup, work: Pass) -> str:
+    if setup.on_gpu:
+        return "gpu"
+    if work.count > setup.passes:
+        return "rounds"
+    return "adapter" if facts.adapter else "full"

@@ -21,7 +21,8 @@ def facts_of(model: PreTrainedModel) -> ModelFacts:
     heads = int(config.num_attention_heads)
     names = dict(model.named_parameters())
     adapter = sum(p.numel() for name, p in names.items() if ".lora_" in name)
-    inside = {name: p for name, p in names.items() if ".lora_" not in name and ".layers." in name and p.dim() > 1}
+    ends = {id(p) for p in _ends(model)}
+    inside = {name: p for name, p in names.items() if ".lora_" not in name and id(p) not in ends and p.dim() > 1}
     in_layers = sum(p.numel() for p in inside.values())
     active = _active_share(model, settings)
     experts = {id(p) for module in experts_of(model) for p in module.parameters()}
@@ -41,6 +42,7 @@ def facts_of(model: PreTrainedModel) -> ModelFacts:
         norms_heads=any(name.endswith(".q_norm.weight") for name in names),
         known=_is_known(model),
         adapter=adapter,
+        ranks=sum(p.shape[0] for name, p in names.items() if ".lora_A." in name) // int(config.num_hidden_layers),
     )
 
 
@@ -49,6 +51,12 @@ def passes_side_by_side(model: PreTrainedModel, facts: ModelFacts, each: int, *,
     small = facts.weight_bytes(each, packed=packed) + each * facts.adapter <= SMALL_BYTES
     changes = any(depends_on_length(m) or (isinstance(m, nn.Dropout) and m.p > 0) for m in model.modules())
     return min(2, torch.get_num_threads()) if small and not on_gpu and not changes else 1
+
+
+def _ends(model: PreTrainedModel) -> list[Any]:
+    """The weights of embedding and head."""
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [weight for layer in layers if layer is not None for weight in layer.parameters()]
 
 
 def _active_share(model: PreTrainedModel, settings: dict[str, Any]) -> float:
@@ -61,7 +69,11 @@ def _active_share(model: PreTrainedModel, settings: dict[str, Any]) -> float:
 
 def _mlp(model: PreTrainedModel, settings: dict[str, Any]) -> int:
     if not experts_of(model):
-        return int(settings.get("intermediate_size") or 0)
+        return int(
+            settings.get("intermediate_size")
+            or settings.get("n_inner")
+            or 4 * int(model.config.get_text_config().hidden_size)
+        )
     each = int(settings.get("moe_intermediate_size") or settings.get("intermediate_size") or 0)
     shared = int(settings.get("shared_expert_intermediate_size") or 0)
     return each * int(settings.get("num_experts_per_tok") or 1) + shared
@@ -73,5 +85,7 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def _is_known(model: PreTrainedModel) -> bool:
-    kinds = {type(module).__name__ for module in model.modules() if type(module).__name__.endswith("DecoderLayer")}
-    return len(kinds) == 1 and kinds <= LLAMA_LAYERS
+    layers = [type(module) for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
+    # Those that are made ready already have their own class among their bases.
+    kinds = {frozenset(LLAMA_LAYERS.intersection(base.__name__ for base in layer.__mro__)) for layer in layers}
+    return len(kinds) == 1 and all(kinds)
