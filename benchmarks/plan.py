@@ -7,7 +7,8 @@ Each run is a process of its own that trains two steps, on random weights. **Mea
 set (Linux: `VmHWM`) less what was resident once everything was imported, before the data were read. **Planned memory**
 is the plan's peak less its part for imports. **Measured seconds** are those of the second step, since the first one
 makes threads, caches and kernels ready. The plan is made before and after the run, each time with a calibration of its
-own, and the mean of the two counts, because other work on the machine comes and goes.
+own, and the mean of the two counts, because other work on the machine comes and goes. `--processor-time` takes one
+thread, and the processor's seconds for both, which other work hardly touches.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 MIB = 2**20
@@ -51,7 +54,7 @@ REWARD = "def varied(completions):\n    return [float(sum(map(ord, str(text))) %
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args = make_parser().parse_args(argv)
     if args.child:
-        print(json.dumps(measure(args.child)))
+        print(json.dumps(measure(args.child[0], args.child[1:])))
         return []
     found: list[dict[str, Any]] = []
     print("| size | type | trained | planned, MiB | measured, MiB | ratio | planned, s | measured, s | ratio |")
@@ -63,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             for dtype in args.dtypes:
                 for way in args.ways:
                     for _ in range(args.rounds):
-                        result = compare(Path(folder), name, dtype, way, seconds=not args.no_seconds)
+                        kind = "none" if args.no_seconds else "processor" if args.processor_time else "wall"
+                        result = compare(settings(Path(folder), name, dtype, way), kind)
+                        result = {"size": name, "dtype": dtype, "way": way, "clock": kind} | result
                         found.append(result)
                         print(line(result), flush=True)
                         if args.json:
@@ -78,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--processor-time", action="store_true", help="one thread, and seconds of the processor")
     parser.add_argument("--no-seconds", action="store_true", help="compare memory alone, and calibrate nothing")
     parser.add_argument("--json", type=Path, help="append each result to this file, one JSON object a line")
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -135,19 +141,19 @@ def settings(folder: Path, name: str, dtype: str, way: str) -> list[str]:
     ]
 
 
-def compare(folder: Path, name: str, dtype: str, way: str, *, seconds: bool = True) -> dict[str, Any]:
-    """Plan, run, plan again."""
-    arguments = settings(folder, name, dtype, way)
-    plans = [planned(arguments, seconds=seconds)]
-    measured = in_fresh_process(arguments)
-    if seconds:
-        plans.append(planned(arguments, seconds=True))
-    steps = [plan["seconds"]["step"] for plan in plans] if seconds else []
+def compare(arguments: list[str], clock: str) -> dict[str, Any]:
+    """Plan, run, plan again.
+
+    Args:
+        clock: `wall`, `processor` (of one thread), or `none`.
+    """
+    plans = [planned(arguments, clock)]
+    measured = _output([sys.executable, __file__, "--child", clock, *arguments], clock)
+    if clock != "none":
+        plans.append(planned(arguments, clock))
+    steps = [plan["seconds"]["step"] for plan in plans if plan["seconds"] is not None]
     memory = plans[0]["memory"]
     return {
-        "size": name,
-        "dtype": dtype,
-        "way": way,
         "planned_bytes": memory["peak"] - memory["held"]["imports"],
         "measured_bytes": measured["peak"] - measured["imported"],
         "planned_seconds": sum(steps) / len(steps) if steps else None,
@@ -159,32 +165,33 @@ def compare(folder: Path, name: str, dtype: str, way: str, *, seconds: bool = Tr
     }
 
 
-def planned(arguments: list[str], *, seconds: bool) -> dict[str, Any]:
+def planned(arguments: list[str], clock: str) -> dict[str, Any]:
     """The plan as JSON, made by a process of its own, as a user's is."""
+    by = {"wall": "time.perf_counter", "processor": "time.process_time", "none": "None"}[clock]
     code = (
-        "import json, sys; from groupwise.config.loading import load_config\n"
+        "import json, sys, time; from groupwise.config.loading import load_config\n"
         "from groupwise.plan import as_json, make_plan\n"
-        f"print(json.dumps(as_json(make_plan(load_config(None, sys.argv[1:]).config, measures={seconds}))))"
+        f"print(json.dumps(as_json(make_plan(load_config(None, sys.argv[1:]).config, clock={by}))))"
     )
-    return json.loads(_output([sys.executable, "-c", code, *arguments]))
+    return _output([sys.executable, "-c", code, *arguments], clock)
 
 
-def in_fresh_process(arguments: list[str]) -> dict[str, Any]:
-    return json.loads(_output([sys.executable, __file__, "--child", *arguments]))
-
-
-def _output(command: list[str]) -> str:
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+def _output(command: list[str], clock: str) -> dict[str, Any]:
+    threads = {"OMP_NUM_THREADS": "1"} if clock == "processor" else {}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **threads})
     if ended.returncode:
         raise SystemExit(f"{command[:3]} ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
-    return ended.stdout.splitlines()[-1]
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
-def measure(arguments: list[str]) -> dict[str, Any]:
+def measure(clock: str, arguments: list[str]) -> dict[str, Any]:
     """Train in this process: bytes resident after imports, and at most; seconds of each step."""
+    import groupwise.clock
     from groupwise.config.loading import load_config
     from groupwise.launch import run_training
 
+    if clock == "processor":
+        groupwise.clock.time = SimpleNamespace(perf_counter=time.process_time)  # pyright: ignore[reportAttributeAccessIssue]
     imported = _status("VmRSS")
     config = load_config(None, arguments).config
     run_training(config, overwrite=True)

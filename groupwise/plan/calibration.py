@@ -32,7 +32,7 @@ from groupwise.model.forward.packing import Packed, pack
 from groupwise.model.loading import LoadedModel, load_tokenizer, resolve_device, resolve_dtype, with_adapter, wrap_model
 from groupwise.model.outline import whole_model
 from groupwise.plan.devices import Device
-from groupwise.plan.facts import Load, ModelFacts, Setup
+from groupwise.plan.facts import SMALL_BYTES, Load, ModelFacts, Setup
 from groupwise.plan.outline import facts_of
 from groupwise.plan.seconds import Rates, attention_pairs, head_operations, layer_operations
 from groupwise.policy.streams import Streams
@@ -41,14 +41,17 @@ from groupwise.types import Prompt, SampleRequest, SamplingParams
 _SIZE = 1 << 26  # bytes that are copied: more than a processor's cache
 _VOCABULARY = 8_192
 _OPERATIONS = 3e10  # of one pass that is timed
-_STEP_SECONDS = 0.4
-_FEWEST_STEPS, _MOST_STEPS = 6, 48
+_STEP_SECONDS = 0.5
+_FIRST_STEPS, _FEWEST_STEPS, _MOST_STEPS = 12, 6, 48
 _PROMPT = 16
 _WIDE_LAYER = 16_000_000  # weights, from which on two layers are compared with one, instead of three
 
 
-def device_at_hand(config: ModelConfig) -> Device:
+def device_at_hand(config: ModelConfig, *, measures: bool = True) -> Device:
     """The device that `model.device` names, with what is free there, and a GPU's measured ceilings.
+
+    Args:
+        measures: False leaves a GPU's ceilings at 0.
 
     Raises:
         ConfigError: there is no such device.
@@ -58,6 +61,8 @@ def device_at_hand(config: ModelConfig) -> Device:
         name = f"this CPU, {torch.get_num_threads()} threads"
         return Device(name, _free_memory(), 0.0, 0.0, 0.0, on_gpu=False, source="measured here")
     free, _ = torch.cuda.mem_get_info(device)
+    if not measures:
+        return Device(torch.cuda.get_device_name(device), free, 0.0, 0.0, 0.0, source="not measured")
     half, single = (_operations(device, dtype) for dtype in (torch.bfloat16, torch.float32))
     return Device(torch.cuda.get_device_name(device), free, half, single, bandwidth(device), source="measured here")
 
@@ -76,15 +81,20 @@ def _free_memory() -> int:
     return min(found)
 
 
-def typical_seconds(work: Callable[[], object], device: torch.device, *, repeats: int = 3) -> float:
+Clock = Callable[[], float]
+
+
+def typical_seconds(
+    work: Callable[[], object], device: torch.device, *, repeats: int = 3, clock: Clock = time.perf_counter
+) -> float:
     """The median of some calls, after one that is not counted."""
     found: list[float] = []
     for _ in range(repeats + 1):
         _wait(device)
-        started = time.perf_counter()
+        started = clock()
         work()
         _wait(device)
-        found.append(time.perf_counter() - started)
+        found.append(clock() - started)
     return statistics.median(found[1:])
 
 
@@ -98,26 +108,36 @@ def _operations(device: torch.device, dtype: torch.dtype, size: int = 8_192) -> 
     return 2 * size**3 / typical_seconds(lambda: torch.mm(x, x), device, repeats=5)
 
 
-def bandwidth(device: torch.device) -> float:
+def bandwidth(device: torch.device, *, clock: Clock = time.perf_counter) -> float:
     """Bytes per second of a copy, those read and those written."""
     size = _SIZE if device.type == "cpu" else 16 * _SIZE
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * size / typical_seconds(lambda: target.copy_(source), device, repeats=5)
+    return 2 * size / typical_seconds(lambda: target.copy_(source), device, repeats=5, clock=clock)
 
 
 def calibrate(
-    config: ModelConfig, lora: LoraConfig, facts: ModelFacts, setup: Setup, load: Load, *, lanes: int
+    config: ModelConfig,
+    lora: LoraConfig,
+    facts: ModelFacts,
+    setup: Setup,
+    load: Load,
+    *,
+    lanes: int,
+    clock: Clock = time.perf_counter,
 ) -> Rates:
     """What the CPU at hand reaches with models of these widths.
 
     Args:
         lanes: samples decoded together.
+        clock: seconds; those of the processor leave other work on the machine out, where there is one thread.
     """
-    few, many = (_Replica.of(config, lora, layers=layers) for layers in (1, 2 if _is_wide(facts) else 3))
+    few, many = (_Replica.of(config, lora, clock, layers=layers) for layers in (1, 2 if _is_wide(facts) else 3))
     lanes = min(lanes, load.samples)
-    draw = _draw_seconds(many, lanes)
-    short, long = (_step_seconds(each, load, lanes) for each in (few, many))
-    layer = max(0.0, long - short) / (many.facts.layers - few.facts.layers)
+    small = facts.weight_bytes(setup.each, packed=setup.packed) <= SMALL_BYTES
+    short, long = (_TimedEngine(each, lanes, tries_threads=small) for each in (few, many))
+    seconds = [engine.step_seconds(load) for engine in (short, long)]
+    draw = _draw_seconds(many, lanes, threads=long.threads)
+    layer = max(0.0, seconds[1] - seconds[0]) / (many.facts.layers - few.facts.layers)
     # As in a run, learning has a thread of its own: torch's threads are each thread's own, and those that one leaves
     # behind would be in the way of the other's.
     with ThreadPoolExecutor(1) as pool:
@@ -128,9 +148,9 @@ def calibrate(
         forward=forward,
         head_train=head_train,
         head_forward=head_forward,
-        bandwidth=bandwidth(torch.device("cpu")),
+        bandwidth=bandwidth(torch.device("cpu"), clock=clock),
         note=f"measured here with {many.facts.layers} layers of the model's widths",
-        step=max(0.0, short - layer - draw),
+        step=max(0.0, seconds[0] - layer - draw),
         layer=layer,
         draw=draw / many.facts.vocabulary,
     )
@@ -142,13 +162,14 @@ def _is_wide(facts: ModelFacts) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Replica:
-    """A model of the run's widths with random weights."""
+    """A model of the run's widths with random weights, and what it is timed by."""
 
     loaded: LoadedModel
     facts: ModelFacts
+    clock: Clock
 
     @staticmethod
-    def of(config: ModelConfig, lora: LoraConfig, *, layers: int) -> _Replica:
+    def of(config: ModelConfig, lora: LoraConfig, clock: Clock, *, layers: int) -> _Replica:
         base = whole_model(config)
         whole = AutoConfig.from_pretrained(base.path, trust_remote_code=base.trust_remote_code)
         settings = _shortened(whole, layers)
@@ -159,7 +180,7 @@ class _Replica:
                 settings, dtype=dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=base.trust_remote_code
             )
         loaded = with_adapter(wrap_model(model, load_tokenizer(config)), lora)
-        return _Replica(loaded, facts_of(loaded.model))
+        return _Replica(loaded, facts_of(loaded.model), clock)
 
     @property
     def trained(self) -> list[Tensor]:
@@ -168,9 +189,12 @@ class _Replica:
     def timed(self, setup: Setup, work: Callable[[Packed], object], packs: Sequence[Packed]) -> float:
         """Seconds of `work` on all of them, side by side as in the run."""
         if setup.passes == 1:
-            return typical_seconds(lambda: [work(one) for one in packs], self.loaded.device)
+            return self.seconds(lambda: [work(one) for one in packs])
         streams = Streams(self.loaded.model)
-        return typical_seconds(lambda: list(streams.map(work, packs)), self.loaded.device)
+        return self.seconds(lambda: list(streams.map(work, packs)))
+
+    def seconds(self, work: Callable[[], object], *, repeats: int = 3) -> float:
+        return typical_seconds(work, self.loaded.device, repeats=repeats, clock=self.clock)
 
 
 def _shortened(whole: Any, layers: int) -> Any:
@@ -240,11 +264,11 @@ def _head_rates(replica: _Replica, setup: Setup, load: Load) -> tuple[float, flo
             token_scores(loaded.head, hidden, targets, chunk_tokens=setup.chunk)
 
     done = [head_operations(facts, setup, count, backward=kind) for kind in (True, False)]
-    return done[0] / typical_seconds(learn, loaded.device), done[1] / typical_seconds(score, loaded.device)
+    return done[0] / replica.seconds(learn), done[1] / replica.seconds(score)
 
 
-def _draw_seconds(replica: _Replica, lanes: int) -> float:
-    """Logits and a draw for each of the samples."""
+def _draw_seconds(replica: _Replica, lanes: int, *, threads: int) -> float:
+    """Logits and a draw for each of the samples, on so many threads."""
     loaded = replica.loaded
     hidden = torch.randn(lanes, replica.facts.width, dtype=loaded.model.dtype)
     params = RowParams.of([SamplingParams(max_tokens=1)] * lanes, loaded.device)
@@ -253,42 +277,55 @@ def _draw_seconds(replica: _Replica, lanes: int) -> float:
     def draw() -> None:
         choose(loaded.head.logits(hidden), uniform, params, sums=loaded.head.row_sums)
 
-    with torch.inference_mode(), ordered_weights(loaded.model):
-        return typical_seconds(draw, loaded.device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode(), ordered_weights(loaded.model):
+            return replica.seconds(draw, repeats=5)
+    finally:
+        torch.set_num_threads(before)
 
 
 class _TimedEngine(NativeEngine):
-    """Notes the seconds of each step."""
+    """Samples from a replica, and notes the seconds of each step.
 
-    def __init__(self, loaded: LoadedModel, config: RolloutConfig) -> None:
-        super().__init__(loaded, config)
-        self.seconds: list[float] = []
+    Args:
+        tries_threads: as an engine over the run's own model, of which a replica is a small part.
+    """
+
+    def __init__(self, replica: _Replica, lanes: int, *, tries_threads: bool) -> None:
+        super().__init__(replica.loaded, RolloutConfig.model_validate({"max_concurrent_samples": lanes}))
+        self._tries_threads = tries_threads
+        self._vocabulary, self._lanes = replica.facts.vocabulary, lanes
+        self._clock, self._seconds = replica.clock, list[float]()
 
     def _step(self) -> None:
-        started = time.perf_counter()
+        started = self._clock()
         super()._step()
-        self.seconds.append(time.perf_counter() - started)
+        self._seconds.append(self._clock() - started)
 
+    @property
+    def threads(self) -> int:
+        """Of a decode step."""
+        return self._threads.count if self._tries_threads else torch.get_num_threads()
 
-def _step_seconds(replica: _Replica, load: Load, lanes: int) -> float:
-    """A decode step of so many samples, at the beginning of their answers."""
-    engine = _TimedEngine(replica.loaded, RolloutConfig.model_validate({"max_concurrent_samples": lanes}))
-    vocabulary, size = replica.facts.vocabulary, min(load.group, lanes)
-    prompts = [
-        Prompt(f"p{i}", (), "", ModelInput.of([(i + place) % vocabulary for place in range(_PROMPT)]))
-        for i in range(-(-lanes // size))
-    ]
+    def step_seconds(self, load: Load) -> float:
+        """A decode step of all lanes, at the beginning of their answers."""
+        return asyncio.run(self._measure(min(load.group, self._lanes)))
 
-    async def sample(tokens: int) -> float:
-        engine.seconds.clear()
+    async def _measure(self, group: int) -> float:
+        first = await self._sample(group, _FIRST_STEPS)  # until the number of threads is found
+        return await self._sample(group, max(_FEWEST_STEPS, min(_MOST_STEPS, int(_STEP_SECONDS / first))))
+
+    async def _sample(self, group: int, tokens: int) -> float:
+        """The median of the steps that draw so many tokens."""
+        prompts = [
+            Prompt(f"p{i}", (), "", ModelInput.of([(i + place) % self._vocabulary for place in range(_PROMPT)]))
+            for i in range(-(-self._lanes // group))
+        ]
         sampling = SamplingParams(max_tokens=tokens)
-        asked = [SampleRequest.of(prompts[i // size], i % size, sampling) for i in range(lanes)]
-        async for _ in engine.generate(asked):
+        self._seconds.clear()
+        asked = [SampleRequest.of(prompts[i // group], i % group, sampling) for i in range(self._lanes)]
+        async for _ in self.generate(asked):
             pass
-        return statistics.median(engine.seconds[1:])  # the first computes prompts
-
-    async def measure() -> float:
-        first = await sample(_FEWEST_STEPS)
-        return await sample(max(_FEWEST_STEPS, min(_MOST_STEPS, int(_STEP_SECONDS / first))))
-
-    return asyncio.run(measure())
+        return statistics.median(self._seconds[1:])  # the first computes prompts

@@ -28,11 +28,10 @@ IMPORTS = {False: 356 * MIB, True: 0}
 LIBRARIES = {False: 80 * MIB, True: 768 * MIB}
 """What libraries take once they compute, on a CPU (measured) and on a GPU (its context; an estimate)."""
 
-HOLES = {"full": 0.10, "adapter": 0.30, "rounds": 0.50, "gpu": 0.10}
+HOLES = {"gpu": 0.10, "full": 0.10, "full, several passes": 0.30, "LoRA": 0.30, "LoRA, several passes": 0.50}
 """Of what comes and goes in a pass, memory that is free and of no use, because blocks of other sizes lie around it. On
-a CPU as measured after two steps: with all weights trained, with an adapter, whose products come and go between what
-stays, and where passes of several sizes follow each other in an update; over many steps the first two grow towards the
-third. On a GPU an estimate."""
+a CPU as measured after two steps: an adapter's products come and go between what stays, and passes that follow each
+other in an update differ in size; over many steps holes grow. On a GPU an estimate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +188,4 @@ def _learning(facts: ModelFacts, setup: Setup, work: Pass) -> dict[str, int]:
 def _kind(facts: ModelFacts, setup: Setup, work: Pass) -> str:
     if setup.on_gpu:
         return "gpu"
-    if work.count > setup.passes:
-        return "rounds"
-    return "adapter" if facts.adapter else "full"
+    return ("LoRA" if facts.adapter else "full") + (", several passes" if work.count > setup.passes else "")

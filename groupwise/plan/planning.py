@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from groupwise.assembly.preparation import Prepared, prepare
@@ -11,7 +12,7 @@ from groupwise.data import PromptSet
 from groupwise.engines import is_exact
 from groupwise.model.outline import model_without_weights
 from groupwise.plan.amount import Amount, find_amount
-from groupwise.plan.calibration import calibrate, device_at_hand
+from groupwise.plan.calibration import Clock, calibrate, device_at_hand
 from groupwise.plan.devices import Device
 from groupwise.plan.facts import Load, ModelFacts, Reference, Setup
 from groupwise.plan.memory import Memory, Sampling
@@ -66,7 +67,7 @@ def make_plan(
     answer: int | None = None,
     resume: bool = False,
     ready: Prepared | None = None,
-    measures: bool = True,
+    clock: Clock | None = time.perf_counter,
 ) -> Plan:
     """Plan the run that `groupwise train` would make of `config`. No weight is loaded.
 
@@ -74,50 +75,60 @@ def make_plan(
         device: to plan for; None is the one at hand.
         answer: tokens of a completion, on average; None is the most that it may have.
         ready: that run, where it was prepared already.
-        measures: measure the device at hand, for some seconds; otherwise there are no seconds for it.
+        clock: by which the device at hand is measured, for some seconds; without one there are no seconds for it.
 
     Raises:
         ConfigError, DataError: what the run would be refused for.
     """
     ready = ready or prepare(config if device is None else _elsewhere(config), resume=resume, begins=False)
-    given, at_hand = config, device is None
-    device = device or device_at_hand(config.model)
-    outline = model_without_weights(ready.model, config.lora)
-    facts = facts_of(outline)
-    each = _weight_bytes(config, device)
-    packed = config.model.quantization != "none"
-    passes = passes_side_by_side(outline, facts, each, on_gpu=device.on_gpu, packed=packed)
-    setup = _setup(config, ready, each, passes=passes, on_gpu=device.on_gpu)
-    elsewhere = config.rollout.engine != "native"
-    planned = Planned(
-        given, facts, setup, device, _load(config, ready.train), _evaluation(config, ready.eval), elsewhere
-    )
+    at_hand = device is None
+    device = device or device_at_hand(config.model, measures=clock is not None)
+    planned = _planned(config, ready, device)
     load, sampling = with_answer(planned.load, answer), planned.sampling()
     rates = None
-    if elsewhere or not sampling.lanes:
-        pass
-    elif at_hand and not device.on_gpu:
-        rates = calibrate(ready.model, config.lora, facts, setup, load, lanes=sampling.lanes) if measures else None
-    elif device.bandwidth:
-        rates = rates_of(device, facts, setup, samples=sampling.lanes)
+    if sampling.lanes and not planned.samples_elsewhere:
+        rates = _rates(planned, ready, load, at_hand=at_hand, clock=clock)
     largest, whole = planned.largest_micro_batch()
     return Plan(
-        given,
-        device,
-        at_hand,
-        facts,
-        setup,
-        load,
-        _amount(config, ready, load),
-        planned.memory(),
-        sampling,
-        largest,
-        whole,
-        planned.most_samples(),
-        rates,
-        None if rates is None else _seconds(planned, load, answer, rates=rates, lanes=sampling.lanes),
-        _notes(planned, answer),
+        config=config,
+        device=device,
+        at_hand=at_hand,
+        facts=planned.facts,
+        setup=planned.setup,
+        load=load,
+        amount=_amount(config, ready, load),
+        memory=planned.memory(),
+        sampling=sampling,
+        largest_micro_batch=largest,
+        whole_step=whole,
+        most_samples=planned.most_samples(),
+        rates=rates,
+        seconds=None if rates is None else _seconds(planned, load, answer, rates=rates, lanes=sampling.lanes),
+        notes=_notes(planned, answer),
     )
+
+
+def _planned(config: Config, ready: Prepared, device: Device) -> Planned:
+    outline = model_without_weights(ready.model, config.lora)
+    facts, each = facts_of(outline), _weight_bytes(config, device)
+    packed = config.model.quantization != "none"
+    passes = passes_side_by_side(outline, facts, each, on_gpu=device.on_gpu, packed=packed)
+    return Planned(
+        config,
+        facts,
+        _setup(config, ready, each, passes=passes, on_gpu=device.on_gpu),
+        device,
+        _load(config, ready.train),
+        _evaluation(config, ready.eval),
+        samples_elsewhere=config.rollout.engine != "native",
+    )
+
+
+def _rates(planned: Planned, ready: Prepared, load: Load, *, at_hand: bool, clock: Clock | None) -> Rates | None:
+    facts, setup, device, lanes = planned.facts, planned.setup, planned.device, planned.sampling().lanes
+    if at_hand and not device.on_gpu and clock is not None:
+        return calibrate(ready.model, planned.config.lora, facts, setup, load, lanes=lanes, clock=clock)
+    return rates_of(device, facts, setup, samples=lanes) if device.bandwidth else None
 
 
 def _elsewhere(config: Config) -> Config:
