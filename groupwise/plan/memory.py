@@ -28,6 +28,9 @@ IMPORTS = {False: 356 * MIB, True: 0}
 LIBRARIES = {False: 80 * MIB, True: 768 * MIB}
 """What libraries take once they compute, on a CPU (measured) and on a GPU (its context; an estimate)."""
 
+ADAPTERS = 28 * MIB
+"""What peft takes, which is imported where there is an adapter (measured)."""
+
 HOLES = {"gpu": 0.10, "full": 0.10, "full, several passes": 0.30, "LoRA": 0.30, "LoRA, several passes": 0.50}
 """Of what comes and goes in a pass, memory that is free and of no use, because blocks of other sizes lie around it. On
 a CPU as measured after two steps: an adapter's products come and go between what stays, and passes that follow each
@@ -94,7 +97,7 @@ def _held(facts: ModelFacts, setup: Setup, sampling: Sampling) -> dict[str, int]
         "teacher": setup.each * setup.teacher,
         "KV caches": sampling.caches,
         "imports": IMPORTS[setup.on_gpu],
-        "libraries": LIBRARIES[setup.on_gpu],
+        "libraries": LIBRARIES[setup.on_gpu] + (ADAPTERS if facts.adapter and not setup.on_gpu else 0),
     }
 
 

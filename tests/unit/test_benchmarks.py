@@ -329,7 +329,7 @@ def test_a_plans_memory_is_the_runs(load, tmp_path: Path, size: str, way: str, d
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("way", ["full", "lora"])
 def test_a_plans_seconds_are_the_runs(load, tmp_path: Path, way: str) -> None:
-    """Of one thread's processor time in the second step, which other work on the machine hardly touches: within 30 %."""
+    """Of one thread's processor time in the second step, which other work hardly touches: within 30 %."""
     out = tmp_path / "plan.jsonl"
     arguments = ["--sizes", "10m", "--ways", way, "--dtypes", "float32", "--processor-time", "--json", str(out)]
     load("plan").main(arguments)
