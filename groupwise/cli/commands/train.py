@@ -164,7 +164,7 @@ def _train(args: argparse.Namespace) -> None:
         ready = prepare(loaded.config, resume=args.resume, overwrite=args.overwrite)
         find_start(ready.output, ready.identity, resume=args.resume, accept=args.accept_changes)
         plan = make_plan(loaded.config, resume=args.resume, ready=ready, clock=None)
-        say("\n".join([ready.describe(resume=args.resume), *summary(plan)]))
+        say("\n".join([*summary(plan), ready.describe(resume=args.resume)]))
         return
     config = loaded.config
     done = run_training(config, resume=args.resume, overwrite=args.overwrite, accept_changes=args.accept_changes)
