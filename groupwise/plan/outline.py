@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from groupwise.errors import ConfigError
 from groupwise.model.exact.experts import experts_of
 from groupwise.model.fast_cpu.lean_layers import LLAMA_LAYERS
 from groupwise.model.forward.hidden_states import depends_on_length
@@ -15,7 +16,21 @@ from groupwise.plan.facts import SMALL_BYTES, ModelFacts
 
 
 def facts_of(model: PreTrainedModel) -> ModelFacts:
-    """Count a model's numbers; where the weights are, and whether there are any, makes no difference."""
+    """Count a model's numbers; where the weights are, and whether there are any, makes no difference.
+
+    Raises:
+        ConfigError: its config does not have the shape of a decoder.
+    """
+    try:
+        return _count(model)
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"{model.config.model_type}: config.json has not the shape of a decoder with attention in every layer "
+            f"({type(error).__name__}: {error}); give a model that is one"
+        ) from error
+
+
+def _count(model: PreTrainedModel) -> ModelFacts:
     config = model.config.get_text_config()
     settings: dict[str, Any] = config.to_dict()
     heads = int(config.num_attention_heads)

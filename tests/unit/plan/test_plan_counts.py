@@ -14,6 +14,7 @@ from groupwise.batches import TrainingRow
 from groupwise.config import LoraConfig, RolloutConfig
 from groupwise.engines.native import steps
 from groupwise.engines.native.engine import _cache_bytes, _cache_shape
+from groupwise.errors import ConfigError
 from groupwise.inputs import ModelInput
 from groupwise.model.forward import head
 from groupwise.model.forward.hidden_states import packed_hidden_states
@@ -129,6 +130,13 @@ def test_of_a_mixture_a_token_meets_some_experts(make_mixture: Callable[..., Pre
     assert facts.in_layers == 3 * (attention + experts + router)
     assert facts.products == 3 * (attention + experts // 4 + router)
     assert facts.mlp == 4 * 36
+
+
+def test_a_config_without_the_shape_of_a_decoder_is_refused() -> None:
+    model = make("Llama", 1, torch.float32)
+    model.config.num_attention_heads = None
+    with pytest.raises(ConfigError, match="llama: config.json has not the shape of a decoder"):
+        facts_of(model)
 
 
 def test_constants_are_the_codes_own() -> None:
