@@ -263,7 +263,7 @@ def _head_rates(replica: _Replica, setup: Setup, load: Load) -> tuple[float, flo
         with torch.no_grad():
             token_scores(loaded.head, hidden, targets, chunk_tokens=setup.chunk)
 
-    done = [head_operations(facts, setup, count, backward=kind) for kind in (True, False)]
+    done = [head_operations(facts, count, backward=kind, at_once=count) for kind in (True, False)]
     return done[0] / replica.seconds(learn), done[1] / replica.seconds(score)
 
 

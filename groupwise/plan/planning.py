@@ -14,7 +14,7 @@ from groupwise.model.outline import model_without_weights
 from groupwise.plan.amount import Amount, find_amount
 from groupwise.plan.calibration import Clock, calibrate, device_at_hand
 from groupwise.plan.devices import Device
-from groupwise.plan.facts import Load, ModelFacts, Reference, Setup
+from groupwise.plan.facts import Load, ModelFacts, Reference, Setup, largest_pass
 from groupwise.plan.memory import Memory, Sampling
 from groupwise.plan.outline import facts_of, passes_side_by_side
 from groupwise.plan.planned import Planned, with_answer
@@ -208,10 +208,12 @@ def _amount(config: Config, ready: Prepared, load: Load) -> Amount:
 
 
 def _seconds(planned: Planned, load: Load, answer: int | None, *, rates: Rates, lanes: int) -> Seconds:
-    evaluation = None if planned.evaluation is None else with_answer(planned.evaluation, answer)
-    every = planned.config.eval.every
+    config, evaluation = planned.config, None
+    if planned.evaluation is not None:
+        evaluation = with_answer(planned.evaluation, answer), config.eval.every
+    at_once = largest_pass(load, config.train.micro_batch_tokens, planned.setup.passes).scored
     return find_seconds(
-        planned.facts, planned.setup, load, lanes=lanes, rates=rates, evaluation=evaluation, every=every
+        planned.facts, planned.setup, load, lanes=lanes, rates=rates, at_once=at_once, evaluation=evaluation
     )
 
 

@@ -86,22 +86,28 @@ def layer_operations(facts: ModelFacts, tokens: int, pairs: int, *, backward: bo
     return weights * (2 if facts.adapter else 3) + attention * 3
 
 
-def head_operations(facts: ModelFacts, setup: Setup, scored: int, *, backward: bool) -> float:
+def head_operations(facts: ModelFacts, scored: int, *, backward: bool, at_once: int = 0) -> float:
+    """Of so many scored tokens, `at_once` of them in one pass: where that is many, the backward pass computes logits
+    again."""
     once = 2.0 * facts.head * scored
     if not backward:
         return once
-    again = 1 if 4 * scored * facts.vocabulary > KEPT_BYTES else 0
+    again = 1 if 4 * at_once * facts.vocabulary > KEPT_BYTES else 0
     return once * ((2 if facts.adapter else 3) + again)
 
 
-def train_seconds(facts: ModelFacts, setup: Setup, load: Load, rates: Rates) -> float:
-    """Forward and backward of a step, and the forwards of those that only score."""
+def train_seconds(facts: ModelFacts, setup: Setup, load: Load, rates: Rates, *, at_once: int = 0) -> float:
+    """Forward and backward of a step, and the forwards of those that only score.
+
+    Args:
+        at_once: tokens that one pass scores; 0 is the whole step.
+    """
     pairs, scored = attention_pairs(load), load.drawn
     layers = layer_operations(facts, load.packed, pairs, backward=True)
     again = layer_operations(facts, load.packed, pairs, backward=False)
     learned = layers / rates.train + again / rates.forward * int(setup.recomputes)
-    learned += head_operations(facts, setup, scored, backward=True) / rates.head_train
-    alone = again / rates.forward + head_operations(facts, setup, scored, backward=False) / rates.head_forward
+    learned += head_operations(facts, scored, backward=True, at_once=at_once or scored) / rates.head_train
+    alone = again / rates.forward + head_operations(facts, scored, backward=False) / rates.head_forward
     teacher = alone * setup.teacher / facts.parameters
     return load.repeats * (learned + alone * int(setup.compares)) + alone * int(setup.old) + teacher
 
@@ -134,19 +140,29 @@ def step_seconds(facts: ModelFacts, setup: Setup, load: Load, *, lanes: int, rat
 
 
 def find_seconds(
-    facts: ModelFacts, setup: Setup, load: Load, *, lanes: int, rates: Rates, evaluation: Load | None, every: int
+    facts: ModelFacts,
+    setup: Setup,
+    load: Load,
+    *,
+    lanes: int,
+    rates: Rates,
+    at_once: int = 0,
+    evaluation: tuple[Load, int] | None = None,
 ) -> Seconds:
-    """Args:
-    lanes: samples decoded together.
-    evaluation: what one evaluation samples; None without.
-    every: steps between two.
+    """Of a step.
+
+    Args:
+        lanes: samples decoded together.
+        at_once: as in `train_seconds`.
+        evaluation: what one evaluation samples, and the steps between two.
     """
     held_out = 0.0
-    if evaluation is not None and every:
-        held_out = sampling_seconds(facts, setup, evaluation, lanes=lanes, rates=rates) / every
+    if evaluation is not None:
+        sampled, every = evaluation
+        held_out = sampling_seconds(facts, setup, sampled, lanes=lanes, rates=rates) / every
     return Seconds(
         rollout=sampling_seconds(facts, setup, load, lanes=lanes, rates=rates),
-        train=train_seconds(facts, setup, load, rates),
+        train=train_seconds(facts, setup, load, rates, at_once=at_once),
         update=update_seconds(facts, setup, load, rates),
         evaluation=held_out,
     )

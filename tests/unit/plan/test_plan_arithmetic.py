@@ -114,9 +114,11 @@ def test_operations_of_a_step() -> None:
     facts = ModelFacts(1, 4, 2, 1, 2, 8, vocabulary=10, parameters=0, products=144, in_layers=144)
     assert layer_operations(facts, 5, 24, backward=True) == 6 * 144 * 5 + 12 * 4 * 24
     assert layer_operations(facts, 5, 24, backward=False) == 2 * 144 * 5 + 4 * 4 * 24
-    assert head_operations(facts, Setup(each=4), 4, backward=True) == 6 * 40 * 4
-    many = 2**26 // 10 + 1  # more weights than are kept, so they are computed again
-    assert head_operations(facts, Setup(each=4), many, backward=True) == 8 * 40 * many
+    assert head_operations(facts, 4, backward=True, at_once=4) == 6 * 40 * 4
+    many = 2**26 // 10 + 1  # of these a pass keeps no weights, so it computes them again
+    assert head_operations(facts, many, backward=True, at_once=many) == 8 * 40 * many
+    assert head_operations(facts, many, backward=True, at_once=4) == 6 * 40 * many
+    assert head_operations(facts, many, backward=False) == 2 * 40 * many
 
 
 def test_rates_reproduce_what_was_measured_on_an_h100() -> None:
@@ -137,7 +139,7 @@ def test_seconds_add_up() -> None:
     rates = rates_of(DEVICES["h100-80gb"], SMALL, setup, samples=256)
     bare = train_seconds(SMALL, Setup(each=2, on_gpu=True), load, rates)
     assert bare < train_seconds(SMALL, setup, load, rates) < 1.5 * bare
-    seconds = find_seconds(SMALL, setup, load, lanes=256, rates=rates, evaluation=load, every=10)
+    seconds = find_seconds(SMALL, setup, load, lanes=256, rates=rates, evaluation=(load, 10))
     assert seconds.evaluation == pytest.approx(seconds.rollout / 10)
     assert seconds.step == seconds.rollout + seconds.train + seconds.update + seconds.evaluation
     assert update_seconds(SMALL, setup, load, rates) == pytest.approx(596_049_920 * 42 / (3.35e12 * 0.86))

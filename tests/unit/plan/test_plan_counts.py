@@ -133,8 +133,14 @@ def test_of_a_mixture_a_token_meets_some_experts(make_mixture: Callable[..., Pre
 
 
 def test_a_config_without_the_shape_of_a_decoder_is_refused() -> None:
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8, "patch_size": 4}
-    sees = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, num_hidden_layers=1))
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    sees = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, patch_size=4, num_hidden_layers=1))
     with pytest.raises(ConfigError, match=r"clip_vision_model: config\.json has not the shape of a decoder"):
         facts_of(sees)
 
