@@ -106,8 +106,18 @@ class Prepared:
         return "\n".join(lines)
 
 
-def prepare(config: Config, *, resume: bool = False, overwrite: bool = False, given: Given | None = None) -> Prepared:
+def prepare(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    given: Given | None = None,
+    begins: bool = True,
+) -> Prepared:
     """Check all that a run of this config needs and that can be known without weights. Nothing is written.
+
+    Args:
+        begins: False for a run that is only planned: its folder may be taken, and its weights may be elsewhere.
 
     Raises:
         ConfigError, DataError: what the run would be refused for.
@@ -127,9 +137,10 @@ def prepare(config: Config, *, resume: bool = False, overwrite: bool = False, gi
     _check_keep_best(config, scorer)
     data = _load_data(config, given, scorer, model=model)
     output = run_folder(config)
-    check_place(output, resume=resume, overwrite=overwrite)
-    if given.loaded is None:
-        check_model(model, config.lora)
+    if begins:
+        check_place(output, resume=resume, overwrite=overwrite)
+        if given.loaded is None:
+            check_model(model, config.lora)
     return Prepared(
         config,
         model,

@@ -18,6 +18,7 @@ from groupwise.cli.commands import (
     generate,
     info,
     model,
+    plan,
     quickstart,
     report,
     reward,
@@ -35,6 +36,7 @@ from groupwise.notices import once_each
 COMMANDS: tuple[Command, ...] = (
     quickstart.QUICKSTART,
     train.TRAIN,
+    plan.PLAN,
     train.SFT,
     xtuner.XTUNER,
     evaluate.EVAL,

@@ -34,7 +34,7 @@ def check_model(config: ModelConfig, lora: LoraConfig) -> None:
     if config.batch_invariant:
         require_batch_invariance(config)
         require_gpu(resolve_device(config.device))
-    whole, has_adapter = _whole_model(config)
+    whole, has_adapter = _whole(config)
     check_files(whole.path)
     model = _without_weights(whole)
     check_attention(model)
@@ -42,14 +42,31 @@ def check_model(config: ModelConfig, lora: LoraConfig) -> None:
         add_adapter(model, lora)
 
 
-def _whole_model(config: ModelConfig) -> tuple[ModelConfig, bool]:
+def model_without_weights(config: ModelConfig, lora: LoraConfig) -> PreTrainedModel:
+    """The modules that `load_model` and `with_adapter` would make, their weights on the meta device.
+
+    Raises:
+        ConfigError: config.json cannot be read, or the model has no such layers.
+    """
+    model = _without_weights(whole_model(config))
+    if lora.rank:
+        add_adapter(model, lora)
+    return model
+
+
+def whole_model(config: ModelConfig) -> ModelConfig:
+    """The model that everything else, checkpoints and adapters, is laid over."""
+    return _whole(config)[0]
+
+
+def _whole(config: ModelConfig) -> tuple[ModelConfig, bool]:
     """The model that everything else is laid over, and whether an adapter is among that."""
     config = config.model_copy(update={"path": settled_model(config.path)})
     if checkpoint := named_checkpoint(config.path):
-        whole, below = _whole_model(base_config(config, checkpoint))
+        whole, below = _whole(base_config(config, checkpoint))
         return whole, below or checkpoint.has_adapter
     if adapter := read_adapter_file(Path(config.path)):
-        return _whole_model(config.model_copy(update={"path": adapter.base}))[0], True
+        return _whole(config.model_copy(update={"path": adapter.base}))[0], True
     return config, False
 
 

@@ -47,6 +47,7 @@ def load(monkeypatch: pytest.MonkeyPatch):
         ("head_memory", "--plain-tokens"),
         ("exactness", "--rounds"),
         ("chaos", "--kills"),
+        ("plan", "--processor-time"),
     ],
 )
 def test_help_lists_the_options(load, capsys: pytest.CaptureFixture[str], script: str, option: str) -> None:
@@ -309,3 +310,28 @@ def test_exactness_benchmark_samples_the_same_on_all_sides(load, tmp_path: Path)
         assert result["cpu"]["ratio"] == median["exact"] / max(median["sdpa"], median["products"])
     single = document["results"][0]["checks"]
     assert [single[side]["greedy_equal"] for side in ("sdpa", "products")] == [1.0, 1.0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("way", ["full", "lora"])
+@pytest.mark.parametrize("size", ["10m", "50m", "150m"])
+def test_a_plans_memory_is_the_runs(load, tmp_path: Path, size: str, way: str, dtype: str) -> None:
+    """The peak of the resident set in two steps, less what is resident once everything is imported: within 15 %."""
+    out = tmp_path / "plan.jsonl"
+    load("plan").main(["--sizes", size, "--ways", way, "--dtypes", dtype, "--no-seconds", "--json", str(out)])
+    (found,) = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert 0.85 < found["planned_bytes"] / found["measured_bytes"] < 1.15, found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("way", ["full", "lora"])
+def test_a_plans_seconds_are_the_runs(load, tmp_path: Path, way: str) -> None:
+    """Of one thread's processor time in the second step, which other work hardly touches: within 30 %."""
+    out = tmp_path / "plan.jsonl"
+    arguments = ["--sizes", "10m", "--ways", way, "--dtypes", "float32", "--processor-time", "--json", str(out)]
+    load("plan").main(arguments)
+    (found,) = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert 0.7 < found["planned_seconds"] / found["measured_seconds"] < 1.3, found

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from groupwise.config.loading import LoadedConfig
 
 _SHARED_SETTINGS = ("model.", "lora.", "data.", "optim.", "train.")
-_TRAIN_SETTINGS = (*_SHARED_SETTINGS, "reward.", "rollout.", "environment.", "algorithm.", "eval.", "tracking.")
+TRAIN_SETTINGS = (*_SHARED_SETTINGS, "reward.", "rollout.", "environment.", "algorithm.", "eval.", "tracking.")
 # Supervised training samples nothing, so it has no tables of samples.
 _SFT_SETTINGS = (
     *_SHARED_SETTINGS,
@@ -37,6 +37,12 @@ _EPILOG = (
 
 
 def _add_arguments(parser: Parser) -> None:
+    add_train_arguments(parser)
+    _add_dry_run(parser)
+
+
+def add_train_arguments(parser: Parser) -> None:
+    """What decides a run, for those who train it and those who plan it."""
     _add_shared(parser)
     parser.add_argument("--eval-data", metavar="FILE", help="held-out rows (data.eval)")
     parser.add_argument(
@@ -69,10 +75,18 @@ def _add_shared(parser: Parser) -> None:
         action="store_true",
         help="with --resume: go on although what decides the result has changed; what was accepted is recorded",
     )
+
+
+def _add_dry_run(parser: Parser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check all that needs no weights, show the settings that were given"
     )
     parser.add_argument("--all", action="store_true", help="with --dry-run: the settings at their defaults, too")
+
+
+def _add_sft_arguments(parser: Parser) -> None:
+    _add_shared(parser)
+    _add_dry_run(parser)
 
 
 def _load(args: argparse.Namespace) -> LoadedConfig:
@@ -128,10 +142,15 @@ def _overrides(args: argparse.Namespace) -> list[str]:
     ]
 
 
+def load_for_training(args: argparse.Namespace) -> LoadedConfig:
+    """The config that these arguments are of, with the reward that its rows are known by."""
+    return _with_known_reward(_load(args))
+
+
 def _train(args: argparse.Namespace) -> None:
     from groupwise.config.checks import check_trainable
 
-    loaded = _with_known_reward(_load(args))
+    loaded = load_for_training(args)
     _show(loaded, args)
     if not args.resume:  # what needs no libraries is refused before they are loaded
         check_trainable(loaded.config)
@@ -140,9 +159,12 @@ def _train(args: argparse.Namespace) -> None:
 
     if args.dry_run:
         quiet_loading()
+        from groupwise.plan import make_plan, summary
+
         ready = prepare(loaded.config, resume=args.resume, overwrite=args.overwrite)
         find_start(ready.output, ready.identity, resume=args.resume, accept=args.accept_changes)
-        say(ready.describe(resume=args.resume))
+        plan = make_plan(loaded.config, resume=args.resume, ready=ready, clock=None)
+        say("\n".join([*summary(plan), ready.describe(resume=args.resume)]))
         return
     config = loaded.config
     done = run_training(
@@ -196,13 +218,13 @@ TRAIN = Command(
     summary="train a model by group-relative reinforcement learning",
     add_arguments=_add_arguments,
     run=_train,
-    settings=_TRAIN_SETTINGS,
+    settings=TRAIN_SETTINGS,
     epilog=_EPILOG,
 )
 SFT = Command(
     name="sft",
     summary="warm a model up on worked answers (supervised)",
-    add_arguments=_add_shared,
+    add_arguments=_add_sft_arguments,
     run=_sft,
     settings=_SFT_SETTINGS,
     idle=_SFT_IDLE,
