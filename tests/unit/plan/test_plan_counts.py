@@ -140,7 +140,7 @@ def test_a_config_without_the_shape_of_a_decoder_is_refused() -> None:
         "image_size": 8,
         "patch_size": 4,
     }
-    sees = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, patch_size=4, num_hidden_layers=1))
+    sees = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, num_hidden_layers=1))
     with pytest.raises(ConfigError, match=r"clip_vision_model: config\.json has not the shape of a decoder"):
         facts_of(sees)
 
