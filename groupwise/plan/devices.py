@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from groupwise.errors import ConfigError, nearest
 
 GIB = 2**30
+PUBLISHED = "published peaks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Device:
     float32: float
     bandwidth: float
     on_gpu: bool = True
-    source: str = "published peaks"
+    source: str = PUBLISHED
 
     def operations(self, each: int) -> float:
         """Per second, in a type of so many bytes."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from groupwise.errors import ConfigError
 from groupwise.model.exact.experts import experts_of
 from groupwise.model.fast_cpu.lean_layers import LLAMA_LAYERS
-from groupwise.model.forward.hidden_states import depends_on_length
-from groupwise.plan.facts import SMALL_BYTES, ModelFacts
+from groupwise.model.heads import Heads
+from groupwise.plan.facts import ModelFacts
+from groupwise.policy.streams import most_at_once
 
 
 def facts_of(model: PreTrainedModel) -> ModelFacts:
@@ -33,7 +33,7 @@ def facts_of(model: PreTrainedModel) -> ModelFacts:
 def _count(model: PreTrainedModel) -> ModelFacts:
     config = model.config.get_text_config()
     settings: dict[str, Any] = config.to_dict()
-    heads = int(config.num_attention_heads)
+    heads = Heads.of(config)
     names = dict(model.named_parameters())
     adapter = sum(p.numel() for name, p in names.items() if ".lora_" in name)
     ends = {id(p) for p in _ends(model)}
@@ -45,9 +45,9 @@ def _count(model: PreTrainedModel) -> ModelFacts:
     return ModelFacts(
         layers=int(config.num_hidden_layers),
         width=int(config.hidden_size),
-        heads=heads,
-        key_heads=int(settings.get("num_key_value_heads") or heads),
-        head_size=int(settings.get("head_dim") or config.hidden_size // heads),
+        heads=heads.queries,
+        key_heads=heads.keys,
+        head_size=heads.size,
         mlp=_mlp(model, settings),
         vocabulary=int(config.vocab_size),
         parameters=sum(p.numel() for name, p in names.items() if ".lora_" not in name),
@@ -63,9 +63,8 @@ def _count(model: PreTrainedModel) -> ModelFacts:
 
 def passes_side_by_side(model: PreTrainedModel, facts: ModelFacts, each: int, *, on_gpu: bool, packed: bool) -> int:
     """As `groupwise.policy.streams.Streams` decides it, for a model that has its weights yet to come."""
-    small = facts.weight_bytes(each, packed=packed) + each * facts.adapter <= SMALL_BYTES
-    changes = any(depends_on_length(m) or (isinstance(m, nn.Dropout) and m.p > 0) for m in model.modules())
-    return min(2, torch.get_num_threads()) if small and not on_gpu and not changes else 1
+    weights = facts.weight_bytes(each, packed=packed) + each * facts.adapter
+    return min(most_at_once(model, weights, on_cpu=not on_gpu), torch.get_num_threads())
 
 
 def _ends(model: PreTrainedModel) -> list[Any]:

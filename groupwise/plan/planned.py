@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from groupwise.config import Config
+from groupwise.engines.native.engine import CPU_CACHES, GPU_SHARE
 from groupwise.plan.devices import GIB, Device
 from groupwise.plan.facts import Load, ModelFacts, Setup, largest_pass
 from groupwise.plan.memory import Memory, Sampling, find_memory
 from groupwise.plan.sampler import find_sampling
 
-_CPU_CACHES = 4 * GIB  # as the engine has it by default
-_GPU_SHARE = 0.6  # of what training leaves free
 _MOST_TOKENS = 1 << 20
 
 
@@ -61,10 +60,10 @@ class Planned:
         if given is not None:
             return int(given * GIB)
         if not self.setup.on_gpu:
-            return _CPU_CACHES
+            return CPU_CACHES
         bare = find_memory(self.facts, self.setup, largest_pass(self.load, 1, 1), Sampling(0, 0, 0))
         to_come = bare.updating["gradients"]  # moments are held, as they will be
-        return int(_GPU_SHARE * max(0, self.device.memory - sum(bare.held.values()) - to_come))
+        return int(GPU_SHARE * max(0, self.device.memory - sum(bare.held.values()) - to_come))
 
     def largest_micro_batch(self) -> tuple[int, bool]:
         """The largest `train.micro_batch_tokens` whose peak the device holds, 0 where none does; and whether a larger

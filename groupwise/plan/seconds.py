@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from groupwise.plan.devices import COPY_SHARE, PRODUCTS_SHARE, TRAINING_SHARE, Device, decode_share
+from groupwise.plan.devices import COPY_SHARE, PRODUCTS_SHARE, PUBLISHED, TRAINING_SHARE, Device, decode_share
 from groupwise.plan.facts import Load, ModelFacts, Setup
 from groupwise.plan.memory import KEPT_BYTES
 
@@ -54,14 +54,14 @@ def rates_of(device: Device, facts: ModelFacts, setup: Setup, *, samples: int) -
     """Of a GPU, by its peaks and the shares of them that were seen on an H100."""
     peak = device.operations(setup.each)
     share = TRAINING_SHARE["adapter" if facts.adapter else "full"]
-    measured = device.source == "published peaks"
-    products = peak * (PRODUCTS_SHARE if measured else 1.0)  # a measured peak is a product's already
+    published = device.source == PUBLISHED
+    products = peak * (PRODUCTS_SHARE if published else 1.0)  # a measured peak is a product's already
     return Rates(
         train=products * share,
         forward=products * share,
         head_train=products * share,
         head_forward=products * share,
-        bandwidth=device.bandwidth * (COPY_SHARE if measured else 1.0),
+        bandwidth=device.bandwidth * (COPY_SHARE if published else 1.0),
         note=f"{device.source}; training at {share:.0%} of what products reach, decoding at "
         f"{decode_share(samples):.0%} of its floor",
         decode=decode_share(samples),

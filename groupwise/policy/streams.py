@@ -37,9 +37,8 @@ class Streams:
 
     def __init__(self, module: nn.Module) -> None:
         weights = list(module.parameters())
-        small = sum(weight.nbytes for weight in weights) <= _SMALL_BYTES
         on_cpu = all(weight.device.type == "cpu" for weight in weights)
-        self._most = _MOST if small and on_cpu and not any(map(_changes, module.modules())) else 1
+        self._most = most_at_once(module, sum(weight.nbytes for weight in weights), on_cpu=on_cpu)
 
     @property
     def count(self) -> int:
@@ -68,6 +67,12 @@ class Streams:
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # the number that the next new thread of this process begins with
+
+
+def most_at_once(module: nn.Module, weight_bytes: int, *, on_cpu: bool) -> int:
+    """Passes of a model with so many bytes of weights that may be side by side, were there the threads."""
+    small = weight_bytes <= _SMALL_BYTES and on_cpu
+    return _MOST if small and not any(map(_changes, module.modules())) else 1
 
 
 def _changes(module: nn.Module) -> bool:

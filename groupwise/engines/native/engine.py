@@ -27,9 +27,16 @@ from groupwise.errors import EngineError
 from groupwise.model.fast_cpu.linear import ordered_weights
 from groupwise.model.fast_gpu.layers import fused
 from groupwise.model.forward.hidden_states import depends_on_length
+from groupwise.model.heads import Heads
 from groupwise.model.loading import LoadedModel
 from groupwise.protocols import EngineCaps
 from groupwise.types import Completion, FinishReason, Likeliest, SampleRequest
+
+CPU_CACHES = 4 * 2**30
+"""Bytes of keys and values on a CPU, unless `rollout.kv_cache_gib` says."""
+
+GPU_SHARE = 0.6
+"""The same on a GPU, of what training leaves free."""
 
 _LOOK_SECONDS = 0.02
 """How often a stream looks at what was drawn."""
@@ -273,16 +280,13 @@ def _failure_of(worker: asyncio.Task[None]) -> BaseException | None:
 
 
 def _cache_shape(loaded: LoadedModel) -> CacheShape:
-    config = loaded.text_config
-    settings = config.to_dict()
-    heads = settings.get("num_key_value_heads") or config.num_attention_heads
-    size = settings.get("head_dim") or config.hidden_size // config.num_attention_heads
+    heads = Heads.of(loaded.text_config)
     on_gpu = loaded.device.type == "cuda"
     by_kernel = kernel_attends(loaded)
     return CacheShape(
-        config.num_hidden_layers,
-        heads,
-        size,
+        loaded.text_config.num_hidden_layers,
+        heads.keys,
+        heads.size,
         loaded.model.dtype,
         loaded.device,
         fixed=by_kernel or on_gpu,
@@ -297,5 +301,5 @@ def _cache_bytes(config: RolloutConfig, device: torch.device, reserved_bytes: in
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # freed, and kept by torch
-        return int(max(0, free - reserved_bytes) * 0.6)
-    return 4 * 2**30
+        return int(max(0, free - reserved_bytes) * GPU_SHARE)
+    return CPU_CACHES

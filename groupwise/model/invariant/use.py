@@ -16,6 +16,7 @@ from groupwise.errors import ConfigError
 from groupwise.model.adapters import FullTileLinear
 from groupwise.model.fast_cpu.linear import DnnLinear
 from groupwise.model.fast_cpu.norms import LeanNorm
+from groupwise.model.heads import Heads
 from groupwise.model.invariant.checked_product import forbid_split_sums, library_serves
 from groupwise.model.invariant.linear import InvariantLinear
 from groupwise.model.invariant.norms import GEMMA_NORMS, InvariantGemmaNorm
@@ -74,29 +75,20 @@ def _look_at_products(model: PreTrainedModel) -> None:
 
 def heads_fit(model: PreTrainedModel) -> bool:
     """Whether the attention kernel takes the model's heads and their type."""
-    repeat, size = _heads_of(model)
-    fits = repeat <= _MAX_REPEAT and size <= _MAX_HEAD_SIZE and not size * model.dtype.itemsize % 16
+    heads = Heads.of(model.config.get_text_config())
+    fits = heads.repeat <= _MAX_REPEAT and heads.size <= _MAX_HEAD_SIZE and not heads.size * model.dtype.itemsize % 16
     return fits and model.dtype in _DTYPES
-
-
-def _heads_of(model: PreTrainedModel) -> tuple[int, int]:
-    """Query heads of one key head, and numbers of a head."""
-    config = model.config.get_text_config()
-    settings = config.to_dict()
-    heads = config.num_attention_heads
-    repeat = heads // (settings.get("num_key_value_heads") or heads)
-    return repeat, settings.get("head_dim") or config.hidden_size // heads
 
 
 def _check_heads(model: PreTrainedModel) -> None:
     if heads_fit(model):
         return
     if model.dtype in _DTYPES:
-        repeat, size = _heads_of(model)
+        heads = Heads.of(model.config.get_text_config())
         raise ConfigError(
-            f"{SETTING}: {model.config.get_text_config().model_type} has {repeat} query heads to a key head, of {size} "
-            f"numbers each; the attention kernel takes up to {_MAX_REPEAT}, and multiples of 8 up to {_MAX_HEAD_SIZE}; "
-            "leave it out"
+            f"{SETTING}: {model.config.get_text_config().model_type} has {heads.repeat} query heads to a key head, of "
+            f"{heads.size} numbers each; the attention kernel takes up to {_MAX_REPEAT}, and multiples of 8 up to "
+            f"{_MAX_HEAD_SIZE}; leave it out"
         )
     raise ConfigError(f"{SETTING} computes in bfloat16 or float32, and the model is {model.dtype}; set model.dtype")
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from groupwise.batches import TrainingRow
 from groupwise.config import LoraConfig, RolloutConfig
 from groupwise.engines.native import steps
-from groupwise.engines.native.engine import _cache_bytes, _cache_shape
+from groupwise.engines.native.engine import CPU_CACHES, _cache_bytes, _cache_shape
 from groupwise.errors import ConfigError
 from groupwise.inputs import ModelInput
 from groupwise.model.forward import head
@@ -23,7 +23,6 @@ from groupwise.model.loading import with_adapter, wrap_model
 from groupwise.plan import memory
 from groupwise.plan.facts import SMALL_BYTES, Load, Setup, largest_pass
 from groupwise.plan.outline import facts_of, passes_side_by_side
-from groupwise.plan.planned import _CPU_CACHES
 from groupwise.plan.sampler import cache_shape, find_sampling, most_lanes
 from groupwise.policy import streams
 from groupwise.policy.microbatches import split_rows
@@ -150,7 +149,7 @@ def test_constants_are_the_codes_own() -> None:
     assert head._NARROW == memory.NARROW
     assert steps.PREFILL_TOKENS == memory.PREFILL_TOKENS
     assert streams._SMALL_BYTES == SMALL_BYTES
-    assert _cache_bytes(RolloutConfig.model_validate({}), torch.device("cpu"), 0) == _CPU_CACHES
+    assert _cache_bytes(RolloutConfig.model_validate({}), torch.device("cpu"), 0) == CPU_CACHES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
