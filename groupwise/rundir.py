@@ -17,7 +17,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +34,7 @@ from groupwise.errors import ConfigError
 from groupwise.files import append_rows, truncate_rows, write_json_atomic, write_text_atomic
 from groupwise.notices import logged_to
 from groupwise.place import Place
+from groupwise.runs.reading import json_object
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "peft", "bitsandbytes")
 FREE_ON_RESUME = (
@@ -147,10 +148,7 @@ class RunDirectory:
     def record_origins(self, origins: Mapping[str, str]) -> None:
         """Write origins.json: where each setting that is not a default came from. Those that a resumed run takes from
         its own config.json keep the origin that they had."""
-        known: dict[str, str] = {}
-        if self.resumed and self.origins_file.is_file():
-            with suppress(ValueError):
-                known = dict(json.loads(self.origins_file.read_bytes()))
+        known = json_object(self.origins_file) if self.resumed else {}
         fresh = {
             name: origin
             for name, origin in origins.items()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from groupwise.files import file_error, write_text_atomic
+from groupwise.files import write_text_atomic
+
+logger = logging.getLogger(__name__)
 
 WishName: TypeAlias = Literal["save", "stop"]
 """A checkpoint after the step; the step's end, with one."""
@@ -24,11 +27,8 @@ def leave_wish(run: Path, name: WishName) -> None:
 
 
 def take_wishes(run: Path) -> Collection[WishName]:
-    """What was asked since; each wish is taken once.
-
-    Raises:
-        FileError: one cannot be taken away, and would come again.
-    """
+    """What was asked since; each wish is taken once. One that cannot be taken away would come again and again: it is
+    passed over, and the log says so."""
     found: list[WishName] = []
     for name, file in FILES.items():
         try:
@@ -36,6 +36,7 @@ def take_wishes(run: Path) -> Collection[WishName]:
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise file_error(error, run / file, doing="removed") from error
+            logger.warning("%s is passed over: it cannot be taken away (%s); remove it", run / file, error.strerror)
+            continue
         found.append(name)
     return found

@@ -11,7 +11,7 @@ from typing import Any
 
 from groupwise import __version__
 from groupwise.errors import ConfigError
-from groupwise.files import writing
+from groupwise.files import write_text_atomic, writing
 from groupwise.report.choice import Choice, choose_groups
 from groupwise.report.detail import group_detail
 from groupwise.report.evals import compared
@@ -71,13 +71,10 @@ def write_report(
         reader.refresh()
     shares = _shares([sum(entry.size for entry in reader.index.groups) for reader in readers], room)
     choices = [choose_groups(reader.index.groups, share) for reader, share in zip(readers, shares, strict=True)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    title = " and ".join(reader.name for reader in readers)
-    temporary = out.with_name(f".{out.name}.tmp")
+    text = "".join(page(" and ".join(reader.name for reader in readers), _parts(readers, choices, shares)))
     with writing(out):
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(page(title, _parts(readers, choices, shares)))
-        temporary.replace(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(out, text)
     return Report(
         out,
         out.stat().st_size,

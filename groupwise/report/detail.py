@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -45,7 +44,7 @@ def _sample(row: TrajectoryRow, pieces: Pieces) -> dict[str, Any]:
         "logprobs": rounded(row.logprobs),
         "credit": None if row.credit is None else rounded(row.credit),
         "scores": {name: rounded(values) for name, values in row.scores.items()},
-        "advantage": _finite(row.advantage),
+        "advantage": row.advantage,
         "reward": row.reward,
         "rewards": dict(row.rewards),
         "finish": row.finish_reason,
@@ -75,10 +74,6 @@ def _message(message: Mapping[str, Any]) -> dict[str, str]:
     return {"role": str(message.get("role", "")), "content": str(message.get("content", ""))}
 
 
-def rounded(values: Iterable[float]) -> list[float | None]:
-    """To `DIGITS` digits; None for what is no number."""
-    return [_finite(float(f"{value:.{DIGITS}g}")) for value in values]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def rounded(values: Iterable[float]) -> list[float]:
+    """To `DIGITS` digits."""
+    return [float(f"{value:.{DIGITS}g}") for value in values]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +10,9 @@ from typing import Any
 from groupwise.accuracy import accuracy, confidence_interval, paired
 from groupwise.errors import GroupwiseError
 from groupwise.report.choice import spread_order
-from groupwise.report.rows import LABEL, labels
-from groupwise.trajectories import FOLDER, read_eval_file
+from groupwise.report.rows import LABEL, labels, sizes_of
+from groupwise.trajectories import numbered_files, read_eval_trajectories
 from groupwise.trajectories.rows import EvalTrajectoryRow
-
-_EVAL_FILE = re.compile(r"eval_(\d+)\.jsonl")
 
 
 @dataclass(slots=True)
@@ -25,36 +22,39 @@ class Evaluations:
     Attributes:
         outcomes: by step, by uid, whether each sample was right.
         prompts: by uid.
-        damaged: of files that cannot be read, why.
+        damaged: by step, why its file cannot be read whole.
+        version: another number whenever something changed.
     """
 
     run: Path
     outcomes: dict[int, dict[str, list[bool]]] = field(default_factory=dict[int, dict[str, list[bool]]])
     prompts: dict[str, str] = field(default_factory=dict[str, str])
-    damaged: list[str] = field(default_factory=list[str])
+    damaged: dict[int, str] = field(default_factory=dict[int, str])
+    version: int = 0
     _sizes: dict[int, int] = field(default_factory=dict[int, int])
 
-    def refresh(self) -> bool:
-        """Whether anything changed."""
-        found = dict(sorted(_files(self.run)))
-        changed = [step for step, file in found.items() if self._sizes.get(step) != file.stat().st_size]
-        gone = [step for step in self._sizes if step not in found]
-        for step in gone:
-            del self._sizes[step]
-            self.outcomes.pop(step, None)
-        for step in changed:
-            self._sizes[step] = found[step].stat().st_size
-            self._read(step, found[step])
-        return bool(changed or gone)
+    def refresh(self) -> None:
+        """Read the files that are new, or of another size than before; forget those that are gone."""
+        found = sizes_of(numbered_files(self.run, "eval"))
+        if found == self._sizes:
+            return
+        self.version += 1
+        for step in self._sizes.keys() | found.keys():
+            if found.get(step) != self._sizes.get(step):
+                self.outcomes.pop(step, None)
+                self.damaged.pop(step, None)
+                if step in found:
+                    self._read(step)
+        self._sizes = found
 
-    def _read(self, step: int, file: Path) -> None:
+    def _read(self, step: int) -> None:
         rows: dict[str, list[bool]] = {}
         try:
-            for row in read_eval_file(file):
+            for row in read_eval_trajectories(self.run, [step]):
                 rows.setdefault(row.uid, []).append(row.correct)
                 self.prompts.setdefault(row.uid, row.prompt)
         except GroupwiseError as error:
-            self.damaged.append(str(error))
+            self.damaged[step] = str(error)
         if rows:
             self.outcomes[step] = rows
 
@@ -83,7 +83,8 @@ class Evaluations:
             "uids": uids,
             "labels": labels(list(self.prompts.values())),
             "right": [[_share(self.outcomes[step].get(uid)) for uid in uids] for step in self.steps],
-            "problems": self.damaged,
+            "problems": list(self.damaged.values()),
+            "version": self.version,
         }
 
     def texts(self, room: int | None) -> dict[str, Any]:
@@ -115,18 +116,20 @@ class Evaluations:
             kept.append(uid)
         return kept
 
+    def answers(self, uid: str) -> dict[str, Any]:
+        """One row as `texts` has it, with every answer; without any where there is no such row."""
+        found: dict[str, Any] = {"prompt": self.prompts.get(uid, ""), "answers": {}}
+        for step in self.steps if uid in self.prompts else ():
+            given = [_answer(row) for row in self._rows(step) if row.uid == uid]
+            if given:
+                found["answers"][str(step)] = given
+        return found
+
     def _rows(self, step: int) -> Iterator[EvalTrajectoryRow]:
         try:
-            yield from read_eval_file(self.run / FOLDER / f"eval_{step:06d}.jsonl")
+            yield from read_eval_trajectories(self.run, [step])
         except GroupwiseError:
             return
-
-
-def _files(run: Path) -> Iterator[tuple[int, Path]]:
-    folder = run / FOLDER
-    for file in folder.iterdir() if folder.is_dir() else ():
-        if match := _EVAL_FILE.fullmatch(file.name):
-            yield int(match[1]), file
 
 
 def _share(samples: Sequence[bool] | None) -> float | None:

@@ -6,10 +6,12 @@ sees anything, also not another user of the same machine.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hmac
-import json
+import logging
 import secrets
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,11 +24,12 @@ from groupwise.errors import ConfigError, FileError
 from groupwise.report.building import head
 from groupwise.report.detail import group_detail
 from groupwise.report.facts import check_run
-from groupwise.report.page import page
+from groupwise.report.page import compact, page
 from groupwise.report.reader import RunReader, names_of
-from groupwise.report.rows import GroupEntry
 from groupwise.runs import read_run
 from groupwise.wishes import WishName, leave_wish
+
+logger = logging.getLogger(__name__)
 
 PORT = 8477
 
@@ -66,9 +69,10 @@ class LiveRuns:
             "head": self._head,
             "changes": self._changes,
             "group": self._group,
-            "search": self._search,
-            "evals": lambda query: self._reader(query).evals.texts(None),
+            "answers": lambda query: self._reader(query).evals.answers(query.get("uid", "")),
         }
+        if what == "search":  # which reads for seconds, and changes nothing
+            return self._search(query)
         if what not in answers:
             raise Refused(404, f"there is nothing called {what!r} here")
         with self._lock:
@@ -105,7 +109,7 @@ class LiveRuns:
     def _changes(self, query: Mapping[str, str]) -> dict[str, Any]:
         reader = self._reader(query)
         reader.refresh()
-        names = ("generation", "steps", "groups", "samples")
+        names = ("generation", "steps", "groups", "samples", "evals")
         return reader.changes(**{name: _number(query, name) for name in names})
 
     def _group(self, query: Mapping[str, str]) -> dict[str, Any]:
@@ -117,13 +121,7 @@ class LiveRuns:
 
     def _search(self, query: Mapping[str, str]) -> list[str]:
         """`step/group` of the groups with a sample whose answer has the text in it, upper and lower case alike."""
-        reader, text = self._reader(query), query.get("text", "").lower()
-        return [f"{entry.step}/{entry.group}" for entry in reader.index.groups if _has(reader, entry, text)]
-
-
-def _has(reader: RunReader, entry: GroupEntry, text: str) -> bool:
-    rows = reader.index.read(entry)
-    return any(text in str(row.get(name, "")).lower() for row in rows for name in ("prompt", "completion"))
+        return [f"{step}/{group}" for step, group in self._reader(query).index.search(query.get("text", "").lower())]
 
 
 def _number(query: Mapping[str, str], name: str) -> int:
@@ -151,13 +149,13 @@ class _Handler(BaseHTTPRequestHandler):
             return "text/html; charset=utf-8", text.encode("utf-8")
         if not path.startswith("/data/"):
             raise Refused(404, "there is nothing of that name here")
-        return "application/json", _json(self._live.runs.answer(path.removeprefix("/data/"), query))
+        return "application/json", compact(self._live.runs.answer(path.removeprefix("/data/"), query)).encode()
 
     def _post(self, path: str, query: Mapping[str, str]) -> tuple[str, bytes]:
         if path != "/ask":
             raise Refused(404, "there is nothing of that name here")
         self._live.runs.ask(query)
-        return "application/json", _json({"asked": query["what"]})
+        return "application/json", compact({"asked": query["what"]}).encode()
 
     @property
     def _live(self) -> LiveServer:
@@ -172,6 +170,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, *work(url.path, query))
         except Refused as refused:
             self._send(refused.status, "text/plain; charset=utf-8", str(refused).encode("utf-8", "replace"))
+        except ConnectionError:
+            raise  # the client went
+        except Exception as error:  # the page says it, and asks again
+            logger.exception("%s cannot be answered", url.path)
+            self._send(500, "text/plain; charset=utf-8", f"{type(error).__name__}: {error}".encode("utf-8", "replace"))
 
     def _send(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)
@@ -216,24 +219,21 @@ class LiveServer(ThreadingHTTPServer):
     def __init__(self, runs: Sequence[Path], *, host: str, port: int | None) -> None:
         self.runs = LiveRuns(runs)
         self.token = secrets.token_urlsafe(16)
-        wanted = (PORT, 0) if port is None else (port,)
-        for last, number in enumerate(wanted, 1 - len(wanted)):
-            try:
-                super().__init__((host, number), _Handler)
-                return
-            except (OSError, OverflowError) as error:
-                if last == 0:
-                    raise ConfigError(f"cannot listen at {host}:{number}: {error}; choose another --port") from error
+        self._host = host
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        number = PORT if port is None else port
+        try:
+            super().__init__((host, number), _Handler)
+        except (OSError, OverflowError) as error:
+            if port is not None or getattr(error, "errno", None) != errno.EADDRINUSE:
+                raise ConfigError(f"cannot listen at {host}:{number}: {error}; choose another --port") from error
+            super().__init__((host, 0), _Handler)
 
     @property
     def url(self) -> str:
-        """With its token."""
-        host, port = self.server_address[0], self.server_address[1]
-        return f"http://{host if isinstance(host, str) else host.decode()}:{port}/?token={self.token}"
+        """With its token; the machine's name where it listens at all its addresses."""
+        host = socket.gethostname() if self._host in ("0.0.0.0", "::") else self._host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}/?token={self.token}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes, or sends what is no HTTP, ends its connection alone."""
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")

@@ -10,7 +10,8 @@ import base64
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -20,10 +21,25 @@ from groupwise.texts import encodable
 _SCRIPTS = ("dom", "format", "data", "charts", "tokens", "overview", "curves", "samples", "evals", "settings", "main")
 
 
+def compact(value: Any) -> str:
+    """JSON in ASCII; NaN and infinities, which a file of somebody else may hold, are null."""
+    try:
+        return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def packed(value: Any) -> str:
-    """JSON, compressed, in base64."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return base64.b64encode(gzip.compress(text.encode("ascii"), compresslevel=6, mtime=0)).decode("ascii")
+    """`compact` JSON, compressed, in base64."""
+    return base64.b64encode(gzip.compress(compact(value).encode(), compresslevel=6, mtime=0)).decode("ascii")
 
 
 def page(title: str, parts: Iterable[tuple[str, str]] = (), *, live: bool = False) -> Iterator[str]:

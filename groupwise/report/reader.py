@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.report.evals import Evaluations
-from groupwise.report.facts import facts
+from groupwise.report.facts import RunFacts
 from groupwise.report.pieces import Pieces
 from groupwise.report.rows import GroupEntry, RolloutIndex, columns
 from groupwise.runs.reading import json_rows
@@ -63,6 +63,7 @@ class RunReader:
         self.run, self.name = run, name
         self.index = RolloutIndex(run)
         self.evals = Evaluations(run)
+        self._facts = RunFacts(run, name)
         self._metrics = MetricsSoFar(run / "metrics.jsonl")
         self._pieces: Pieces | None = None
 
@@ -75,6 +76,7 @@ class RunReader:
 
     def refresh(self) -> None:
         """Read what was written since."""
+        self._facts.refresh()
         self._metrics.refresh()
         self.index.refresh()
         self.evals.refresh()
@@ -88,18 +90,19 @@ class RunReader:
         """Everything but texts and tokens; JSON-ready."""
         return {
             "generation": self.generation,
-            "facts": facts(self.run, self.name),
+            "facts": self._facts.record(self._metrics.rows),
             "metrics": self._metrics.columns(),
             "groups": columns(self.index, self.index.groups),
             "evals": self.evals.record(),
             "damaged": self.index.damaged,
         }
 
-    def changes(self, *, generation: int, steps: int, groups: int, samples: int) -> dict[str, Any]:
+    def changes(self, *, generation: int, steps: int, groups: int, samples: int, evals: int) -> dict[str, Any]:
         """What came after the first so many; all of it where the run began again meanwhile.
 
         Args:
             samples: of all those groups: a step that is being written may have got more.
+            evals: the version of evaluations that is known.
         """
         known = self.index.groups[:groups]
         if generation != self.generation or sum(len(entry.rewards) for entry in known) != samples:
@@ -107,10 +110,10 @@ class RunReader:
         fresh = self.index.groups[groups:]
         return {
             "generation": generation,
-            "facts": facts(self.run, self.name),
+            "facts": self._facts.record(self._metrics.rows),
             "metrics": self._metrics.columns(steps),
             "groups": columns(self.index, fresh, self._num_prompts(known)),
-            "evals": self.evals.record(),
+            "evals": None if evals == self.evals.version else self.evals.record(),
             "damaged": self.index.damaged,
         }
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from groupwise.trajectories import FOLDER
+from groupwise.trajectories import FOLDER, STEP_FILE, numbered_files
 
-_STEP_FILE = re.compile(r"step_(\d+)\.jsonl")
 _TOKENS = b', "token_ids": ['
 """From here on a row is as long as its answer; a quote inside a text is escaped, so no text holds this."""
 
@@ -72,45 +71,43 @@ class RolloutIndex:
     damaged: int = 0
     _numbers: dict[str, int] = field(default_factory=dict[str, int])
     _read: dict[int, int] = field(default_factory=dict[int, int])
+    _alike: Alike = field(default_factory=lambda: Alike())
 
     def file(self, step: int) -> Path:
-        return self.run / FOLDER / f"step_{step:06d}.jsonl"
+        return self.run / FOLDER / STEP_FILE.format(step)
 
     def refresh(self) -> None:
         """Read on. A file that has become shorter, or is gone, was written by a run that was killed: all begins
         again."""
-        found = dict(sorted(self._files()))
+        found = sizes_of(numbered_files(self.run, "step"))
         if any(found.get(step, -1) < read for step, read in self._read.items()):
             self.groups, self.prompts, self._numbers, self._read = [], [], {}, {}
+            self._alike, self.damaged = Alike(), 0
             self.generation += 1
         for step, size in found.items():
             if size > self._read.get(step, 0):
                 self._read[step] = self._scan(step, self._read.get(step, 0))
 
-    def _files(self) -> Iterator[tuple[int, int]]:
-        try:
-            with os.scandir(self.run / FOLDER) as entries:
-                for entry in entries:
-                    if match := _STEP_FILE.fullmatch(entry.name):
-                        yield int(match[1]), entry.stat().st_size
-        except OSError:
-            return
-
     def _scan(self, step: int, start: int) -> int:
         """Up to the last whole line; returns its end."""
         by_number = {entry.group: entry for entry in self.groups[-4096:] if entry.step == step} if start else {}
-        with self.file(step).open("rb") as lines:
-            lines.seek(start)
-            for line in lines:
-                if not line.endswith(b"\n"):
-                    break
-                row = light(line)
-                if row is None:
-                    self.damaged += 1
-                else:
-                    self._add(step, row, start, len(line), by_number)
-                start += len(line)
+        for line in self._lines(step, start):
+            row = light(line)
+            if row is None:
+                self.damaged += 1
+            else:
+                self._add(step, row, start, len(line), by_number)
+            start += len(line)
         return start
+
+    def _lines(self, step: int, start: int = 0) -> Iterator[bytes]:
+        """The whole ones, one at a time: an answer may be long, and a step has many."""
+        try:
+            with self.file(step).open("rb") as lines:
+                lines.seek(start)
+                yield from takewhile(lambda line: line.endswith(b"\n"), lines)
+        except OSError:
+            return
 
     def _add(self, step: int, row: Mapping[str, Any], at: int, size: int, by_number: dict[int, GroupEntry]) -> None:
         group = row["group"]
@@ -131,7 +128,22 @@ class RolloutIndex:
         number = self._numbers.setdefault(prompt, len(self.prompts))
         if number == len(self.prompts):
             self.prompts.append(prompt)
+            self._alike.add(prompt)
         return number
+
+    def labels(self, start: int = 0) -> list[str]:
+        """Of the prompts from this one on."""
+        return [self._alike.label(prompt) for prompt in self.prompts[start:]]
+
+    def search(self, text: str) -> Iterator[tuple[int, int]]:
+        """Step and number of the groups with a sample whose prompt or answer has the text in it, in lower case."""
+        found: set[tuple[int, int]] = set()
+        for step in list(self._read):
+            for row in filter(None, map(light, self._lines(step))):
+                place, said = (step, row["group"]), f"{row['prompt']}\n{row.get('completion', '')}"
+                if place not in found and text in said.lower():
+                    found.add(place)
+                    yield place
 
     def read(self, entry: GroupEntry) -> list[dict[str, Any]]:
         """The rows of a group, whole. What is no longer there, or damaged, is left out."""
@@ -165,6 +177,15 @@ def light(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row.get("reward"), int | float | None) else None
 
 
+def sizes_of(files: Mapping[int, Path]) -> dict[int, int]:
+    """In bytes, of those that are still there."""
+    found: dict[int, int] = {}
+    for step, file in files.items():
+        with suppress(OSError):
+            found[step] = file.stat().st_size
+    return found
+
+
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
@@ -194,7 +215,7 @@ def columns(index: RolloutIndex, entries: Sequence[GroupEntry], known_prompts: i
         "ends": [number[end] for entry in entries for end in entry.ends],
         "end_names": ends,
         "first_prompt": known_prompts,
-        "labels": labels(index.prompts, known_prompts),
+        "labels": index.labels(known_prompts),
     }
 
 
@@ -202,24 +223,47 @@ LABEL = 240
 """Characters of a prompt in the list of groups."""
 
 
-def labels(prompts: Sequence[str], start: int = 0) -> list[str]:
-    """What tells prompts apart, in so many characters: a template's words around all of them are left out."""
-    if not prompts:
-        return []
-    head = _num_common(prompts) if len(prompts) > 1 else 0
-    tail = _num_common([text[::-1] for text in prompts]) if len(prompts) > 1 else 0
-    shown: list[str] = []
-    for prompt in prompts[start:]:
-        begin = _word_start(prompt, head)
-        end = _word_end(prompt, max(begin, len(prompt) - tail))
-        shown.append(" ".join(prompt[begin : min(end, begin + 4 * LABEL)].split())[:LABEL])
-    return shown
+@dataclass(slots=True)
+class Alike:
+    """How many first and last characters prompts have in common: a template's words, which tell nothing.
+
+    Example:
+        "<user>How many apples?<end>" and "<user>How many pears?<end>" have 16 and 7; their labels are whole words,
+        "apples?<end>" and "pears?<end>"
+    """
+
+    first: str | None = None
+    head: int = 0
+    tail: int = 0
+
+    def add(self, prompt: str) -> None:
+        if self.first is None:
+            self.first, self.head, self.tail = prompt, len(prompt), len(prompt)
+            return
+        self.head = _num_common(self.first[: self.head], prompt)
+        ends = (text[max(0, len(text) - self.tail) :][::-1] for text in (self.first, prompt))
+        self.tail = _num_common(*ends)
+
+    def label(self, prompt: str) -> str:
+        """What tells it apart, whole words, up to `LABEL` characters."""
+        begin, end = 0, len(prompt)
+        if self.tail < len(self.first or ""):  # else it is the only one
+            begin = _word_start(prompt, self.head)
+            end = _word_end(prompt, max(begin, len(prompt) - self.tail))
+        return " ".join(prompt[begin : min(end, begin + 4 * LABEL)].split())[:LABEL]
 
 
-def _num_common(texts: Sequence[str]) -> int:
-    """First characters that all have: those of the least and the greatest."""
-    pairs = zip(min(texts), max(texts), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+def labels(prompts: Iterable[str]) -> list[str]:
+    """Of all of them."""
+    alike, texts = Alike(), list(prompts)
+    for text in texts:
+        alike.add(text)
+    return [alike.label(text) for text in texts]
+
+
+def _num_common(one: str, other: str) -> int:
+    """First characters that both have."""
+    return len(os.path.commonprefix([one, other]))  # noqa: RUF071 - of texts, which is what it compares
 
 
 def _word_start(text: str, at: int) -> int:

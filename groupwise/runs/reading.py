@@ -68,15 +68,19 @@ def _looks_like_a_run(place: Path) -> bool:
     return is_run(place) or (place / "ledger.jsonl").is_file() or (place / "versions.json").is_file()
 
 
-def read_run(path: Path) -> RunRecord:
-    """What its files say now; it may be written meanwhile."""
+def read_run(path: Path, rows: Sequence[Mapping[str, Any]] | None = None) -> RunRecord:
+    """What its files say now; it may be written meanwhile.
+
+    Args:
+        rows: of its metrics.jsonl, where they were read already.
+    """
     try:
         config = json.loads((path / "config.json").read_bytes())
         if not isinstance(config, dict):
             raise ValueError("config.json holds no object")
     except (OSError, ValueError, RecursionError) as error:
         return RunRecord(path, "unreadable", problem=f"config.json: {error}")
-    rows, _ = json_rows(path / "metrics.jsonl")
+    rows = json_rows(path / "metrics.jsonl")[0] if rows is None else rows
     summary = json_object(path / "summary.json")
     settings = dict(_leaves(config, ""))
     evaluated, rewards, times = (_column(rows, name) for name in ("eval/accuracy", "reward", "time/step"))
@@ -116,26 +120,32 @@ def _num_findings(path: Path, summary: Mapping[str, Any]) -> int:
     return len(found) if isinstance(found, list) else len(json_rows(path / "findings.jsonl")[0])
 
 
-def json_rows(file: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """The objects of whole lines from byte `start`, and where the last one ends; a line that is being written is not
-    one yet, and one that is damaged is left out."""
-    rows: list[dict[str, Any]] = []
+def whole_lines(file: Path, start: int = 0) -> tuple[list[bytes], int]:
+    """Lines from byte `start`, and where the last one ends; one that is being written is not one yet. None where the
+    file cannot be read."""
     try:
         with file.open("rb") as lines:
             lines.seek(start)
-            for line in lines:
-                if not line.endswith(b"\n"):
-                    break
-                start += len(line)
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(row, dict):
-                    rows.append(row)
+            found = lines.readlines()
     except OSError:
-        pass
-    return rows, start
+        return [], start
+    if found and not found[-1].endswith(b"\n"):
+        found.pop()
+    return found, start + sum(map(len, found))
+
+
+def json_rows(file: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The objects of `whole_lines`; a line that is damaged is left out."""
+    rows: list[dict[str, Any]] = []
+    lines, end = whole_lines(file, start)
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows, end
 
 
 def json_object(file: Path) -> dict[str, Any]:

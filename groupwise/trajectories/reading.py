@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from groupwise.errors import DataError
 from groupwise.files import file_error
@@ -54,15 +54,25 @@ def read_eval_file(path: str | Path) -> Iterator[EvalTrajectoryRow]:
     return _of_files([Path(path)], eval_from_json)
 
 
-def _files(run: Path, kind: str, steps: Container[int] | None) -> list[Path]:
+def numbered_files(run: Path, kind: Literal["step", "eval"]) -> dict[int, Path]:
+    """The files of a run's rollouts, or of its evaluations, by step, in order; none where it keeps none.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
     folder = run / FOLDER
     if not folder.is_dir():
+        return {}
+    found = ((re.fullmatch(rf"{kind}_(\d+)\.jsonl", file.name), file) for file in folder.iterdir())
+    return dict(sorted((int(match[1]), file) for match, file in found if match))
+
+
+def _files(run: Path, kind: Literal["step", "eval"], steps: Container[int] | None) -> list[Path]:
+    if not (run / FOLDER).is_dir():
         raise DataError(
             f"{run}: got no folder {FOLDER}/ there; expected the directory of a run with train.trajectories = true"
         )
-    found = ((re.fullmatch(rf"{kind}_(\d+)\.jsonl", file.name), file) for file in folder.iterdir())
-    numbered = sorted((int(match[1]), file) for match, file in found if match)
-    return [file for step, file in numbered if steps is None or step in steps]
+    return [file for step, file in numbered_files(run, kind).items() if steps is None or step in steps]
 
 
 def _of_files(files: Sequence[Path], parse: Callable[[Mapping[str, Any]], _Row]) -> Iterator[_Row]:

@@ -404,6 +404,9 @@ def test_a_page_of_500_steps_opens_at_once(tmp_path: Path, tokenizer: Path, brow
     for name in ("Curves", "Samples", "Evaluations", "Settings"):
         tab(page, name)
         page.wait_for_timeout(200)
+    tab(page, "Curves")
+    page.get_by_label("step; 0: all").fill("0")
+    page.get_by_text("Rewards: 128,000 samples").wait_for()
     tab(page, "Samples")
     page.get_by_placeholder("in prompts and answers").fill("answer 3 of step 500")
     page.wait_for_timeout(3000)

@@ -267,3 +267,11 @@ def test_a_value_that_json_cannot_hold_is_refused_before_writing(tmp_path: Path)
     with pytest.raises(TypeError):
         write_json_atomic(tmp_path / "x.json", {"a": object()})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damaged", ["{torn", "3", "[1]", ""])
+def test_damaged_origins_end_no_run(damaged: str, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, resumed=True)
+    run.origins_file.write_text(damaged)
+    run.record_origins({"optim.lr": "command line", "train.seed": "default", "train.steps": str(run.config_file)})
+    assert json.loads(run.origins_file.read_text()) == {"optim.lr": "command line"}

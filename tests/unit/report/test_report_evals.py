@@ -14,11 +14,11 @@ from groupwise.config.loading import config_json, load_config, settings
 from groupwise.errors import ConfigError
 from groupwise.report import write_report
 from groupwise.report.evals import Evaluations, compared
-from groupwise.report.facts import command, facts
+from groupwise.report.facts import RunFacts, command
 from groupwise.report.page import page
 from groupwise.runs import read_run
-from groupwise.trajectories import eval_to_json, read_eval_trajectories
-from tests.made_run import evaluated, lines, make_run
+from groupwise.trajectories import eval_to_json, read_eval_trajectories, to_json
+from tests.made_run import add_step, evaluated, lines, make_run, rollout
 
 
 def evaluations(run: Path) -> Evaluations:
@@ -63,12 +63,15 @@ def test_a_file_that_is_damaged_is_said(tmp_path: Path) -> None:
 def test_new_evaluations_are_read_once(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows=3)
     found = evaluations(run)
-    assert not found.refresh()
+    before = found.version
+    found.refresh()
+    assert found.version == before
     lines(run / "trajectories/eval_000009.jsonl", [eval_to_json(evaluated(9, row)) for row in range(3)])
-    assert found.refresh()
+    found.refresh()
+    assert found.version > before
     assert found.steps == [0, 6, 9]
     (run / "trajectories/eval_000009.jsonl").unlink()
-    assert found.refresh()
+    found.refresh()
     assert found.steps == [0, 6]
 
 
@@ -110,7 +113,9 @@ def test_what_is_known_of_a_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "log.txt").write_text("2026 INFO groupwise: fine\n2026 WARNING groupwise: look out <b>\n")
     (run / "origins.json").write_text(json.dumps({"optim.lr": "recipes/one.toml"}))
-    found = facts(run, "run")
+    known = RunFacts(run, "run")
+    known.refresh()
+    found = known.record([])
     rows = {row[0]: row[1:] for row in found["settings"]}
     assert rows["optim.lr"] == ["3e-05", "1e-06", "recipes/one.toml"]
     assert rows["train.steps"][2] == "given"
@@ -118,6 +123,33 @@ def test_what_is_known_of_a_run(tmp_path: Path) -> None:
     assert found["findings"][0]["rule"] == "reward_flat"
     assert found["warnings"] == ["2026 WARNING groupwise: look out <b>"]
     assert found["ledger"] == {"groups": 24, "samples": 96, "learned": 24, "prompts": 24}
+
+
+def test_the_ledger_and_the_log_are_read_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=2)
+    (run / "log.txt").write_text("a WARNING: one\nan INFO: two\nhalf of a WARN")
+    known = RunFacts(run, "run")
+    known.refresh()
+    known.refresh()
+    assert known.record([])["ledger"] == {"groups": 8, "samples": 32, "learned": 8, "prompts": 8}
+    add_step(run, 3)
+    with (run / "log.txt").open("a") as file:
+        file.write("ING: three\n")
+    known.refresh()
+    assert known.record([])["ledger"] == {"groups": 12, "samples": 48, "learned": 12, "prompts": 12}
+    assert known.record([])["warnings"] == ["a WARNING: one", "half of a WARNING: three"]
+    lines_of = (run / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (run / "ledger.jsonl").write_text("".join(lines_of[:8]))  # as a killed run that goes on does
+    known.refresh()
+    assert known.record([])["ledger"]["groups"] == 8
+
+
+def test_numbers_that_are_none_do_not_end_a_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=1)
+    row = json.dumps(to_json(rollout(1, 50, 0))).replace('"reward": ', '"reward": NaN, "was": ', 1)
+    with (run / "trajectories/step_000001.jsonl").open("a") as file:
+        file.write(row.replace('"rewards": {"made": ', '"rewards": {"made": -Infinity, "was": ') + "\n")
+    assert write_report([run], tmp_path / "out.html").kept == 5
 
 
 def test_the_command_makes_the_same_settings(tmp_path: Path) -> None:

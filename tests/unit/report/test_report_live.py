@@ -17,6 +17,7 @@ import pytest
 
 from groupwise.errors import ConfigError, FileError
 from groupwise.report.live import LiveServer
+from groupwise.report.rows import RolloutIndex
 from groupwise.trajectories import read_trajectories
 from groupwise.wishes import FILES, leave_wish, take_wishes
 from tests.made_run import add_step, make_run
@@ -81,15 +82,26 @@ def test_the_page_and_its_data(server: LiveServer, run: Path) -> None:
     assert head["groups"]["rewards"] == [row.reward for row in rows]
     group = data(server, "group", run=0, step=2, group=5)
     assert [sample["text"] for sample in group["samples"]] == [row.completion for row in rows if row.group == 5]
-    assert data(server, "evals", run=0)["e00003"]["answers"]["3"][0]["text"] == "step 3 says 3"
+    row = data(server, "answers", run=0, uid="e00003")
+    assert [row["answers"][step][0]["text"] for step in ("0", "3")] == ["step 0 says 3", "step 3 says 3"]
+    assert data(server, "answers", run=0, uid="nobody") == {"prompt": "", "answers": {}}
     assert data(server, "search", run=0, text="ANSWER 2 OF STEP 3") == [f"3/{group}" for group in (8, 9, 10, 11)]
     assert data(server, "search", run=0, text="nowhere") == []
 
 
 def test_it_reads_on(server: LiveServer, run: Path) -> None:
     head = data(server, "head")["runs"][0]
-    known = {"run": 0, "generation": head["generation"], "steps": 3, "groups": 12, "samples": 48}
-    assert data(server, "changes", **known)["metrics"]["steps"] == []
+    known = {
+        "run": 0,
+        "generation": head["generation"],
+        "steps": 3,
+        "groups": 12,
+        "samples": 48,
+        "evals": head["evals"]["version"],
+    }
+    found = data(server, "changes", **known)
+    assert found["metrics"]["steps"] == []
+    assert found["evals"] is None, "what is known is not sent again"
     add_step(run, 4)
     found = data(server, "changes", **known)
     assert found["metrics"]["steps"] == [4]
@@ -159,3 +171,35 @@ def test_ports(server: LiveServer, run: Path) -> None:
     with LiveServer([run], host="127.0.0.1", port=None) as one, LiveServer([run], host="127.0.0.1", port=None) as two:
         assert one.server_address != two.server_address
         assert one.token != two.token
+
+
+def test_what_goes_wrong_here_is_said(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a fault of ours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutIndex, "refresh", fail)
+        status, body = ask(server, "/data/head")
+    assert (status, body) == (500, b"RuntimeError: a fault of ours")
+    assert "/data/head cannot be answered" in caplog.text
+    assert data(server, "head")
+
+
+def test_addresses_of_the_sixth_version(run: Path) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    try:
+        server = LiveServer([run], host="::1", port=0)
+    except ConfigError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with server:
+        assert server.url.startswith("http://[::1]:")
+
+
+def test_a_wish_that_cannot_be_taken_away_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / FILES["stop"]).mkdir()
+    leave_wish(tmp_path, "save")
+    assert take_wishes(tmp_path) == ["save"]
+    assert "wish.stop is passed over" in caplog.text

@@ -92,7 +92,7 @@ def test_what_a_killed_run_took_back_is_gone(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=3)
     reader = RunReader(run, "run")
     reader.refresh()
-    known = {"generation": reader.generation, "steps": 3, "groups": 12, "samples": 48}
+    known = {"generation": reader.generation, "steps": 3, "groups": 12, "samples": 48, "evals": reader.evals.version}
     assert "anew" not in reader.changes(**known)
     (run / "trajectories/step_000003.jsonl").unlink()
     kept = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:2]
@@ -104,7 +104,7 @@ def test_what_a_killed_run_took_back_is_gone(tmp_path: Path) -> None:
     assert set(found["groups"]["step"]) == {1, 2}
     add_step(run, 3)
     reader.refresh()
-    fresh = reader.changes(generation=found["generation"], steps=2, groups=8, samples=32)
+    fresh = reader.changes(generation=found["generation"], steps=2, groups=8, samples=32, evals=0)
     assert fresh["metrics"]["steps"] == [3]
     assert fresh["groups"]["group"] == [8, 9, 10, 11]
 
@@ -115,7 +115,7 @@ def test_a_group_that_grew_meanwhile_is_sent_anew(tmp_path: Path) -> None:
     reader.refresh()
     lines(run / "trajectories/step_000001.jsonl", [to_json(rollout(1, 0, 2))])
     reader.refresh()
-    assert reader.changes(generation=0, steps=1, groups=1, samples=2)["anew"]
+    assert reader.changes(generation=0, steps=1, groups=1, samples=2, evals=0)["anew"]
 
 
 def test_metrics_that_a_step_lacks_are_none(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_labels_are_what_tells_prompts_apart() -> None:
     assert labels(["same", "same again"]) == ["same", "same again"]
     assert labels([]) == []
     assert len(labels(["x" * 10_000, "y" * 10_000])[0]) <= 240
-    assert labels([*prompts, "<|user|>\nHow many plums are left?<|end|>"], 2) == ["plums"]
+    assert labels([*prompts, "<|user|>\nHow few plums are left?<|end|>"]) == ["many apples", "many pears", "few plums"]
 
 
 def test_characters_of_several_tokens(tmp_path: Path) -> None:

@@ -71,9 +71,9 @@ class Chart {
     this.lines = lines.filter((line) => line.points.length);
     this.smooth = smooth;
     this.words.textContent = this.lines.map((line) => {
-      const values = line.points.map(([, value]) => value), last = line.points.at(-1);
-      return `${line.label}: ${number(values[0])} at step ${line.points[0][0]}, ${number(last[1])} at step ${last[0]}, `
-        + `between ${number(Math.min(...values))} and ${number(Math.max(...values))}.`;
+      const [low, high] = extent(line.points.map(([, value]) => value)), first = line.points[0], last = line.points.at(-1);
+      return `${line.label}: ${number(first[1])} at step ${first[0]}, ${number(last[1])} at step ${last[0]}, `
+        + `between ${number(low)} and ${number(high)}.`;
     }).join(" ");
     this.#plot();
     if (this.more.open) this.#tabulate();
@@ -125,7 +125,7 @@ class Chart {
 function histogram(title, values, bins = 24) {
   const known = values.filter((value) => value !== null);
   if (!known.length) return el("p", { className: "quiet", textContent: `${title}: none` });
-  const low = Math.min(...known), high = Math.max(...known), counts = new Array(bins).fill(0);
+  const [low, high] = extent(known), counts = new Array(bins).fill(0);
   for (const value of known) counts[high === low ? 0 : Math.min(bins - 1, Math.floor(((value - low) / (high - low)) * bins))] += 1;
   const most = Math.max(...counts), edge = (i) => low + ((high - low) * i) / bins;
   const bars = counts.map((count, i) => svg("rect", { x: i * 10 + 0.5, y: 60 - (58 * count) / most, width: 9, height: (58 * count) / most },

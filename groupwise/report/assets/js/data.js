@@ -53,8 +53,9 @@ class Inside {
     return found;
   }
 
-  async evals(run) {
-    return (await this.#read(`evals/${run}`)) ?? {};
+  /** A row of evaluations with its answers; null where the page does not keep it. */
+  async answers(run, uid) {
+    return (await this.#read(`evals/${run}`))?.[uid] ?? null;
   }
 }
 
@@ -73,7 +74,7 @@ class Server {
   head() { return this.#get("head"); }
   group(run, step, group) { return this.#get("group", { run, step, group }); }
   async search(run, text) { return new Set(await this.#get("search", { run, text })); }
-  evals(run) { return this.#get("evals", { run }); }
+  answers(run, uid) { return this.#get("answers", { run, uid }); }
   changes(run, known) { return this.#get("changes", { run, ...known }); }
 
   async ask(run, what) {
@@ -105,7 +106,7 @@ class Run {
 
   add(head) {
     this.facts = head.facts;
-    this.evals = head.evals;
+    this.evals = head.evals ?? this.evals;
     this.damaged = head.damaged;
     this.#addMetrics(head.metrics);
     this.#addGroups(head.groups);
@@ -116,16 +117,16 @@ class Run {
   get known() {
     return {
       generation: this.generation, steps: this.metrics.steps.length, groups: this.groups.step.length,
-      samples: this.groups.rewards.length,
+      samples: this.groups.rewards.length, evals: this.evals.version,
     };
   }
 
   #addMetrics({ steps, columns }) {
     const mine = this.metrics, before = mine.steps.length;
-    mine.steps.push(...steps);
+    for (const step of steps) mine.steps.push(step);
     for (const name of new Set([...Object.keys(mine.columns), ...Object.keys(columns)])) {
       mine.columns[name] ??= new Array(before).fill(null);
-      mine.columns[name].push(...(columns[name] ?? new Array(steps.length).fill(null)));
+      for (let i = 0; i < steps.length; i += 1) mine.columns[name].push(columns[name]?.[i] ?? null);
     }
   }
 
@@ -140,12 +141,14 @@ class Run {
       this.start.push(at);
       const rewards = fresh.rewards.slice(from, from + count).filter((value) => value !== null);
       this.means.push(mean(rewards));
-      this.spreads.push(rewards.length ? Math.max(...rewards) - Math.min(...rewards) : null);
+      const [low, high] = extent(rewards);
+      this.spreads.push(rewards.length ? high - low : null);
       this.sizes.push(mean(fresh.lengths.slice(from, from + count)));
       at += count;
       from += count;
     }
-    this.labels.splice(fresh.first_prompt, this.labels.length, ...fresh.labels);
+    this.labels.length = fresh.first_prompt;
+    for (const label of fresh.labels) this.labels.push(label);
   }
 
   /** Group i's samples: rewards, lengths, how they ended. */

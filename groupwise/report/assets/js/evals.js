@@ -77,7 +77,7 @@ class Evaluations {
 
   async #answers(run, uid) {
     try {
-      return (await this.page.source.evals(run))[uid] ?? null;
+      return await this.page.source.answers(run, uid);
     } catch (error) {
       this.page.complain(error);
       return null;

@@ -27,4 +27,14 @@ const mean = (values) => {
   return count ? total / count : null;
 };
 
+/** The least and the greatest; a spread of all values as arguments would be too many. */
+function extent(values) {
+  let low = Infinity, high = -Infinity;
+  for (const value of values) {
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return [low, high];
+}
+
 const plural = (count, one, many = `${one}s`) => `${thousands(count)} ${count === 1 ? one : many}`;

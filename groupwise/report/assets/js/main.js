@@ -7,7 +7,7 @@ class Page {
     this.compared = head.compared;
     this.head = head;
     this.runs = head.runs.map((each, i) => new Run(i, each));
-    this.smooth = Math.max(1, Math.min(10, Math.floor(Math.max(...this.runs.map((run) => run.metrics.steps.length)) / 20)));
+    this.smooth = Math.max(1, Math.min(10, Math.floor(extent(this.runs.map((run) => run.metrics.steps.length))[1] / 20)));
     this.views = [new Overview(this), new Curves(this), new Samples(this), new Evaluations(this), new Settings(this)];
     this.drawn = new Set();
     this.#frame();

@@ -205,7 +205,8 @@ function said(sample) {
 
 /** A group's rewards as strokes: their height is the reward between the group's lowest and highest, or full. */
 function marks({ rewards, ends }) {
-  const known = rewards.filter((value) => value !== null), low = Math.min(0, ...known), high = Math.max(...known, low + 1e-12);
+  const [least, most] = extent(rewards.filter((value) => value !== null));
+  const low = Math.min(0, least), high = Math.max(most, low + 1e-12);
   const shownRewards = rewards.slice(0, 32);
   return svg("svg", { class: "marks", viewBox: `0 0 ${shownRewards.length * 5} 16`, width: shownRewards.length * 5, height: 16, role: "img",
     "aria-label": `rewards ${rewards.map((value) => number(value, 3)).join(", ")}` },
