@@ -43,23 +43,12 @@ PARTS = (
 
 def run(args: argparse.Namespace) -> None:
     """Run the parts that are asked for until the time is up; exits with 1 if one of them failed."""
-    known = [part.name for part in PARTS]
-    wanted = known if args.only is None else args.only
-    if unknown := sorted(set(wanted) - set(known)):
-        raise SystemExit(f"no part is called {', '.join(unknown)}; there are {', '.join(known)}")
     end = time.monotonic() + args.seconds
     failed = False
-    for part in PARTS:
-        if part.name not in wanted:
-            continue
-        command = part.tiny if args.rehearse else part.command
-        if part.name == "vllm" and (args.site is None or args.rehearse):
-            command = ()
+    for part in _wanted(args.only):
+        command = _command(part, args)
         if not command:
             continue
-        if part.name != "tests":
-            command += ("--json", str(args.json)) if args.json is not None else ()
-            command += ("--site", str(args.site)) if part.name == "vllm" else ()
         left = end - time.monotonic()
         if left < 10:
             write_record(args.json, "part", part=part.name, outcome="no time was left")
@@ -67,6 +56,23 @@ def run(args: argparse.Namespace) -> None:
         failed |= not _run_part(part.name, command, min(part.seconds, left), args.json)
     if failed:
         raise SystemExit(1)
+
+
+def _wanted(names: Sequence[str] | None) -> list[Part]:
+    known = [part.name for part in PARTS]
+    if unknown := sorted({*(names or ())} - {*known}):
+        raise SystemExit(f"no part is called {', '.join(unknown)}; there are {', '.join(known)}")
+    return [part for part in PARTS if names is None or part.name in names]
+
+
+def _command(part: Part, args: argparse.Namespace) -> tuple[str, ...]:
+    """Empty for a part that is left out: one that cannot be rehearsed, and vLLM where nobody says where it is."""
+    command = part.tiny if args.rehearse else part.command
+    if part.name == "vllm":
+        command = () if args.site is None or args.rehearse else (*command, "--site", str(args.site))
+    if command and part.name != "tests" and args.json is not None:
+        command += ("--json", str(args.json))
+    return command
 
 
 def _run_part(name: str, command: Sequence[str], seconds: float, out: Path | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from groupwise.cli.models import add_trust_flag, quiet_loading
 from groupwise.cli.output import say
@@ -167,13 +167,7 @@ def _train(args: argparse.Namespace) -> None:
         say("\n".join([*summary(plan), ready.describe(resume=args.resume)]))
         return
     config = loaded.config
-    done = run_training(
-        config,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        accept_changes=args.accept_changes,
-        origins=loaded.origins,
-    )
+    done = run_training(config, **_beginning(loaded, args))
     say("\n".join(ending(done, str(run_folder(config)))))
 
 
@@ -194,14 +188,18 @@ def _sft(args: argparse.Namespace) -> None:
         say(ready.describe(resume=args.resume))
         return
     config = loaded.config
-    done = run_sft(
-        config,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        accept_changes=args.accept_changes,
-        origins=loaded.origins,
-    )
+    done = run_sft(config, **_beginning(loaded, args))
     say("\n".join(ending(done, str(supervised_folder(config)))))
+
+
+def _beginning(loaded: LoadedConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """How a run begins, beside its config."""
+    return {
+        "resume": args.resume,
+        "overwrite": args.overwrite,
+        "accept_changes": args.accept_changes,
+        "origins": loaded.origins,
+    }
 
 
 def _show(loaded: LoadedConfig, args: argparse.Namespace) -> None:

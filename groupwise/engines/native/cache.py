@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from groupwise.model.exact.blocks import WIDTHS, block_of, block_spans, block_start, padded_keys, width_of
+from groupwise.model.exact.blocks import NARROWEST, block_of, block_spans, block_start, padded_keys, width_of
 from groupwise.model.fast_cpu.host_memory import zeros_in_large_pages
 from groupwise.model.forward.packing import round_up
 
@@ -63,7 +63,7 @@ class CacheShape:
         if self.by_kernel:
             return 0
         if not self.graphs:
-            return round_up(tokens, WIDTHS[0])
+            return round_up(tokens, NARROWEST)
         return round_up(tokens, max(ARENA_SPAN, 1 << max(0, (tokens - 1).bit_length() - 3)))
 
 

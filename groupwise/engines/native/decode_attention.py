@@ -14,7 +14,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from groupwise.engines.native.cache import KeyCache, Span
-from groupwise.model.exact.blocks import LARGEST, WIDTHS, Found, KeyBlock, Mask, few_rows, full_rows, score, split_scale
+from groupwise.model.exact.blocks import (
+    LARGEST,
+    NARROWEST,
+    Found,
+    KeyBlock,
+    Mask,
+    few_rows,
+    full_rows,
+    score,
+    split_scale,
+)
 from groupwise.model.forward.attention import AttentionCall
 
 _Masks = list[Mask | None]  # one for each span
@@ -232,16 +242,16 @@ def _upto(token: int, span: Span) -> Mask | None:
     if token >= width - 1:
         return None
     table = _later(span.keys[0].dtype)
-    first = token // WIDTHS[0] * WIDTHS[0]
+    first = token // NARROWEST * NARROWEST
     row, keys = slice(token - first, token - first + 1), slice(0, width - first)
     return Mask(table.bias[:, row, keys], table.keep[:, row, keys], first)
 
 
 @lru_cache
 def _later(dtype: torch.dtype) -> Mask:
-    """`[1, WIDTHS[0], LARGEST]` on a CPU; row t sees the keys up to t."""
+    """`[1, NARROWEST, LARGEST]` on a CPU; row t sees the keys up to t."""
     token = torch.arange(LARGEST)
-    return Mask.of((token > token[: WIDTHS[0], None])[None], dtype)
+    return Mask.of((token > token[:NARROWEST, None])[None], dtype)
 
 
 def _tokens_of(span: Span) -> Tensor:

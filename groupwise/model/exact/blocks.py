@@ -10,9 +10,10 @@ Blocks have `BLOCK` keys up to `FINE`, and `LARGEST` from there on: a long answe
 and all that is not a product costs by the block. They cannot be larger: of 448 or more keys, the product with the
 values takes two sums, which part where the number of keys says (measured, float32).
 
-A block's last keys may be left out where no row sees them, down to a width that `width_of` knows: measured, scores,
-sums and products then keep their bits. Decoding, which waits for memory, reads no more of a half-filled block. Between
-128 keys and 256 there is no such width: there AMD's processors cut the product with the values in two equal parts.
+A block's last keys may be left out where no row sees them, down to one of `widths`: scores, sums and products then
+keep their bits. Decoding, which waits for memory, reads no more of a half-filled block. Which widths these are is found
+by trying, since kernels differ with processors: on AMD's (Zen 5), the product with the values of more than 128 keys is
+cut in two equal parts, so that 192 keys have other sums than 256.
 
 Row counts given to matrix products are multiples of `TILE`: fewer rows take other kernels with another order of sums.
 Where a processor's products are found to give fewer the same bits, decoding pads none (`few_rows`).
@@ -39,7 +40,7 @@ from torch import Tensor
 BLOCK = 64
 FINE = 256  # keys, from which on blocks are larger
 LARGEST = 256
-WIDTHS = (16, 32, BLOCK, 2 * BLOCK, LARGEST)
+NARROWEST = 16
 TILE = 4
 _SMALL_PRODUCT = 16**3
 _FAR = -1e30
@@ -106,9 +107,35 @@ class KeyBlock:
     mask: Mask | None = None
 
 
+@lru_cache
+def widths() -> tuple[int, ...]:
+    """Those at which a block may be read, where its keys behind are seen by nobody, by trying on this processor."""
+    narrow = [width for width in (NARROWEST, 32) if _keeps_bits(width, BLOCK)]
+    wide = [width for width in range(2 * BLOCK, LARGEST, BLOCK) if _keeps_bits(width, LARGEST)]
+    return (*narrow, BLOCK, *wide, LARGEST)
+
+
+def _keeps_bits(width: int, whole: int) -> bool:
+    """Whether values of `width` keys, weighed and added, have the bits of `whole` keys with zeros for the rest: for few
+    rows and many, in both types. Another order of sums shows in a third of all numbers, and here are thousands."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            for batch, size in ((2, 16), (33, 48), (2, 64), (9, 128)):
+                weights = torch.randn(batch, 16 * TILE, whole, generator=draw).to(dtype)
+                value = torch.randn(batch, whole, size, generator=draw).to(dtype)
+                weights[..., width:] = 0
+                wanted = torch.bmm(weights, value)
+                for rows in (full_rows(TILE, value, batch), weights.shape[1]):
+                    some = torch.bmm(weights[:, :rows, :width].contiguous(), value[:, :width])
+                    if not torch.equal(some, wanted[:, :rows]):
+                        return False
+    return True
+
+
 def width_of(keys: int) -> int:
     """The least width at which a block that holds `keys` keys is read."""
-    return next(width for width in WIDTHS if keys <= width)
+    return next(width for width in widths() if keys <= width)
 
 
 def padded_keys(tokens: int) -> int:
@@ -129,7 +156,7 @@ def full_rows(rows: int, query: Tensor, batch: int) -> int:
     """
     least = 0
     if query.device.type == "cpu" and query.dtype not in (torch.float32, torch.float64):
-        least = _SMALL_PRODUCT // (batch * WIDTHS[0] * query.shape[-1]) + 1
+        least = _SMALL_PRODUCT // (batch * NARROWEST * query.shape[-1]) + 1
     return -(-max(rows, least) // TILE) * TILE
 
 
@@ -156,7 +183,7 @@ def _alike(rows: int, size: int) -> bool:
                 torch.randn(batch, *shape, generator=draw)
                 for shape in ((company, size), (company, LARGEST), (size, LARGEST), (LARGEST, size))
             )
-            for width in WIDTHS:
+            for width in widths():
                 for left, right in ((query, key[..., :width]), (weights[..., :width], value[:, :width])):
                     few = torch.bmm(left[:, :rows].contiguous(), right)
                     if not torch.equal(few, torch.bmm(left.contiguous(), right)[:, :rows]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from groupwise.model.exact import blocks as blocks_module
 from groupwise.model.exact.blocks import (
     BLOCK,
     FINE,
@@ -32,6 +34,7 @@ from groupwise.model.exact.blocks import (
     prefix_blocks,
     score,
     width_of,
+    widths,
 )
 
 SIZE = 12
@@ -79,9 +82,32 @@ def test_blocks_are_a_function_of_the_place_alone(tokens: int) -> None:
 def test_blocks_grow_where_the_texts_say() -> None:
     assert block_starts(1100) == (0, 64, 128, 192, 256, 512, 768, 1024)
     assert block_spans(0) == []
-    assert [width_of(keys) for keys in (1, 16, 17, 33, 64, 65, 129, 256)] == [16, 16, 32, 64, 64, 128, 256, 256]
-    sizes = {1: 64, 64: 64, 65: 128, 250: 256, 257: 320, 384: 384, 385: 512, 448: 512, 512: 512, 513: 576}
-    assert [padded_keys(tokens) for tokens in (0, *sizes)] == [0, *sizes.values()]
+    assert {BLOCK, LARGEST} <= {*widths()} <= {16, 32, 64, 128, 192, 256}
+    for keys in range(1, LARGEST + 1):
+        assert width_of(keys) == min(width for width in widths() if width >= keys)
+
+
+def test_segments_are_padded_to_where_blocks_may_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, sizes in (
+        ((16, 32, 64, 128, 192, 256), {385: 448, 448: 448, 449: 512}),
+        ((16, 32, 64, 128, 256), {385: 512, 448: 512, 449: 512}),
+        ((64, 256), {1: 64, 257: 320, 321: 512}),
+    ):
+        monkeypatch.setattr(blocks_module, "widths", lambda found=found: found)
+        for tokens, padded_to in {64: 64, 65: 128, 250: 256, 512: 512, 513: 576, **sizes}.items():
+            assert padded_keys(tokens) == padded_to
+        assert padded_keys(0) == 0
+
+
+@pytest.mark.parametrize("other", [32, 128, 192])
+def test_a_width_that_has_other_sums_is_not_taken(other: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bmm = torch.bmm
+
+    def differs(a: Tensor, b: Tensor, **given: Any) -> Tensor:
+        return bmm(a, b, **given) + (1e-6 if a.shape[-1] == other else 0.0)
+
+    monkeypatch.setattr(torch, "bmm", differs)
+    assert widths.__wrapped__() == tuple(width for width in widths() if width != other)
 
 
 @pytest.mark.parametrize("repeat", [1, 2])
