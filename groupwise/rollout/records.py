@@ -41,13 +41,19 @@ def _trajectory_row(group: RolloutGroup, rollout: Rollout, given: Credit, *, ste
         reward=rollout.reward,
         advantage=mean,
         credit=credit,
-        scores=rollout.scores,
+        scores=_scores(rollout),
         finish_reason=rollout.finish_reason,
         status=rollout.status,
         boundary=rollout.boundary,
         cause=rollout.cause,
         images=_image_rows(prompt, rollout.input),
     )
+
+
+def _scores(rollout: Rollout) -> dict[str, tuple[float, ...]]:
+    """Those of scorers, and the trainer's own as `policy`, where it computed them beside the sampler's."""
+    trainer = {} if rollout.old_logprobs is None else {"policy": rollout.old_logprobs}
+    return {**rollout.scores, **trainer}
 
 
 def _segment_row(segment: Segment) -> SegmentRow:

@@ -75,7 +75,7 @@ class TrajectoryRow:
         reward: the weighted sum; None where no function gave a value.
         advantage: what the rollout was credited with, the mean over its tokens.
         credit: `[T]`, what each token was credited with; None: `advantage`, every one.
-        scores: log-probs `[T]` by the name of the scorer (`reference`, `teacher`).
+        scores: log-probs `[T]` by the name of the scorer (`reference`, `teacher`), and the trainer's own (`policy`).
         finish_reason: of the episode.
         boundary, cause: where and why it failed.
 

@@ -148,7 +148,18 @@ def test_colours_grow_with_what_they_show(run: Path, open_page: Open) -> None:
     credit = (1.0, -0.5, *[0.0] * 10)
     lines(
         run / "trajectories/step_000021.jsonl",
-        [to_json(rollout(21, 500, 0, logprobs=values, credit=credit, scores={"reference": (-1.0,) * 12}))],
+        [
+            to_json(
+                rollout(
+                    21,
+                    500,
+                    0,
+                    logprobs=values,
+                    credit=credit,
+                    scores={"reference": (-1.0,) * 12, "policy": (-2.0,) * 12},
+                )
+            )
+        ],
     )
     page = open_page(written(run))
     show(page, 21, 500)
@@ -157,6 +168,9 @@ def test_colours_grow_with_what_they_show(run: Path, open_page: Open) -> None:
         page.get_by_label("colour tokens by").select_option(way)
         return page.locator("[data-token]").evaluate_all("nodes => nodes.map(n => n.style.background)")
 
+    trainer = painted("gap:policy")
+    assert "--high" in trainer[0]
+    assert "--low" in trainer[1]
     logprobs, credits, gaps = painted("logprob"), painted("credit"), painted("gap:reference")
     assert logprobs[0] == logprobs[2] == ""
     assert "--low" in logprobs[1]
@@ -165,6 +179,7 @@ def test_colours_grow_with_what_they_show(run: Path, open_page: Open) -> None:
     assert ["70%" in credits[0], "35%" in credits[1]] == [True, True]
     page.locator("[data-token]").nth(1).hover()
     assert about(page)["gap to reference"] == "-3.9"
+    assert (about(page)["trainer's log-prob"], about(page)["gap to the trainer"]) == ("-2", "-2.9")
     assert "--low" in gaps[1]
     assert "--high" in gaps[0]
 

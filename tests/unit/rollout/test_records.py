@@ -103,6 +103,8 @@ def test_scores_are_by_name_where_there_are_any() -> None:
     scores = {"reference": (-1.0,) * 6, "teacher": (-2.0,) * 6}
     assert row_of(episode(scores=scores)).scores == scores
     assert "scores" not in to_json(row_of(episode()))
+    trainer = (-0.5,) * 6
+    assert row_of(episode(scores=scores, old_logprobs=trainer)).scores == {**scores, "policy": trainer}
 
 
 def test_a_prompt_that_an_environment_began_is_in_its_tokens() -> None:

@@ -169,16 +169,11 @@ function tell(box, lines, node) {
   box.classList.add("open");
   box.style.setProperty("top", `${at.bottom + 8 + box.offsetHeight > innerHeight ? at.top - box.offsetHeight - 8 : at.bottom + 8}px`);
   box.style.setProperty("left", `${Math.max(8, Math.min(at.left, innerWidth - box.offsetWidth - 8))}px`);
-  const close = (event) => {
-    if (event.type === "scroll" || !event.target.closest?.("[data-token]")) {
-      box.classList.remove("open");
-      removeEventListener("scroll", close, true);
-      removeEventListener("pointerover", close);
-    }
-  };
-  addEventListener("scroll", close, true);
-  addEventListener("pointerover", close);
 }
+
+const untell = () => document.querySelector(".about.open")?.classList.remove("open");
+addEventListener("scroll", untell, true);
+addEventListener("pointerover", (event) => { if (!event.target.closest?.("[data-token]")) untell(); });
 
 function cardOf(sample, way, told) {
   if (sample.problem) return el("article", { className: "card" }, el("p", { className: "warning" }, shown(`sample ${sample.index}: ${sample.problem}`)));

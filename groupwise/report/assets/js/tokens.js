@@ -4,10 +4,10 @@ const WAYS = [
   ["plain", "text"], ["logprob", "log-prob of the sampler"], ["credit", "credit"],
 ];
 
-/** The ways in which this group's tokens can be coloured: the gap to a scorer where there was one. */
+/** The ways in which this group's tokens can be coloured: gaps to what else gave log-probs, the trainer first of all. */
 function waysOf(detail) {
   const scorers = new Set(detail.samples.flatMap((sample) => Object.keys(sample.scores ?? {})));
-  return [...WAYS, ...[...scorers].map((name) => [`gap:${name}`, `gap to ${name}`])];
+  return [...WAYS, ...[...scorers].map((name) => [`gap:${name}`, name === "policy" ? "gap between sampler and trainer" : `gap to ${name}`])];
 }
 
 /** The number that colours token i; null where it has none. */
@@ -42,7 +42,7 @@ function aboutToken(sample, i, segment) {
   else lines.push(["log-prob", number(logprob, 5)], ["probability", logprob === null ? "–" : percent(Math.exp(logprob), 2)]);
   lines.push(["credit", number(valueOf(sample, "credit", i), 5)]);
   for (const [name, values] of Object.entries(sample.scores)) {
-    lines.push([name, number(values[i], 5)], [`gap to ${name}`, number(valueOf(sample, `gap:${name}`, i), 5)]);
+    lines.push([name === "policy" ? "trainer's log-prob" : name, number(values[i], 5)], [name === "policy" ? "gap to the trainer" : `gap to ${name}`, number(valueOf(sample, `gap:${name}`, i), 5)]);
   }
   const version = sample.versions.length > 1 ? sample.versions[i] : sample.versions[0];
   if (version !== undefined) lines.push(["weights", `version ${version}`]);
