@@ -1,10 +1,11 @@
-"""What the doctor costs: steps of the quick start, in pairs of one with it and one without.
+"""What watching costs: runs of the quick start with the doctor and the rows of `trajectories/`, and without both.
 
-    python benchmarks/doctor.py --pairs 40
+    python benchmarks/doctor.py --rounds 5
 
-Which of a pair's steps has the doctor is by turns. A step lasts from one call of the doctor to the next one, so files
-and lines are in it; evaluations and checkpoints are left out. Beside the difference, which noise is part of, stands the
-time inside the doctor.
+The runs of a round have the same bits, so a step with and the same step without are a pair that differs in nothing
+else. Of each step the fastest of all rounds counts, in seconds of the processor: other work on the machine is noise
+that only makes steps longer. A step lasts from one call of the doctor to the next one, so files and lines are in it;
+evaluations and checkpoints are left out. Beside the difference stands the time inside the doctor and inside the rows.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
+import groupwise.train
 from groupwise.config import Config
 from groupwise.doctor import Doctor
 from groupwise.launch import run_sft, run_training
@@ -25,65 +30,98 @@ from groupwise.types import RolloutGroup
 WARM = 2  # steps that are not counted
 
 
-class Timed:
-    """Stands for `Doctor.after`, and calls it in every other step of a pair."""
+@dataclass(slots=True)
+class Side:
+    """One run: seconds of its steps, and those inside what is measured."""
 
-    def __init__(self) -> None:
-        self.inside: list[float] = []
-        self.steps: dict[bool, list[float]] = {True: [], False: []}
-        self._after = Doctor.after
-        self._last: float | None = None
+    watches: bool
+    steps: list[float] = field(default_factory=list[float])
+    doctor: list[float] = field(default_factory=list[float])
+    rows: list[float] = field(default_factory=list[float])
+    _last: float | None = None
 
-    def __call__(self, doctor: Doctor, step: int, numbers: Mapping[str, float], groups: Sequence[RolloutGroup]) -> None:
-        pair, place = divmod(step - 1, 2)
-        looks = (pair + place) % 2 == 0
-        began = time.perf_counter()
-        if looks:
-            self._after(doctor, step, numbers, groups)
-        ended = time.perf_counter()
-        if step > WARM and self._last is not None:
-            self.steps[looks].append(ended - self._last)
-            self.inside += [ended - began] if looks else []
-        self._last = ended
+    def after(
+        self, real: Callable[..., None]
+    ) -> Callable[[Doctor, int, Mapping[str, float], Sequence[RolloutGroup]], None]:
+        """Stands for `Doctor.after`."""
+
+        def timed(doctor: Doctor, step: int, numbers: Mapping[str, float], groups: Sequence[RolloutGroup]) -> None:
+            began = time.process_time()
+            if self.watches:
+                real(doctor, step, numbers, groups)
+            ended = time.process_time()
+            if step > WARM and self._last is not None:
+                self.steps.append(ended - self._last)
+                self.doctor.append(ended - began)
+            self._last = ended
+
+        return timed
+
+    def append(self, real: Callable[..., None]) -> Callable[..., None]:
+        """Stands for the loop's `append_rows`."""
+
+        def timed(path: Path, *given: object) -> None:
+            began = time.process_time()
+            real(path, *given)
+            if path.parent.name == "trajectories":
+                self.rows.append(time.process_time() - began)
+
+        return timed
 
 
 def main(arguments: list[str] | None = None) -> float:
-    """Print what was measured; returns the share of a step's time inside the doctor."""
+    """Print what was measured; returns the share of a step that watching costs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20, help="of each run")
     parser.add_argument("--warm-up", type=int, default=60, help="supervised steps before")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         recipe = prepare(Path(folder) / "quickstart", seed=0)
-        run_sft(_changed(recipe.sft, steps=options.warm_up))
-        timed, after = Timed(), Doctor.after
-        Doctor.after = lambda self, *given: timed(self, *given)  # pyright: ignore[reportAttributeAccessIssue]
-        try:
-            run_training(_changed(recipe.grpo, steps=WARM + 2 * options.pairs, eval_every=0))
-        finally:
-            Doctor.after = after
-    return _report(timed)
+        run_sft(_changed(recipe.sft, output=recipe.sft.train.output, steps=options.warm_up))
+        sides = list[Side]()
+        for number in range(options.rounds):
+            order = (True, False) if number % 2 == 0 else (False, True)
+            for watches in order:
+                output = str(Path(folder) / f"run{len(sides)}")
+                side = Side(watches)
+                _run(_changed(recipe.grpo, output=output, steps=WARM + options.steps, rows=watches), side)
+                sides.append(side)
+    return _report(sides)
 
 
-def _changed(config: Config, *, steps: int, eval_every: int | None = None) -> Config:
-    train = config.train.model_copy(update={"steps": steps, "save_every": 0, "save_every_minutes": 0.0})
+def _run(config: Config, side: Side) -> None:
+    after, append = Doctor.after, groupwise.train.append_rows
+    Doctor.after = side.after(after)  # pyright: ignore[reportAttributeAccessIssue]
+    groupwise.train.append_rows = side.append(append)
+    try:
+        run_training(config)
+    finally:
+        Doctor.after, groupwise.train.append_rows = after, append
+
+
+def _changed(config: Config, *, output: str, steps: int, rows: bool = True) -> Config:
+    train = config.train.model_copy(
+        update={"steps": steps, "output": output, "save_every": 0, "save_every_minutes": 0.0, "trajectories": rows}
+    )
     tracking = config.tracking.model_copy(update={"backends": ("jsonl",)})
-    evaluation = config.eval if eval_every is None else config.eval.model_copy(update={"every": eval_every})
+    evaluation = config.eval.model_copy(update={"every": 0, "at_start": False})
     return config.model_copy(update={"train": train, "tracking": tracking, "eval": evaluation})
 
 
-def _report(timed: Timed) -> float:
-    looked, alone = timed.steps[True], timed.steps[False]
-    differences = [one - other for one, other in zip(looked, alone, strict=True)]
-    usual = statistics.median(alone)
-    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
-    share = statistics.median(timed.inside) / usual
-    print(f"{len(differences)} pairs; a step without the doctor: median {usual * 1_000:.1f} ms")
-    print(f"inside the doctor: median {statistics.median(timed.inside) * 1_000:.3f} ms, {share:.2%} of a step")
-    print(
-        f"difference of a pair: mean {statistics.fmean(differences) / usual:+.2%} ± {error / usual:.2%} of a step, "
-        f"median {statistics.median(differences) / usual:+.2%}"
-    )
+def _report(sides: Sequence[Side]) -> float:
+    watched = [min(same) for same in zip(*(side.steps for side in sides if side.watches), strict=True)]
+    alone = [min(same) for same in zip(*(side.steps for side in sides if not side.watches), strict=True)]
+    usual = statistics.fmean(alone)
+    differences = [(one - other) / usual for one, other in zip(watched, alone, strict=True)]
+    share, error = statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+    doctor = statistics.median(second for side in sides if side.watches for second in side.doctor)
+    rows = statistics.median(second for side in sides if side.watches for second in side.rows)
+    print(f"{len(differences)} pairs of steps, the fastest of {len(sides) // 2} each; without: {usual * 1_000:.1f} ms")
+    for name, inside in (("the doctor", doctor), ("rows", rows)):
+        print(f"inside {name}: {inside * 1_000:.2f} ms, {inside / usual:.2%} of a step")
+    print(f"with both: {share:+.2%} ± {error:.2%} of a step")
     return share
 
 

@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import PydanticSerializationError, to_json
+
 from groupwise.errors import EXIT_FAILURE, EXIT_USER, DataError, FileError, GroupwiseError
 from groupwise.texts import encodable
 
@@ -247,7 +249,10 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 def json_line(row: Mapping[str, Any]) -> str:
     """One JSON Lines row, with its newline (NaN becomes null)."""
-    return json.dumps(json_safe(row), ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        return to_json(row, inf_nan_mode="null").decode() + "\n"
+    except PydanticSerializationError:  # half a surrogate pair, or a kind that JSON does not have
+        return json.dumps(json_safe(row), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -16,6 +17,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before torch is: models of tests gain nothing from a second thread, which makes them many times slower on a busy
 # machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A job that a shell starts in the background ignores Ctrl-C, and so does whatever it starts; tests are about those that
+# do not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A shared machine makes single examples slow; the suite's own timeout is the bound.
 settings.register_profile("groupwise", deadline=None, derandomize=True)

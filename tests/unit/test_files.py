@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from groupwise.errors import FileError
 from groupwise.files import (
     LogFile,
     append_rows,
     file_error,
+    json_line,
+    json_safe,
     make_anew,
     use_umask,
     write_bytes_atomic,
@@ -122,3 +128,19 @@ def test_files_have_the_umasks_mode(tmp_path: Path) -> None:
     modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.rglob("*") if file.is_file()}
     assert modes == dict.fromkeys("abcd", 0o640)
     assert os.umask(0o027) == 0o027
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=())),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(st.characters()), inner),
+    max_leaves=20,
+)
+
+
+@given(row=st.dictionaries(st.text(st.characters(exclude_categories=())), JSON_VALUES))
+def test_a_line_reads_back_as_the_row_with_null_for_what_json_cannot_say(row: dict[str, Any]) -> None:
+    line = json_line(row)
+    assert line.endswith("\n")
+    assert "\n" not in line[:-1]
+    assert line.encode("utf-8")
+    assert json.loads(line, parse_constant=pytest.fail) == json.loads(json.dumps(json_safe(row), allow_nan=False))
