@@ -3,12 +3,12 @@
     python benchmarks/plan.py                                   # three sizes, two types, all weights and LoRA
     python benchmarks/plan.py --sizes 10m --dtypes float32 --ways full --rounds 3
 
-Each run is a process of its own that trains two steps, on random weights. **Measured memory** is its highest resident
-set (Linux: `VmHWM`) less what was resident once everything was imported, before the data were read. **Planned memory**
-is the plan's peak less its part for imports. **Measured seconds** are those of the second step, since the first one
-makes threads, caches and kernels ready. The plan is made before and after the run, each time with a calibration of its
-own, and the mean of the two counts, because other work on the machine comes and goes. `--processor-time` takes one
-thread, and the processor's seconds for both, which other work hardly touches.
+Each run is a process of its own that trains `--steps` steps, on random weights. **Measured memory** is its highest
+resident set (Linux: `VmHWM`) less what was resident once everything was imported, before the data were read. **Planned
+memory** is the plan's peak less its part for imports. **Measured seconds** are the median of the steps but the first,
+which makes threads, caches and kernels ready. The plan is made before and after the run, each time with a calibration
+of its own, and the mean of the two counts, because other work on the machine comes and goes. `--processor-time` takes
+one thread, and the processor's seconds for both, which other work hardly touches.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 for way in args.ways:
                     for _ in range(args.rounds):
                         kind = "none" if args.no_seconds else "processor" if args.processor_time else "wall"
-                        result = compare(settings(Path(folder), name, dtype, way), kind)
+                        result = compare(settings(Path(folder), name, dtype, way, steps=args.steps), kind)
                         result = {"size": name, "dtype": dtype, "way": way, "clock": kind} | result
                         found.append(result)
                         print(line(result), flush=True)
@@ -83,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=2, help="of each run; memory levels off after six or so")
     parser.add_argument("--processor-time", action="store_true", help="one thread, and seconds of the processor")
     parser.add_argument("--no-seconds", action="store_true", help="compare memory alone, and calibrate nothing")
     parser.add_argument("--json", type=Path, help="append each result to this file, one JSON object a line")
@@ -122,7 +124,7 @@ def make_data(folder: Path) -> None:
     (folder / "rewards.py").write_text(REWARD, encoding="utf-8")
 
 
-def settings(folder: Path, name: str, dtype: str, way: str) -> list[str]:
+def settings(folder: Path, name: str, dtype: str, way: str, *, steps: int) -> list[str]:
     """The run's, as overrides."""
     reward = f"{folder / 'rewards.py'}:varied"
     return [
@@ -133,7 +135,7 @@ def settings(folder: Path, name: str, dtype: str, way: str) -> list[str]:
         f"--reward={json.dumps([{'name': reward}])}",
         f"--train.output={folder / 'run'}",
         "--tracking.backends=jsonl",
-        "--train.steps=2",
+        f"--train.steps={steps}",
         "--rollout.prompts_per_step=8",
         f"--rollout.max_completion_tokens={SIZES[name].answer}",
         "--train.micro_batch_tokens=1024" if name == "150m" else "--train.micro_batch_tokens=4096",
@@ -158,7 +160,7 @@ def compare(arguments: list[str], clock: str) -> dict[str, Any]:
         "measured_bytes": measured["peak"] - measured["imported"],
         "planned_seconds": sum(steps) / len(steps) if steps else None,
         "planned_between": [min(steps), max(steps)] if steps else None,
-        "measured_seconds": measured["seconds"][1],
+        "measured_seconds": statistics.median(measured["seconds"][1:]),
         "first_step_seconds": measured["seconds"][0],
         "parts": {**memory["held"], **memory["moments"][memory["peak_moment"]]},
         "phases": {"planned": plans[-1]["seconds"], "measured": measured["phases"]},

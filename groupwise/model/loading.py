@@ -288,7 +288,7 @@ def wrap_model(
         if model.dtype == torch.bfloat16:
             check_rows_are_exact()
         use_dnn_linear(model)
-        keep_freed_memory()
+        keep_freed_memory(model.config.get_text_config().hidden_size)
     else:
         join_products(model)
     scoring = ScoringModel(model, LanguageHead(model)).eval()

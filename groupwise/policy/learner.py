@@ -21,6 +21,7 @@ from groupwise.errors import TrainingError
 from groupwise.metrics import Last, Mean, Metrics, Sum
 from groupwise.model.adapters import dropout_layers
 from groupwise.model.exact.experts import experts_of
+from groupwise.model.fast_cpu.host_memory import give_freed_memory_back
 from groupwise.model.forward.head import TokenScores
 from groupwise.model.forward.packing import Packed, pack
 from groupwise.model.forward.recompute import recompute_layers
@@ -305,6 +306,8 @@ class Learner:
             self._skip(norm)
         self._learned.clear()
         self._updates += 1
+        if self.loaded.device.type == "cpu":
+            give_freed_memory_back(self.loaded.text_config.hidden_size)
         return {"grad_norm": Mean(norm), "learning_rate": Last(rate), "updates_skipped": Sum(0.0 if finite else 1.0)}
 
     def _skip(self, norm: float) -> None:

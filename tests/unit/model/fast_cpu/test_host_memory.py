@@ -61,3 +61,34 @@ def test_freed_memory_stays_and_is_used_again(where: str) -> None:
     # Thirty rounds of 153 MiB would take 4,578 without it; holes that are too small by an alignment cost some.
     assert kept[-1][0] < 1024 * MIB
     assert kept[-1][0] == kept[-2][0]
+
+
+GIVING_BACK = """
+from pathlib import Path
+from groupwise.model.fast_cpu.host_memory import give_freed_memory_back
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+assert keep_freed_memory(WIDTH)
+small = [torch.ones(1_000_000) for _ in range(100)]  # 4 MB each
+kept = [torch.ones(10) for _ in range(10)]
+del small
+before = resident()
+give_freed_memory_back(WIDTH)
+print(json.dumps([before, resident()]))
+raise SystemExit
+"""
+
+
+@pytest.mark.skipif(not has_mallinfo2(), reason="asks glibc 2.33 or newer")
+@pytest.mark.parametrize(("width", "least", "most"), [(256, 0, 8), (512, 300, 500)])
+def test_a_wide_model_gives_back_what_is_free(width: int, least: int, most: int) -> None:
+    program = PROGRAM.format(ask=GIVING_BACK.replace("WIDTH", str(width)), where="take")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
+    before, after = json.loads(done.stdout)
+    assert before > 400 * 1_000_000
+    assert least * MIB <= before - after <= most * MIB
+
+
+@pytest.mark.skipif(not has_mallinfo2(), reason="asks glibc 2.33 or newer")
+def test_of_a_wide_model_blocks_of_8_mib_go_at_once() -> None:
+    assert all(free < 40 * MIB for _, free in heap("assert keep_freed_memory(512)", "take"))
