@@ -219,7 +219,8 @@ class Parcel:
             self.drop(url)
             if isinstance(error, EngineError):
                 raise
-            raise EngineError(f"the weights did not reach {url}: {type(error).__name__}: {error}") from error
+            said = str(error).partition(". This is typically")[0] or type(error).__name__  # gloo goes on for long
+            raise EngineError(f"the weights did not reach {url}: {said}") from error
         finally:
             stopped.set()
             theirs.cancel()

@@ -40,14 +40,15 @@ class Delta:
         self._first: WeightRef | None = None
         self._chain: list[Path] = []
         self._chain_bytes = 0
+        self._taken = False
         self._begins: list[Path] = []
         """Of each version that was prepared, the whole one that it begins with; the newest last."""
 
     async def prepared(self, version: int) -> WeightRef:
         """See `Way`."""
         tensors = list(self._policy.source()) if self._kind == "tensors" else await self._policy.weights()
-        first = self._first
-        if first is None or not await asyncio.to_thread(self._written, version, tensors):
+        first, taken, self._taken = self._first, self._taken, False
+        if first is None or not taken or not await asyncio.to_thread(self._written, version, tensors):
             first = self._first = await self._whole.prepared(version)
             self._chain, self._chain_bytes = [], 0
             await asyncio.to_thread(self._remember, tensors)
@@ -91,6 +92,7 @@ class Delta:
 
     def taken(self, ref: WeightRef) -> int:
         """The folders of the newest two versions stay, with all that these are made of."""
+        self._taken = True  # what was refused may be damaged, and nothing is laid over it
         self._whole.prune(first=min(self._begins), last=ref.newest)
         return ref.bytes
 

@@ -234,8 +234,8 @@ def test_weights_on_each_way_are_the_trainers_and_damaged_ones_are_refused_befor
             weights.change(0.01, version)
             await published(version)
         before = await engine.members[0].score(prompts[0])
-        weights.change(0.01, 4)
         for version, missing in ((4, False), (5, True)):
+            weights.change(0.01, version)
             with monkeypatch.context() as spoilt:
                 SPOILT[way](spoilt, {version}, missing)
                 with pytest.raises(KeptOld, match=f"version {version} was not loaded"):
@@ -250,6 +250,7 @@ def test_weights_on_each_way_are_the_trainers_and_damaged_ones_are_refused_befor
     size = sum(tensor.numel() * tensor.element_size() for _, tensor in saved_weights(check.loaded.model))
     assert sent[1] == pytest.approx(size * (2 if way == "nccl" else 1), rel=0.05)
     assert sent[3] == pytest.approx(sent[1], rel=0.01) if way != "delta" else sent[3] < sent[1] / 20
+    assert sent[6] == pytest.approx(sent[1], rel=0.01)  # nothing is laid over what was refused
 
 
 @pytest.mark.parametrize("way", ["ipc", "nccl", "delta"])

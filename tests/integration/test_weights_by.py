@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -21,11 +22,12 @@ from torch import Tensor
 from groupwise.assembly.engine_check import check_of
 from groupwise.config import Config
 from groupwise.engines.commands import Command
+from groupwise.engines.connection import Connection
 from groupwise.engines.dialects.vllm import Vllm
 from groupwise.engines.launch import EngineProcess
 from groupwise.engines.vllm_worker.groupwise_vllm_worker.group import Group
 from groupwise.engines.weights import WeightRef
-from groupwise.errors import ConfigError, EngineError
+from groupwise.errors import ConfigError, EngineError, EngineLost
 from groupwise.launch import Given, run_training
 from groupwise.weight_sync import ways
 from groupwise.weight_sync.broadcast import Broadcasting
@@ -183,6 +185,25 @@ def test_an_engine_that_shares_the_gpu_sleeps_meanwhile(task: Any, tmp_path: Pat
         assert not serving.contract.engine.asleep
     assert sum(path in ("/sleep", "/release_memory_occupation") for path in asked) == 4
     assert all(row["sync/verified"] == 1 for row in steps_of(tmp_path / "run"))
+
+
+def test_a_load_that_never_returns_ends_with_its_server(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM's, whose worker is killed in it: the call goes on for ever, and only its health says so."""
+    monkeypatch.setattr("groupwise.engines.connection._PROBE_SECONDS", 0.2)
+    with served("vllm", task, "control_hangs=/collective_rpc") as serving:
+        server = Connection(serving.url, most=1, alive="/weight_info")
+        call = Vllm(kind="model", stop_token_ids=[])._called(server, "groupwise_hello", group="")
+
+        async def play() -> None:
+            asyncio.get_running_loop().call_later(0.5, serving.contract.engine.die)
+            started = time.monotonic()
+            with pytest.raises(EngineLost):
+                await call
+            assert 0.4 < time.monotonic() - started < 10
+            await server.close()
+
+        asyncio.run(play())
+        serving.set_traps()
 
 
 class Process:

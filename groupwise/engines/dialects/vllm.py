@@ -276,9 +276,8 @@ class Vllm(Updated):
         """What each worker says."""
         answer: Answer = None
         try:
-            answer = await server.post(
-                "/collective_rpc", {"method": method, "kwargs": named}, seconds=self._load_seconds
-            )
+            call = {"method": method, "kwargs": named}
+            answer = await server.post("/collective_rpc", call, seconds=self._load_seconds, watch=self.health)
             return _Results.model_validate(answer).results
         except Refused as refused:
             raise EngineError(

@@ -41,7 +41,7 @@ def spoilt_broadcast(monkeypatch: pytest.MonkeyPatch, versions: Collection[int],
             if missing:
                 parcel.buckets[0], parcel.tensors[0] = parcel.buckets[0][1:], parcel.tensors[0][1:]
             else:
-                parcel.tensors[0][1] = parcel.tensors[0][1] + 1
+                parcel.tensors[0][-1] = parcel.tensors[0][-1] + 1
         return ref
 
     monkeypatch.setattr(Broadcasting, "prepared", prepared)

@@ -200,6 +200,22 @@ def test_what_is_damaged_on_its_way_is_refused_whole_or_missing(tmp_path: Path) 
             read_weights(second.newest, version=1)
 
 
+def test_after_a_version_that_was_not_taken_comes_a_whole_one(tmp_path: Path) -> None:
+    weights = Weights()
+    way = Delta(cast(Policy, weights), tmp_path, "tensors")
+
+    def prepared(version: int) -> Any:
+        weights.change(50, version)
+        return asyncio.run(way.prepared(version))
+
+    way.taken(prepared(0))
+    assert prepared(1).changes
+    again = prepared(2)
+    assert again.changes == ()
+    way.taken(again)
+    assert prepared(3).changes == (tmp_path / "version_000003",)
+
+
 def test_what_is_held_stays_as_it_was_where_a_server_refuses(tmp_path: Path) -> None:
     (_, old, _), (ref, _, _) = published(tmp_path, [0, 50])
     before = {name: tensor.clone() for name, tensor in old.items()}
