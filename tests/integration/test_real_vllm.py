@@ -61,13 +61,21 @@ def test_every_check_of_the_contract_passes(
 
 
 def workers() -> list[int]:
-    """Processes of vLLM that hold weights."""
+    """Processes of vLLM that hold weights, and that this one has started."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            if b"VLLM::" in (entry / "cmdline").read_bytes():
+            if b"VLLM::" in (entry / "cmdline").read_bytes() and started_here(int(entry.name)):
                 found.append(int(entry.name))
     return found
+
+
+def started_here(pid: int) -> bool:
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        if pid == os.getpid():
+            return True
+    return False
 
 
 @pytest.fixture(scope="module")
