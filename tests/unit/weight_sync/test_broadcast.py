@@ -186,6 +186,7 @@ def test_a_list_that_lost_a_tensor_is_refused_and_the_sender_does_not_wait() -> 
     assert worker.model_runner.loads == []
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # so the worker ends
 @pytest.mark.parametrize("dies_at", ["before it came", "in the middle"])
 def test_a_worker_that_is_gone_ends_the_sending(dies_at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     groups, worker = Groups(60.0), Worker()
