@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from torch import Tensor
@@ -23,6 +23,7 @@ from groupwise.assembly.engine_check import check_of
 from groupwise.config import Config
 from groupwise.engines.commands import Command
 from groupwise.engines.connection import Connection
+from groupwise.engines.dialects.base import KeptOld
 from groupwise.engines.dialects.vllm import Vllm
 from groupwise.engines.launch import EngineProcess
 from groupwise.engines.vllm_worker.groupwise_vllm_worker.group import Group
@@ -204,6 +205,30 @@ def test_a_load_that_never_returns_ends_with_its_server(task: Any, monkeypatch: 
 
         asyncio.run(play())
         serving.set_traps()
+
+
+class OtherNccl:
+    """Weights on GPUs, of a process with an NCCL that the engine has not."""
+
+    backend, nccl, buckets, digest = "nccl", "2.99.1", (), ""
+
+    def group_of(self, url: str) -> None:
+        """None was made."""
+
+
+def test_another_release_of_nccl_is_refused_before_a_group_is_made(task: Any) -> None:
+    with served("vllm", task) as serving:
+        server = Connection(serving.url, most=1, alive="/weight_info")
+        dialect = Vllm(kind="model", stop_token_ids=[])
+        ref = WeightRef(1, task.model, "model", bytes=1, broadcast=cast(Any, OtherNccl()))
+
+        async def play() -> None:
+            with pytest.raises(KeptOld, match=r"has NCCL none, and this process 2\.99\.1"):
+                await dialect.load(server, ref, await dialect.reach(server))
+            await server.close()
+
+        asyncio.run(play())
+        assert serving.contract.engine.paused is None
 
 
 class Process:
