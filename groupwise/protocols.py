@@ -103,6 +103,11 @@ class Policy(Protocol):
         """What an engine's module needs to become this policy, by name: all that training changes."""
         ...
 
+    async def weights(self) -> list[tuple[str, Tensor]]:
+        """The whole model as `export` writes it, by the names there. Most are the policy's own memory, which the next
+        `optim_step` changes."""
+        ...
+
     async def export(self, folder: Path, *, merged: bool = False) -> None:
         """Write a Hugging Face folder, whole or not at all.
 

@@ -25,6 +25,7 @@ from groupwise.errors import EngineError, GroupwiseError
 from groupwise.inputs import ModelInput, SampleKey
 from groupwise.model.forward.packing import pack
 from groupwise.model.loading import LoadedModel, load_model, resolve_device, resolve_dtype, with_adapter
+from groupwise.model.saved_weights import saved_weights
 from groupwise.placement.elsewhere import engine_elsewhere, sync_tolerance
 from groupwise.policy.adapter_reference import adapter_off
 from groupwise.policy.reference import FrozenScorer
@@ -33,7 +34,8 @@ from groupwise.protocols import Policy
 from groupwise.tensors import floats
 from groupwise.types import BASE, Completion, SampleRequest, SamplingParams
 from groupwise.weight_sync.canary import Canary
-from groupwise.weight_sync.directory import DirectorySync
+from groupwise.weight_sync.publishing import EngineSync
+from groupwise.weight_sync.ways import way_of
 
 _PROMPTS = 4
 _PROMPT_TOKENS = 24
@@ -86,6 +88,9 @@ class _Weights:
 
     def source(self) -> Iterable[tuple[str, Tensor]]:
         return self._trained
+
+    async def weights(self) -> list[tuple[str, Tensor]]:
+        return saved_weights(self._loaded.model)
 
     async def export(self, folder: Path, *, merged: bool = False) -> None:
         await asyncio.to_thread(write_model, self._loaded, folder, merged=merged)
@@ -145,7 +150,9 @@ class EngineCheck:
                 tolerance=self.tolerance,
                 vocabulary=self.engine.vocabulary,
             )
-            sync = DirectorySync(policy, self.engine, Path(folder), canary=canary)
+            rollout, adapter = self.config.rollout, self.loaded.adapter is not None
+            way = way_of(rollout, policy, self.engine, Path(folder), adapter=adapter, leaves_none=False)
+            sync = EngineSync(policy, self.engine, way, canary=canary)
             try:
                 if await self._check("weights arrive", partial(self._arrive, sync, canary, 1)):
                     await self._samples(weights, sync, canary)
@@ -153,7 +160,7 @@ class EngineCheck:
                 await sync.close()
         return self.found
 
-    async def _samples(self, weights: _Weights, sync: DirectorySync, canary: Canary) -> None:
+    async def _samples(self, weights: _Weights, sync: EngineSync, canary: Canary) -> None:
         await self._check("log-probs are the trainer's", partial(self._parity, weights, 1))
         await self._check("seeds decide the tokens", self._seeds)
         await self._check("budget is kept", self._budget)
@@ -175,7 +182,7 @@ class EngineCheck:
         self.tell(self.found[-1])
         return passed
 
-    async def _arrive(self, sync: DirectorySync, canary: Canary, version: int) -> str:
+    async def _arrive(self, sync: EngineSync, canary: Canary, version: int) -> str:
         await sync.publish(version)
         await sync.wait()
         return f"version {version} in {sync.seconds:.2f} s, proof {canary.seconds:.2f} s, |Δ| ≤ {canary.difference:.2g}"
@@ -263,7 +270,7 @@ class EngineCheck:
         assert reasons != ["length"], f"{limit} tokens were drawn all the same"
         return f"{', '.join(reasons)} after {time.perf_counter() - started:.2f} s"
 
-    async def _sabotage(self, weights: _Weights, sync: DirectorySync, canary: Canary) -> str:
+    async def _sabotage(self, weights: _Weights, sync: EngineSync, canary: Canary) -> str:
         """The engine gets weights of which one tensor is not the trainer's."""
         self.engine.prover = None
         try:

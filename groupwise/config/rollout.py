@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -32,6 +32,12 @@ class RolloutConfig(Section):
         None,
         description="folder that weights travel through, under one name for trainer and servers, such as one in "
         "/dev/shm; each run has a folder of its own below it, and leaves none; none is weights/ in the run directory",
+    )
+    weights_by: Literal["directory", "ipc", "nccl", "delta"] = Field(
+        "directory",
+        description="how new weights reach the engine: directory writes them; ipc lets it read this process's memory, "
+        "on one machine (vllm); nccl broadcasts them, to other GPUs or machines (vllm, sglang, lmdeploy); delta writes "
+        "what changed (vllm, http); adapters travel by directory",
     )
     sync_tolerance: float | None = Field(
         None,

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -28,9 +29,20 @@ _NEED_GPU = ("sglang", "lmdeploy")
 _SERVER_PACKAGES = ("starlette", "uvicorn", "httpx")
 _CLIENT_PACKAGES = ("httpx",)
 _ELSEWHERE = (
-    "urls", "launch", "engine_timeout", "engine_sleeps", "weights_dir", "sync_tolerance", "quantized_engine",
+    "urls", "launch", "engine_timeout", "engine_sleeps", "weights_dir", "weights_by", "sync_tolerance",
+    "quantized_engine",
 )  # fmt: skip
 _IMPORT_SECONDS = 60
+
+_PICKLED = "it takes them pickled alone, which can run anything; use 'nccl' from GPU to GPU, or 'directory'"
+_NO_CHANGES = "it takes whole weights alone; use 'nccl', or 'directory'"
+_READS = "`groupwise serve` reads folders; use 'directory' or 'delta'"
+_NO_WAY: Mapping[tuple[str, str], str] = {
+    **{("http", way): _READS for way in ("ipc", "nccl")},
+    **{(name, "ipc"): _PICKLED for name in ("sglang", "lmdeploy")},
+    **{(name, "delta"): _NO_CHANGES for name in ("sglang", "lmdeploy")},
+}
+"""Engine and way -> why it is none."""
 
 
 def is_exact(rollout: RolloutConfig) -> bool:
@@ -68,6 +80,34 @@ def check_logprobs(config: Config) -> None:
             )
 
 
+def check_weights(config: Config) -> None:
+    """Refuse a way for weights that a run of this config cannot take.
+
+    Raises:
+        ConfigError: says which, and why.
+    """
+    rollout, way = config.rollout, config.rollout.weights_by
+    if way == "directory":
+        return
+    if config.lora.rank:
+        raise ConfigError(
+            f"rollout.weights_by = {way!r}: an adapter is small, and engines read it from a folder; leave it out"
+        )
+    if way != "nccl" or rollout.launch.python is None or not has_gpu():
+        return
+    on_cpu = config.model.device == "cpu"
+    if on_cpu and rollout.engine in _NEED_GPU:
+        raise ConfigError(
+            f"rollout.weights_by = 'nccl' with rollout.engine = {rollout.engine!r} goes from GPU to GPU, and "
+            "model.device = 'cpu'; leave one of them out"
+        )
+    if not on_cpu and not rollout.launch.gpus:
+        raise ConfigError(
+            "rollout.weights_by = 'nccl' needs rollout.launch.gpus: other GPUs for the engine than the policy's, since "
+            "NCCL does not reach from a GPU to itself; on one GPU, vLLM takes 'ipc'"
+        )
+
+
 def check_engine(rollout: RolloutConfig, *, trains: bool = True) -> None:
     """Refuse an unknown name, settings that do not act with the engine, and an engine that is not there.
 
@@ -101,8 +141,36 @@ def check_engine(rollout: RolloutConfig, *, trains: bool = True) -> None:
         )
     if name == "http":
         _check_fits_the_wire(rollout)
+    _check_way(rollout)
     if trains:
         _check_trains(rollout)
+
+
+def _check_way(rollout: RolloutConfig) -> None:
+    """Refuse ways that the engine does not know, or that do not lead to where it is."""
+    name, way = rollout.engine, rollout.weights_by
+    if way == "directory":
+        return
+    if name == "openai":
+        raise ConfigError(f"rollout.weights_by = {way!r} has no effect with rollout.engine = 'openai'; leave it out")
+    if reason := _NO_WAY.get((name, way)):
+        raise ConfigError(f"rollout.weights_by = {way!r} does not go with rollout.engine = {name!r}: {reason}")
+    if way in ("ipc", "nccl") and rollout.urls and rollout.weights_dir is not None:
+        raise ConfigError(
+            f"rollout.weights_dir has no effect with rollout.weights_by = {way!r} and rollout.urls: nothing is written "
+            "there; leave it out"
+        )
+    far = [url for url in rollout.urls if not _is_here(url)] if way == "ipc" else []
+    if far:
+        raise ConfigError(
+            f"rollout.weights_by = 'ipc' reads this process's memory, and {far[0]} may be on another machine; give its "
+            "address as 127.0.0.1 where it is on this one, or use 'nccl' or 'delta'"
+        )
+
+
+def _is_here(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1", gethostname()) or host.startswith("127.")
 
 
 def _check_fits_the_wire(rollout: RolloutConfig) -> None:

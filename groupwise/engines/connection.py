@@ -87,12 +87,14 @@ class Connection:
         *,
         seconds: float | None = None,
         query: Mapping[str, str] | None = None,
+        watch: str = "",
     ) -> Any:
         """The answer's JSON, or its text where it is none.
 
         Args:
             body: JSON, as text or to be made of it.
             seconds: longest wait; None waits as long as the server lives, and asks it meanwhile.
+            watch: a route that is asked meanwhile, where a call of a server that dies would not end.
 
         Raises:
             EngineLost: the server was lost.
@@ -106,17 +108,17 @@ class Connection:
             )
             try:
                 while not (await asyncio.wait({sent}, timeout=_PROBE_SECONDS))[0]:
-                    if seconds is None:
-                        await self._lives()
+                    if seconds is None or watch:
+                        await self._lives(watch or self._alive)
                 return self._content(sent.result())
             except httpx.HTTPError as error:
                 raise EngineLost(f"{self.url} was lost: {_told(error)}") from error
             finally:
                 sent.cancel()
 
-    async def _lives(self) -> None:
+    async def _lives(self, route: str) -> None:
         with suppress(Refused):  # it says no, so it lives
-            await self.get(self._alive, seconds=_ALIVE_SECONDS)
+            await self.get(route, seconds=_ALIVE_SECONDS)
 
     def _content(self, answer: httpx.Response) -> Any:
         if answer.is_success:

@@ -46,12 +46,14 @@ class Speaks:
         adapter: an adapter is trained, and the engine is to have it as one.
         logprobs: the engine has those of what it draws from (`groupwise.engines.has_logprobs`).
         exact: what a server of Groupwise's says of itself.
+        broadcasts: weights are broadcast to it.
     """
 
     stop_token_ids: Sequence[int]
     adapter: bool = False
     logprobs: bool = True
     exact: bool = True
+    broadcasts: bool = False
 
 
 def dialect_of(name: str, speaks: Speaks) -> Dialect:
@@ -59,7 +61,7 @@ def dialect_of(name: str, speaks: Speaks) -> Dialect:
     if name == "http":
         return Own(exact=speaks.exact)
     if name == "lmdeploy":
-        return LmDeploy(logprobs=speaks.logprobs)
+        return LmDeploy(logprobs=speaks.logprobs, broadcasts=speaks.broadcasts)
     if name == "openai":
         return OpenAi()
     kinds = {"vllm": Vllm, "sglang": SgLang}
@@ -79,7 +81,7 @@ def reach(config: RolloutConfig, *, trains: bool = True) -> list[Facts]:
 
 
 async def _reach(config: RolloutConfig) -> list[Facts]:
-    dialect = dialect_of(config.engine, Speaks(()))
+    dialect = dialect_of(config.engine, Speaks((), broadcasts=config.weights_by == "nccl"))
     return [await _reached(dialect, url) for url in config.urls]
 
 

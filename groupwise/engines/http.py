@@ -147,6 +147,11 @@ class HttpEngine:
                 return replace(drawn, token_ids=drawn.token_ids[:number], logprobs=logprobs, finish_reason="stop")
         return drawn
 
+    @property
+    def starts(self) -> bool:
+        """Whether it starts processes of its own, which need a folder to begin with."""
+        return any(member.starts for member in self.members)
+
     async def load(self, ref: WeightRef) -> None:
         """Serve these weights. Each server takes them at the same time; samples wait for its proof.
 

@@ -104,6 +104,11 @@ class Member:
     def url(self) -> str:
         return self._server.url
 
+    @property
+    def starts(self) -> bool:
+        """Whether the server's process is the run's own."""
+        return self._launcher is not None
+
     async def sample(self, request: SampleRequest) -> Drawn:
         """The answer of a server that is proven, however often it is lost meanwhile.
 

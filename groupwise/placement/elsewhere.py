@@ -72,6 +72,7 @@ def engine_elsewhere(config: Config, loaded: LoadedModel, *, length: int, logs: 
             adapter=loaded.adapter is not None,
             logprobs=has_logprobs(rollout),
             exact=bool(served) and all(facts.exact for facts in served),
+            broadcasts=rollout.weights_by == "nccl",
         ),
         decode=loaded.decode,
         encode=partial(loaded.tokenizer.encode, add_special_tokens=False),

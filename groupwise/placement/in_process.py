@@ -100,7 +100,9 @@ class InProcess:
         from groupwise.engines.http import HttpEngine
         from groupwise.placement.elsewhere import sync_tolerance
         from groupwise.weight_sync.canary import Canary
-        from groupwise.weight_sync.directory import DirectorySync, own_folder
+        from groupwise.weight_sync.publishing import EngineSync
+        from groupwise.weight_sync.way import own_folder
+        from groupwise.weight_sync.ways import way_of
 
         assert isinstance(engine, HttpEngine), "a placement syncs the engines that it makes"
         rollout = self.config.rollout
@@ -113,6 +115,7 @@ class InProcess:
         )
         given = rollout.weights_dir
         root = self.run.path / "weights" if given is None else own_folder(Path(given), self.run.path)
-        return DirectorySync(
-            policy, engine, root, canary=canary, sleeps=rollout.engine_sleeps, leaves_none=given is not None
+        way = way_of(
+            rollout, policy, engine, root, adapter=self.loaded.adapter is not None, leaves_none=given is not None
         )
+        return EngineSync(policy, engine, way, canary=canary, sleeps=rollout.engine_sleeps)

@@ -18,6 +18,7 @@ from groupwise.batches import Knobs, MiniBatch, ScoreRequest, TrainingRow
 from groupwise.errors import ConfigError
 from groupwise.metrics import Metrics
 from groupwise.model.forward.packing import pack
+from groupwise.model.saved_weights import saved_weights
 from groupwise.policy.learner import Learner
 from groupwise.policy.microbatches import cut_batch, split_rows
 from groupwise.policy.reference import FrozenScorer, Reference
@@ -133,6 +134,10 @@ class LocalPolicy:
     def source(self) -> Iterable[tuple[str, Tensor]]:
         """What training changes, by the module's own names; of a model with an adapter, the adapter alone."""
         return self._learner.source()
+
+    async def weights(self) -> list[tuple[str, Tensor]]:
+        """The whole model as `export` writes it; see `groupwise.model.saving.saved_weights`."""
+        return await self._worker.run(partial(saved_weights, self._learner.loaded.model))
 
     async def export(self, folder: Path, *, merged: bool = False) -> None:
         """Write a Hugging Face model folder; see `groupwise.policy.saving.write_model`."""

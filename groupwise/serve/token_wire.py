@@ -101,7 +101,7 @@ class TokenWire:
         folder, version = Path(body.path), self._served.version
 
         def read(wanted: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            found = read_weights(folder, version=body.version)
+            found = read_weights(folder, version=body.version, held=(version, wanted))
             check_fits(found, dict(wanted), folder=folder)
             return found
 

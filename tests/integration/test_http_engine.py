@@ -118,6 +118,35 @@ def test_a_server_that_is_killed_within_a_step_comes_back_with_the_same_bits(tas
     assert differences(tmp_path / "there") == [0.0] * 4
 
 
+def test_what_changed_alone_travels_and_the_bits_are_the_same(task: Any, tmp_path: Path) -> None:
+    """Also where the server is killed, and begins with the last whole version."""
+    server, calls = Served(task.model, "--model.dtype", "bfloat16"), 0
+
+    def low(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == 14:  # in the last step: version 3 is served
+            server.kill_and_start_again()
+        return [sum(token < 130 for token in ids) / len(ids) for ids in completion_ids]
+
+    model = {"path": str(task.model), "dtype": "bfloat16", "device": "cpu"}
+    small = {"model": model, "reward": [], "optim": {"lr": 2e-5}}
+    try:
+        rollout = over(server.url, weights_by="delta", max_concurrent_samples=4, engine_timeout=60.0)
+        run_training(task.config(tmp_path / "there", rollout=rollout, **small), given=Given(rewards=[low]))
+    finally:
+        server.stop()
+    assert calls == 16
+    run_training(task.config(tmp_path / "here", **small), given=Given(rewards=[low]))
+    assert digest_of(tmp_path / "there") == digest_of(tmp_path / "here")
+    assert differences(tmp_path / "there") == [0.0] * 4
+    rows = [json.loads(line) for line in (tmp_path / "there" / "metrics.jsonl").read_text().splitlines()]
+    sent = [row["sync/bytes"] for row in rows if "reward" in row]
+    whole = sum(file.stat().st_size for file in task.model.glob("*.safetensors")) / 2
+    assert sent[0] == pytest.approx(whole, rel=0.05)
+    assert all(size < whole / 3 for size in sent[1:]), sent
+
+
 def test_a_server_that_does_not_come_back_ends_the_run(task: Any, tmp_path: Path) -> None:
     server = Served(task.model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -11,24 +12,46 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
+from torch import Tensor
 
+from groupwise.assembly.engine_check import _Weights, check_of
 from groupwise.cli import main
+from groupwise.config import Config
+from groupwise.engines.dialects.base import KeptOld
+from groupwise.engines.dialects.vllm import Vllm
+from groupwise.engines.vllm_worker.groupwise_vllm_worker.group import Group
+from groupwise.engines.weights import WeightRef
 from groupwise.launch import Given, run_training
+from groupwise.model.saved_weights import saved_weights
+from groupwise.protocols import Policy
 from groupwise.quickstart.tiny_model import build_tiny_model
+from groupwise.weight_sync import ways
+from groupwise.weight_sync.broadcast import Broadcasting
+from groupwise.weight_sync.canary import Canary
+from groupwise.weight_sync.publishing import EngineSync
+from groupwise.weight_sync.ways import way_of
+from tests.engines.contract.spoilt import SPOILT
 
 PYTHON = Path(os.environ.get("GROUPWISE_VLLM_PYTHON", ".venv-vllm/bin/python")).absolute()
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(600),
     pytest.mark.skipif(not PYTHON.exists(), reason=f"no vLLM at {PYTHON}: make test-engines"),
 ]
 
 
-@pytest.mark.parametrize("flags", [(), ("--lora.rank", "4")], ids=["whole", "adapter"])
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--lora.rank", "4"), *(("--rollout.weights_by", way) for way in ("ipc", "nccl", "delta"))],
+    ids=["whole", "adapter", "ipc", "nccl", "delta"],
+)
 def test_every_check_of_the_contract_passes(
     task: Any, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -38,13 +61,21 @@ def test_every_check_of_the_contract_passes(
 
 
 def workers() -> list[int]:
-    """Processes of vLLM that hold weights."""
+    """Processes of vLLM that hold weights, and that this one has started."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            if b"VLLM::" in (entry / "cmdline").read_bytes():
+            if b"VLLM::" in (entry / "cmdline").read_bytes() and started_here(int(entry.name)):
                 found.append(int(entry.name))
     return found
+
+
+def started_here(pid: int) -> bool:
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        if pid == os.getpid():
+            return True
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -146,14 +177,130 @@ def found(task: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     process.wait(30)
 
 
-def test_a_server_that_was_started_by_hand_is_trained_over(task: Any, found: str, tmp_path: Path) -> None:
+def await_health(url: str) -> None:
     import httpx
 
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{found}/health").is_success:
+            if httpx.get(f"{url}/health").is_success:
                 break
         time.sleep(0.5)
+
+
+def test_a_server_that_was_started_by_hand_is_trained_over(task: Any, found: str, tmp_path: Path) -> None:
+    await_health(found)
     run_training(task.config(tmp_path / "run", rollout={"engine": "vllm", "urls": [found]}))
     assert all(row["sync/verified"] == 1 for row in steps_of(tmp_path / "run"))
+
+
+class Moves(_Weights):
+    """A policy whose values change here and there, as after a small step in bfloat16."""
+
+    def change(self, share: float, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for _, weight in self.source():
+                here = torch.rand(weight.shape, generator=generator) < share
+                weight[here] = weight[here] * 1.5 + 0.01
+
+
+@pytest.mark.parametrize("way", ["ipc", "nccl", "delta"])
+def test_weights_on_each_way_are_the_trainers_and_damaged_ones_are_refused_before_they_are_loaded(
+    task: Any, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Of a tied head, over one server that goes on through all of it."""
+    await_health(found)
+    monkeypatch.setattr(ways, "Broadcasting", partial(Broadcasting, bucket_bytes=60_000))
+    model = {"path": str(task.model), "dtype": "float32", "device": "cpu"}
+    rollout = {"engine": "vllm", "urls": [found], "weights_by": way, "max_completion_tokens": 64}
+    config = Config.model_validate({"model": model, "rollout": rollout})
+    check = check_of(config, tell=lambda line: None)
+    assert check.loaded.model.config.tie_word_embeddings
+    weights = Moves(check.loaded, chunk_tokens=512)
+    policy, engine = cast(Policy, weights), check.engine
+    prompts = [prompt.token_ids for prompt in check._prompts()[:2]]
+    canary = Canary(policy, prompts, tolerance=1e-5, vocabulary=engine.vocabulary)
+
+    async def play() -> dict[int, float]:
+        sync = EngineSync(
+            policy,
+            engine,
+            way_of(config.rollout, policy, engine, tmp_path, adapter=False, leaves_none=False),
+            canary=canary,
+        )
+        seen = {}
+
+        async def published(version: int) -> None:
+            await sync.publish(version)
+            await sync.wait()
+            assert canary.proofs == 1
+            seen[version] = sync.metrics()["sync/bytes"].value
+
+        await published(1)
+        for version in (2, 3):
+            weights.change(0.01, version)
+            await published(version)
+        before = await engine.members[0].score(prompts[0])
+        for version, missing in ((4, False), (5, True)):
+            weights.change(0.01, version)
+            with monkeypatch.context() as spoilt:
+                SPOILT[way](spoilt, {version}, missing)
+                with pytest.raises(KeptOld, match=f"version {version} was not loaded"):
+                    await sync.publish(version)
+            assert await engine.members[0].score(prompts[0]) == before
+        await published(6)
+        assert await engine.members[0].score(prompts[0]) != before
+        await sync.close()
+        return seen
+
+    sent = asyncio.run(play())
+    size = sum(tensor.numel() * tensor.element_size() for _, tensor in saved_weights(check.loaded.model))
+    assert sent[1] == pytest.approx(size * (2 if way == "nccl" else 1), rel=0.05)
+    assert sent[3] == pytest.approx(sent[1], rel=0.01) if way != "delta" else sent[3] < sent[1] / 20
+    assert sent[6] == pytest.approx(sent[1], rel=0.01)  # nothing is laid over what was refused
+
+
+@pytest.mark.parametrize("way", ["ipc", "nccl", "delta"])
+def test_a_worker_that_is_killed_in_the_middle_of_a_transfer_comes_back_and_the_run_goes_on(
+    task: Any, gsm8k: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Of an untied head, and a server of the run's own."""
+    monkeypatch.setattr(ways, "Broadcasting", partial(Broadcasting, bucket_bytes=60_000))
+    killed = list[int]()
+
+    def kill() -> None:
+        if not killed:
+            killed.extend(workers())
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    taken, broadcast, sent = Vllm._taken, Group.broadcast, [0]
+
+    async def killing(self: Vllm, server: Any, ref: WeightRef, method: str, **named: Any) -> None:
+        if ref.version == 2 and way != "nccl":
+            asyncio.get_running_loop().call_later(0.01, kill)
+        await taken(self, server, ref, method, **named)
+
+    def breaking(group: Group, tensor: Tensor, *words: Any) -> None:
+        sent[0] += 1
+        if sent[0] == 50:  # of the second or third version, whose buckets are sent twice
+            kill()
+        broadcast(group, tensor, *words)
+
+    monkeypatch.setattr(Vllm, "_taken", killing)
+    monkeypatch.setattr(Group, "broadcast", breaking)
+    run = tmp_path / "run"
+    given = {"engine": "vllm", "launch": {"python": str(PYTHON)}, "weights_by": way}
+    settings = config(task, gsm8k, run, 1, **given)
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": 5})})
+    run_training(settings, given=Given(rewards=[digits]))
+    steps = steps_of(run)
+    assert len(steps) == 5
+    assert killed
+    assert all(row["sync/verified"] == 1 for row in steps)
+    assert all(row["sync/logp_difference"] < 1e-5 for row in steps)
+    assert all(row["sampling/sampling_logp_difference/mean"] < 1e-5 for row in steps)
+    assert (run / "log.txt").read_text().count("the engine at") == 2
+    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    assert [row["group"] for row in ledger] == list(range(40))

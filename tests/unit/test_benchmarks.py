@@ -41,6 +41,7 @@ def load(monkeypatch: pytest.MonkeyPatch):
         ("vs_trl", "--kl-coef"),
         ("off_loop", "--threads"),
         ("engines", "--vllm"),
+        ("weights", "--vocabulary"),
         ("serve", "--clients"),
         ("doctor", "--pairs"),
         ("algorithms", "--warm-up-steps"),

@@ -24,6 +24,7 @@ _SETTINGS = (
     "rollout.engine_timeout",
     "rollout.engine_sleeps",
     "rollout.weights_dir",
+    "rollout.weights_by",
     "rollout.sync_tolerance",
     "rollout.quantized_engine",
     "rollout.kv_cache_gib",
@@ -62,9 +63,10 @@ def _config(args: argparse.Namespace) -> Config:
 
 def _check(args: argparse.Namespace) -> None:
     config = _config(args)
-    from groupwise.engines import check_engine
+    from groupwise.engines import check_engine, check_weights
 
     check_engine(config.rollout)
+    check_weights(config)
     quiet_loading()
     from groupwise.assembly.engine_check import check_of
 

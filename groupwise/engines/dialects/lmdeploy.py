@@ -1,18 +1,20 @@
 """LMDeploy, from 0.18 on, with its PyTorch engine.
 
-It has no route that reads weights from a folder, so the run starts it again with each version. Its log-probs are those
-before the temperature, so at another than 1 the trainer's own stand for them. Of its two routes that take tokens, one
-has no seed and the other no stop tokens: the one with a seed is used, and answers are cut here.
+It has no route that reads weights from a folder, so the run starts it again with each version, unless weights are
+broadcast to it. Its log-probs are those before the temperature, so at another than 1 the trainer's own stand for them.
+Of its two routes that take tokens, one has no seed and the other no stop tokens: the one with a seed is used, and
+answers are cut here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
-from groupwise.engines.connection import Connection
+from groupwise.engines.connection import Connection, Refused
 from groupwise.engines.dialects.base import (
     CONTROL_SECONDS,
     Answer,
@@ -28,6 +30,7 @@ from groupwise.engines.dialects.base import (
     seed_of,
     tokens_of,
 )
+from groupwise.engines.dialects.distributed import described, joined
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
 from groupwise.protocols import EngineCaps
@@ -47,6 +50,10 @@ class _Reply(BaseModel):
     choices: tuple[_Choice, ...] = Field(min_length=1, max_length=1)
 
 
+class _Info(BaseModel):
+    tp_size: int
+
+
 class _Meta(BaseModel):
     input_token_logprobs: tuple[tuple[float, int], ...] | None = None
 
@@ -60,23 +67,28 @@ class LmDeploy:
 
     Args:
         logprobs: samples are learned at the temperature 1, which its log-probs are of.
+        broadcasts: weights come while it runs.
+        load_seconds: longest wait for a bucket of them to be loaded.
     """
 
     health = alive = "/health"
     takes: Sequence[WeightKind] = ("model",)
-    restarts = True
     stops = False
 
-    def __init__(self, *, logprobs: bool = True) -> None:
+    def __init__(self, *, logprobs: bool = True, broadcasts: bool = False, load_seconds: float = 600.0) -> None:
+        self.restarts = not broadcasts
+        self._load_seconds = load_seconds
         self.caps = EngineCaps(name="lmdeploy", exact_logprobs=False, seeded=True, logprobs=logprobs, scores=True)
 
     async def reach(self, server: Connection) -> Facts:
         """See `Dialect.reach`; it says nothing of versions."""
         with recognising(server, "none of LMDeploy"):
             models = Models.model_validate(await server.get("/v1/models"))
+        if not self.restarts:
+            return Facts(models.data[0].id)
         problem = (
-            f"{server.url} cannot be given weights: LMDeploy reads a folder only when it starts; let the run start it, "
-            "with rollout.launch.python"
+            f"{server.url} cannot be given weights: LMDeploy reads a folder only when it starts; set "
+            "rollout.weights_by = 'nccl', or let the run start it, with rollout.launch.python"
         )
         return Facts(models.data[0].id, problem=problem)
 
@@ -151,13 +163,41 @@ class LmDeploy:
         return tuple(min(0.0, value) for value, _ in pairs)
 
     async def load(self, server: Connection, ref: WeightRef, facts: Facts) -> None:
-        """It was started with these weights."""
+        """It was started with these weights, unless they are broadcast. Then it sleeps meanwhile, since it has no other
+        pause, which drops its cache of the old ones."""
+        if (sent := ref.broadcast) is None:
+            return
+        if sent.group_of(server.url) is None:
+            await sent.meet(server.url, workers=await self._workers(server), join=partial(joined, server))
+        await self.sleep(server)
+        await server.post("/wakeup", seconds=CONTROL_SECONDS, query={"tags": "weights"})
+        try:
+            for number, bucket in enumerate(sent.buckets):
+                body = described(bucket, group=sent.group_of(server.url))
+                body["finished"] = number == len(sent.buckets) - 1
+                take = partial(server.post, "/update_weights_from_distributed", body, seconds=self._load_seconds)
+                await sent.send(server.url, number, take, typed=True)
+        except Refused as refused:
+            raise EngineError(f"version {ref.version} was not loaded: {refused}") from refused
+        await server.post("/wakeup", seconds=CONTROL_SECONDS, query={"tags": "kv_cache"})
+
+    async def _workers(self, server: Connection) -> int:
+        """This route answers JSON in a text of JSON."""
+        told = await server.get("/distserve/engine_info")
+        try:
+            return (
+                _Info.model_validate_json(told).tp_size if isinstance(told, str) else _Info.model_validate(told).tp_size
+            )
+        except ValidationError as error:
+            raise EngineError(f"{server.url} does not say how many GPUs it has: {told!r}") from error
 
     async def sleep(self, server: Connection) -> None:
-        """Its process is ended, since the next version starts it anew."""
+        """Its weights go to the host's memory. Where the next version starts it anew, its process is ended instead."""
+        await server.post("/sleep", seconds=CONTROL_SECONDS, query={"level": "1"})
 
     async def wake(self, server: Connection) -> None:
-        """It is started."""
+        """See `Dialect.wake`."""
+        await server.post("/wakeup", seconds=CONTROL_SECONDS)
 
     async def abort(self, server: Connection, names: Sequence[str] | None) -> None:
         """Of single ones it hears nothing: they end when their connection does."""

@@ -101,7 +101,7 @@ class Own:
 
     async def load(self, server: Connection, ref: WeightRef, facts: Facts) -> None:
         """The server compares every byte with the manifest before it touches its model."""
-        body = wire.UpdateBody(version=ref.version, path=str(ref.folder))
+        body = wire.UpdateBody(version=ref.version, path=str(ref.newest))
         try:
             answer = await server.post(wire.UPDATE_WEIGHTS, body.model_dump_json())
         except Refused as refused:

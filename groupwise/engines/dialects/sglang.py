@@ -6,6 +6,8 @@ It has to be started with `--enable-deterministic-inference`: without, it ignore
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
@@ -23,8 +25,9 @@ from groupwise.engines.dialects.base import (
     seed_of,
     tokens_of,
 )
+from groupwise.engines.dialects.distributed import described, joined
 from groupwise.engines.dialects.updated import Updated, adapter_name
-from groupwise.engines.weights import WeightRef
+from groupwise.engines.weights import Broadcast, WeightRef
 from groupwise.errors import EngineError
 from groupwise.types import FinishReason, SampleRequest
 
@@ -68,6 +71,7 @@ class _Info(BaseModel):
 class _Started(BaseModel):
     context_length: int | None = None
     max_req_input_len: int | None = None
+    tp_size: int = 1
     enable_deterministic_inference: bool | None = None
 
 
@@ -180,6 +184,13 @@ class SgLang(Updated):
     async def _load_model(self, server: Connection, ref: WeightRef) -> None:
         """What fails is torn: SGLang's way back reads the new folder, not the old."""
         await self._control(server, "/pause_generation", {"mode": "abort"})
+        if ref.broadcast is None:
+            await self._load_folder(server, ref)
+        else:
+            await self._load_broadcast(server, ref, ref.broadcast)
+        await self._control(server, "/continue_generation")
+
+    async def _load_folder(self, server: Connection, ref: WeightRef) -> None:
         body = {"model_path": str(ref.folder), "weight_version": str(ref.version), "flush_cache": True}
         try:
             await server.post("/update_weights_from_disk", body, seconds=self._load_seconds)
@@ -187,7 +198,30 @@ class SgLang(Updated):
             if "cache" not in refused.said or "not flushed" not in refused.said:
                 raise EngineError(f"version {ref.version} was not loaded: {refused}") from refused
             await self._control(server, "/flush_cache")  # the weights did change
-        await self._control(server, "/continue_generation")
+
+    async def _load_broadcast(self, server: Connection, ref: WeightRef, sent: Broadcast) -> None:
+        """Bucket by bucket, between a beginning and an end, which has to come before the next beginning."""
+        if sent.group_of(server.url) is None:
+            started = _Started.model_validate(await server.get("/server_info"))
+            await sent.meet(server.url, workers=started.tp_size, join=partial(joined, server))
+        await self._control(server, "/begin_weight_update", {})
+        try:
+            for number, bucket in enumerate(sent.buckets):
+                last = number == len(sent.buckets) - 1
+                body = {
+                    **described(bucket, group=sent.group_of(server.url)),
+                    "flush_cache": last,
+                    "weight_version": str(ref.version) if last else None,
+                }
+                take = partial(server.post, "/update_weights_from_distributed", body, seconds=self._load_seconds)
+                await sent.send(server.url, number, take, typed=False)
+        except Refused as refused:
+            if "cache" not in refused.said or "not flushed" not in refused.said:
+                raise EngineError(f"version {ref.version} was not loaded: {refused}") from refused
+            await self._control(server, "/flush_cache")
+        finally:
+            with suppress(EngineError):
+                await self._control(server, "/end_weight_update", {})
 
     async def _load_adapter(self, server: Connection, ref: WeightRef, named: Mapping[str, str]) -> None:
         try:

@@ -86,9 +86,14 @@ class Updated(ABC):
     async def _fall_asleep(self, server: Connection) -> None: ...
 
     async def _control(
-        self, server: Connection, route: str, body: Mapping[str, Any] | None = None, **query: dict[str, str]
+        self,
+        server: Connection,
+        route: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        query: Mapping[str, str] | None = None,
     ) -> Any:
-        return await server.post(route, body, seconds=CONTROL_SECONDS, **query)
+        return await server.post(route, body, seconds=CONTROL_SECONDS, query=query)
 
 
 def adapter_name(version: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
@@ -29,7 +29,7 @@ from groupwise.engines.dialects.base import (
     tokens_of,
 )
 from groupwise.engines.dialects.updated import Updated, adapter_name
-from groupwise.engines.weights import WeightRef
+from groupwise.engines.weights import Broadcast, Meeting, WeightRef
 from groupwise.errors import EngineError, EngineLost
 from groupwise.types import FinishReason, SampleRequest
 
@@ -92,8 +92,19 @@ class _Loaded(BaseModel):
     touched: bool = True
 
 
+class _Hello(BaseModel):
+    """What one worker says of groups.
+
+    Attributes:
+        nccl: its version; empty: it has none.
+    """
+
+    in_group: bool
+    nccl: str
+
+
 class _Results(BaseModel):
-    results: tuple[_Loaded, ...] = Field(min_length=1)
+    results: tuple[Any, ...] = Field(min_length=1)
 
 
 _Reply.model_rebuild()
@@ -217,18 +228,42 @@ class Vllm(Updated):
         await self._control(server, "/resume")
 
     async def _load_weights(self, server: Connection, ref: WeightRef) -> None:
-        call = {"method": "groupwise_load", "kwargs": {"path": str(ref.folder), "version": ref.version}}
-        answer: Answer = None
+        if ref.broadcast is not None:
+            await self._load_broadcast(server, ref, ref.broadcast)
+        elif ref.memory is not None:
+            await self._taken(server, ref, "groupwise_map", **asdict(ref.memory))
+        elif ref.changes is not None:
+            folders = [str(folder) for folder in (ref.folder, *ref.changes)]
+            await self._taken(server, ref, "groupwise_change", folders=folders, version=ref.version)
+        else:
+            await self._taken(server, ref, "groupwise_load", path=str(ref.folder), version=ref.version)
+
+    async def _load_broadcast(self, server: Connection, ref: WeightRef, sent: Broadcast) -> None:
+        name = sent.group_of(server.url)
+        workers = [
+            _Hello.model_validate(each) for each in await self._called(server, "groupwise_hello", group=name or "")
+        ]
+        if sent.backend == "nccl" and (others := {each.nccl for each in workers} - {sent.nccl}):
+            await self._control(server, "/resume")
+            raise KeptOld(
+                f"{server.url} has NCCL {', '.join(sorted(others)) or 'none'}, and this process {sent.nccl}: a group "
+                "has to have one version; install the same in both environments, or set rollout.weights_by to "
+                "'directory'"
+            )
+
+        async def take(meeting: Meeting, turn: int) -> None:
+            body = {"meeting": asdict(meeting), "buckets": sent.buckets, "digest": sent.digest, "turn": turn}
+            await self._taken(server, ref, "groupwise_receive", **body)
+
+        anew = name is None or not all(each.in_group for each in workers)
+        await sent.send_compared(server.url, take, workers=len(workers), anew=anew)
+
+    async def _taken(self, server: Connection, ref: WeightRef, method: str, **named: Any) -> None:
+        answers = await self._called(server, method, **named)
         try:
-            answer = await server.post("/collective_rpc", call, seconds=self._load_seconds)
-            results = _Results.model_validate(answer).results
-        except Refused as refused:
-            raise EngineError(
-                f"weights were not loaded: {refused}; vLLM needs Groupwise's worker extension, as `groupwise engine "
-                "command` prints it"
-            ) from refused
+            results = [_Loaded.model_validate(answer) for answer in answers]
         except ValidationError as error:
-            raise EngineError(f"{server.url} answered the load of version {ref.version} with {answer!r}") from error
+            raise EngineError(f"{server.url} answered the load of version {ref.version} with {answers!r}") from error
         if not (failed := [result for result in results if result.error]):
             return
         said = f"{server.url}: version {ref.version} was not loaded: {failed[0].error}"
@@ -236,6 +271,21 @@ class Vllm(Updated):
             await self._control(server, "/resume")
             raise KeptOld(said)
         raise EngineError(said)
+
+    async def _called(self, server: Connection, method: str, **named: Any) -> tuple[Any, ...]:
+        """What each worker says."""
+        answer: Answer = None
+        try:
+            call = {"method": method, "kwargs": named}
+            answer = await server.post("/collective_rpc", call, seconds=self._load_seconds, watch=self.health)
+            return _Results.model_validate(answer).results
+        except Refused as refused:
+            raise EngineError(
+                f"weights were not loaded: {refused}; vLLM needs Groupwise's worker extension, as `groupwise engine "
+                "command` prints it"
+            ) from refused
+        except ValidationError as error:
+            raise EngineError(f"{server.url} answered {method} with {answer!r}") from error
 
     async def _flush(self, server: Connection) -> None:
         """What was cached was computed with other weights."""

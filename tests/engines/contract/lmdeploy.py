@@ -4,9 +4,9 @@ What it does as LMDeploy does: `/generate` has neither seed nor n, and unknown k
 not given is 0.8 and a top_k 50; the token that ends an answer is dropped with its log-prob unless
 `include_stop_str_in_output`; `ignore_eos` forbids the tokens that would end an answer; log-probs are those of the
 logits, before the temperature; `/update_weights` answers null, and the output head is packed again only by the bucket
-that is `finished`; a session's number that an inner session happens to have is refused as occupied, and one that is in
-use already is an error of the server. There is no version, no pause, no folder, and without --enable-abort-handling no
-abort.
+that is `finished`; what is broadcast comes by a group that was met before; a session's number that an inner session
+happens to have is refused as occupied, and one that is in use already is an error of the server. There is no version,
+no pause, no folder, and without --enable-abort-handling no abort.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tests.engines.contract import server
 from tests.engines.contract.buckets import named_tensors
 from tests.engines.contract.engine import Answer, Busy, Dead, Draw
+from tests.engines.contract.lmdeploy_distributed import Distributed
 from tests.engines.contract.model import LoadFailed
 
 CHAT = "/v1/chat/completions"
@@ -73,6 +74,7 @@ class Lmdeploy:
         self._inner: dict[int, int | None] = {}
         """Sessions that run, by the engine's number: the client's."""
         self._replayed = server.Replayed(self.engine.traps)
+        self._distributed = Distributed(self.engine)
 
     def contract(self) -> server.Contract:
         post = ["POST"]
@@ -86,6 +88,7 @@ class Lmdeploy:
             Route("/sleep", self.sleep, methods=post),
             Route("/wakeup", self.wakeup, methods=post),
             Route("/is_sleeping", self.is_sleeping),
+            *self._distributed.routes(),
         ]
         for route in routes[1:]:  # all but the health are behind the key
             route.app = self._behind_the_key(route.app)

@@ -25,6 +25,7 @@ from starlette.routing import Route
 from tests.engines.contract import server
 from tests.engines.contract.engine import Answer, Busy, Dead, Draw
 from tests.engines.contract.model import LoadFailed
+from tests.engines.contract.sglang_distributed import Distributed
 from tests.engines.contract.sglang_wire import (
     SAMPLING,
     Asked,
@@ -71,6 +72,7 @@ class Sglang:
         self.weight_version = "default"
         """What /model_info says; spans have the engine's own."""
         self._replayed = server.Replayed(self.engine.traps)
+        self._distributed = Distributed(self.engine, updated=self._named, flushed=self._flushed)
 
     def contract(self) -> server.Contract:
         both, post = ["GET", "POST"], ["POST"]
@@ -94,6 +96,7 @@ class Sglang:
             Route("/load_lora_adapter", self.load_lora, methods=post),
             Route("/unload_lora_adapter", self.unload_lora, methods=post),
         ]
+        routes += self._distributed.routes()
         errors = {SglangError: error_reply, Busy: busy_reply, Dead: dead_reply}
         # Its health draws a token, so it hangs with the rest.
         return server.Contract(self.engine, routes, frozenset({"/generate"}), frozenset(), errors=errors)
@@ -291,11 +294,14 @@ class Sglang:
             )
         return True, "Succeeded to update model weights."
 
-    async def update_weight_version(self, request: Request) -> Response:
-        version = (await json_body(request))["new_version"]
+    def _named(self, version: str) -> None:
         self.engine.set_version(version)
         if "stale_version" not in self.engine.traps:
             self.weight_version = version
+
+    async def update_weight_version(self, request: Request) -> Response:
+        version = (await json_body(request))["new_version"]
+        self._named(version)
         message = f"Weight version updated to {version}"
         return JSONResponse({"success": True, "message": message, "new_version": version})
 

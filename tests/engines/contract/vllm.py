@@ -12,17 +12,22 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from torch import Tensor
 
+from groupwise.engines.vllm_worker.groupwise_vllm_worker import GroupwiseWorker
+from groupwise.weight_sync.folder import MANIFEST
 from tests.engines.contract import server
 from tests.engines.contract.engine import Answer, Busy, Dead
-from tests.engines.contract.model import LoadFailed
+from tests.engines.contract.model import LoadFailed, ServedModel
 from tests.engines.contract.vllm_wire import (
     Sampling,
     VllmError,
@@ -58,6 +63,7 @@ class Flags:
     enable_prefix_caching: bool = True
     served_model_name: str | None = None
     version: str = "0.32"
+    tensor_parallel_size: int = 1
 
     @staticmethod
     def as_it_should() -> Flags:
@@ -71,6 +77,46 @@ class Flags:
         )
 
 
+class Runner:
+    """What vLLM's worker has as `model_runner`, over the served model."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self.model = model
+
+    def reload_weights(self, weights_iterator: Iterator[tuple[str, Tensor]]) -> None:
+        self.model.load(dict(weights_iterator))
+
+    def get_model(self) -> object:
+        """Its packed head is the served model's own affair."""
+        return object()
+
+
+class Worker(GroupwiseWorker):
+    """Groupwise's worker extension itself, in a worker of this server."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self.model_runner = Runner(model)
+
+    def groupwise_load(self, path: str, version: int | str | None = None) -> dict[str, Any]:
+        """Also a folder without a manifest, where no version is asked for."""
+        if version is not None and (Path(path) / MANIFEST).exists():
+            return super().groupwise_load(path, int(version))
+        loaded = self.model_runner.model.load_folder(path)
+        return {"tensors": loaded.tensors, "bytes": loaded.bytes}
+
+    def reload_weights(self, weights_path: str) -> None:
+        """vLLM's own, which checks nothing."""
+        self.model_runner.model.load_folder(weights_path)
+
+
+EXTENSION = frozenset(
+    {
+        *("groupwise_load", "groupwise_change", "groupwise_map", "groupwise_hello", "groupwise_receive"),
+        "reload_weights",
+    }
+)
+
+
 class Vllm:
     """The routes over one engine."""
 
@@ -78,7 +124,7 @@ class Vllm:
         self.flags = flags
         self.engine = server.make_engine(model, traps, context=flags.max_model_len, caches=flags.enable_prefix_caching)
         self.name = flags.served_model_name or str(model)
-        self.extension = {"groupwise_load": self.groupwise_load, "reload_weights": self.reload_weights}
+        self.workers = [Worker(self.engine.model) for _ in range(flags.tensor_parallel_size)]
         self._replayed = server.Replayed(self.engine.traps)
 
     def contract(self) -> server.Contract:
@@ -234,27 +280,19 @@ class Vllm:
         body = await json_body(request)
         if (method := body.get("method")) is None:
             raise VllmError("Missing 'method' in request body")
-        if method not in self.extension:
+        if method not in EXTENSION:
             raise VllmError(
                 f"Call to collective_rpc method failed: no attribute {method!r}", 500, "InternalServerError"
             )
         if self.engine.running and not self.engine.paused:
             self.engine.die()
             await asyncio.Event().wait()
+        call = methodcaller(method, *body.get("args", []), **body.get("kwargs", {}))
         try:
-            result = self.extension[method](*body.get("args", []), **body.get("kwargs", {}))
+            results = await asyncio.gather(*(asyncio.to_thread(call, worker) for worker in self.workers))
         except (LoadFailed, TypeError) as error:
             raise VllmError(str(error), 500, "InternalServerError") from error
-        return JSONResponse({"results": [result]})
-
-    def groupwise_load(self, path: str, version: int | str | None = None) -> dict[str, int]:
-        """What Groupwise's worker extension does: the manifest first, then the weights, then the packed head."""
-        loaded = self.engine.load(path, version=None if version is None else int(version))
-        return {"tensors": loaded.tensors, "bytes": loaded.bytes}
-
-    def reload_weights(self, weights_path: str) -> None:
-        """vLLM's own, which checks nothing."""
-        self.engine.load(weights_path)
+        return JSONResponse({"results": results})
 
     async def reset_prefix_cache(self, request: Request) -> Response:
         running = request.query_params.get("reset_running_requests", "false") == "true"
@@ -307,7 +345,7 @@ class Vllm:
         return JSONResponse({"version": f"{self.flags.version}.0"})
 
     async def world_size(self, request: Request) -> Response:
-        return JSONResponse({"world_size": 1})
+        return JSONResponse({"world_size": self.flags.tensor_parallel_size})
 
     async def models(self, request: Request) -> Response:
         base = {"id": self.name, "object": "model", "owned_by": "vllm", "root": str(self.engine.model.folder)}

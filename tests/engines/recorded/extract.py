@@ -63,6 +63,7 @@ CLASSES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "lmdeploy": {
+        "lmdeploy/pytorch/disagg/config.py": ("DistServeEngineConfig",),
         "lmdeploy/serve/openai/protocol.py": (
             "GenerateReqInput",
             "GenerateReqOutput",
@@ -97,6 +98,7 @@ ROUTES: dict[str, tuple[str, ...]] = {
         "lmdeploy/serve/openai/endpoints/generate.py",
         "lmdeploy/serve/openai/endpoints/completions.py",
         "lmdeploy/serve/openai/endpoints/models.py",
+        "lmdeploy/serve/openai/endpoints/distserve.py",
         "lmdeploy/serve/openai/chat_completions/serving.py",
     ),
 }

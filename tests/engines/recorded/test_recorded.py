@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import zipfile
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from groupwise.engines.dialects.distributed import described, joined
+from groupwise.engines.weights import Meeting
 from tests.engines.contract import lmdeploy, server, sglang, vllm
 from tests.engines.contract.asking import Asking, LmdeployAsking, SglangAsking, VllmAsking
 from tests.engines.contract.buckets import METADATA, FlattenedTensorMetadata
@@ -17,6 +20,8 @@ from tests.engines.contract.sglang_wire import SAMPLING
 from tests.engines.contract.tiny import Folders
 from tests.engines.recorded import extract
 from tests.engines.recorded.fields import fields, record, required, route
+
+SGLANG_ALSO = {"flush_cache", "weight_version"}
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +118,34 @@ def test_lmdeploy_knows_what_is_asked_and_answers_what_it_has(asked: dict[str, A
         FlattenedTensorMetadata.__annotations__
     )
     assert {"temperature", "top_k"} <= fields("lmdeploy", "messages.GenerationConfig")
+
+
+def test_what_is_broadcast_is_told_as_sglang_and_lmdeploy_take_it():
+    meeting = Meeting("127.0.0.1", 5, "name", 2, "nccl", 1.0)
+    said: list[tuple[str, dict[str, Any]]] = []
+
+    class Server:
+        url = "http://a"
+
+        async def post(self, path: str, body: dict[str, Any], *, seconds: float) -> None:
+            said.append((path, body))
+
+    asyncio.run(joined(Server(), meeting))  # type: ignore[arg-type]
+    [(path, met)] = said
+    bucket = described([["w", "bfloat16", [2, 3], "0" * 16]], group="name")
+    for engine, init, update, more in (
+        ("sglang", "InitWeightsUpdateGroupReqInput", "UpdateWeightsFromDistributedReqInput", SGLANG_ALSO),
+        ("lmdeploy", "InitWeightsUpdateGroupRequest", "UpdateWeightsFromDistributedRequest", {"finished"}),
+    ):
+        module = "io_struct" if engine == "sglang" else "protocol"
+        assert required(engine, f"{module}.{init}") <= set(met) <= fields(engine, f"{module}.{init}")
+        name = f"{module}.{update}"
+        assert required(engine, name) <= set(bucket) | more <= fields(engine, name)
+        for known in (path, "/update_weights_from_distributed"):
+            assert route(engine, known)["methods"] == ["POST"]
+    assert {"/begin_weight_update", "/end_weight_update"} <= set(record("sglang")["routes"])
+    assert "tp_size" in fields("lmdeploy", "config.DistServeEngineConfig")
+    assert route("lmdeploy", "/distserve/engine_info")["methods"] == ["GET"]
 
 
 def _wheel(folder: Path, files: dict[str, str]) -> Path:

@@ -8,10 +8,10 @@ import pytest
 
 from groupwise.assembly.preparation import prepare
 from groupwise.config import Config, RolloutConfig
-from groupwise.engines import check_engine, check_logprobs, checks, has_logprobs
+from groupwise.engines import check_engine, check_logprobs, check_weights, checks, has_logprobs
 from groupwise.engines.external import Speaks, dialect_of
 from groupwise.errors import ConfigError
-from groupwise.weight_sync.directory import own_folder
+from groupwise.weight_sync.way import own_folder
 
 
 def rollout(**settings: Any) -> RolloutConfig:
@@ -38,7 +38,13 @@ def test_an_unknown_name_is_refused_with_the_nearest_or_with_all(name: str, hint
 
 @pytest.mark.parametrize(
     "setting",
-    [{"urls": ["http://a"]}, {"engine_timeout": 3.0}, {"weights_dir": "/dev/shm/w"}, {"quantized_engine": True}],
+    [
+        {"urls": ["http://a"]},
+        {"engine_timeout": 3.0},
+        {"weights_dir": "/dev/shm/w"},
+        {"weights_by": "ipc"},
+        {"quantized_engine": True},
+    ],
 )
 def test_what_acts_over_the_wire_alone_is_refused_without_it(setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"rollout\.{next(iter(setting))} = .* has no effect"):
@@ -122,6 +128,63 @@ def test_what_a_gpu_alone_has_is_refused_without_one(
         check_engine(settings)
     monkeypatch.setattr(checks, "has_gpu", lambda: True)
     check_engine(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"engine": "http", "weights_by": "ipc"}, "'ipc' does not go with .*reads folders; use 'directory' or 'delta'"),
+        ({"engine": "http", "weights_by": "nccl"}, "'nccl' does not go with .*reads folders"),
+        ({"engine": "sglang", "weights_by": "ipc"}, "'ipc' does not go with .*pickled"),
+        ({"engine": "lmdeploy", "weights_by": "ipc"}, "'ipc' does not go with .*pickled"),
+        ({"engine": "sglang", "weights_by": "delta"}, "'delta' does not go with .*whole weights"),
+        ({"engine": "lmdeploy", "weights_by": "delta"}, "'delta' does not go with .*whole weights"),
+        ({"engine": "openai", "weights_by": "delta"}, "'delta' has no effect"),
+        ({"engine": "vllm", "weights_by": "nccl", "weights_dir": "/w"}, "weights_dir has no effect"),
+        ({"engine": "vllm", "weights_by": "ipc", "urls": ["http://gpu2:8000"]}, "gpu2:8000 may be on another machine"),
+    ],
+    ids=str,
+)
+def test_a_way_that_leads_nowhere_is_refused_with_the_reason(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_engine(rollout(**({"urls": ["http://127.0.0.1:8000"]} | settings)))
+
+
+@pytest.mark.parametrize(
+    ("engine", "way"),
+    [
+        *(("vllm", way) for way in ("directory", "ipc", "nccl", "delta")),
+        *(("sglang", "nccl"), ("lmdeploy", "nccl"), ("http", "delta")),
+    ],
+)
+def test_ways_that_an_engine_has_are_taken(engine: str, way: str) -> None:
+    check_engine(rollout(engine=engine, weights_by=way, urls=["http://localhost:8000"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpu", "said"),
+    [
+        ({"rollout": {"weights_by": "ipc"}, "lora": {"rank": 4}}, False, "'ipc': an adapter is small"),
+        ({"rollout": {"weights_by": "nccl"}}, True, r"needs rollout\.launch\.gpus"),
+        ({"rollout": {"weights_by": "nccl", "launch": {"gpus": ["1"]}}}, True, ""),
+        ({"rollout": {"weights_by": "nccl"}, "model": {"device": "cpu"}}, True, ""),
+        ({"rollout": {"weights_by": "nccl", "engine": "sglang"}, "model": {"device": "cpu"}}, True, "GPU to GPU"),
+        ({"rollout": {"weights_by": "nccl"}}, False, ""),
+    ],
+    ids=str,
+)
+def test_a_way_has_to_fit_the_policy(
+    settings: dict[str, Any], gpu: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "has_gpu", lambda: gpu)
+    own = settings["rollout"]
+    launch = {"python": "python", **own.get("launch", {})}
+    config = Config.model_validate({**settings, "rollout": {"engine": "vllm", **own, "launch": launch}})
+    if not said:
+        check_weights(config)
+        return
+    with pytest.raises(ConfigError, match=said):
+        check_weights(config)
 
 
 def test_two_runs_have_folders_of_their_own_below_one(tmp_path: Path) -> None:
