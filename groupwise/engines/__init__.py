@@ -7,6 +7,7 @@ from groupwise.engines.checks import (
     has_logprobs,
     is_exact,
     refuse_launch,
+    require_client,
     require_server,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "has_logprobs",
     "is_exact",
     "refuse_launch",
+    "require_client",
     "require_server",
 ]

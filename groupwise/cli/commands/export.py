@@ -92,6 +92,8 @@ def _modelfile(args: argparse.Namespace) -> None:
 
     quiet_loading()
     file = Path(args.gguf)
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file; expected a GGUF file, as `groupwise export gguf` writes it")
     out = Path(args.out) if args.out else file.with_name("Modelfile")
     check_new_file(out)
     with open_source(args.source) if args.source else recorded_source(file) as source:
