@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ def interrupted(run: Path, step: int) -> str:
     """What to say at the end of a run that was asked to stop, and saved a checkpoint."""
     return (
         f"stopped after step {step}; --resume goes on from there, and the model so far is {run}@{step}: "
-        f"`groupwise eval {run}@{step}`, and so in chat, generate, export and --model"
+        f"`groupwise eval {shlex.quote(f'{run}@{step}')}`, and so in chat, generate, export and --model"
     )
 
 

@@ -8,6 +8,7 @@ from groupwise.engines.checks import (
     has_logprobs,
     is_exact,
     refuse_launch,
+    require_client,
     require_server,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "has_logprobs",
     "is_exact",
     "refuse_launch",
+    "require_client",
     "require_server",
 ]

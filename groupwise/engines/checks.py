@@ -124,7 +124,7 @@ def check_engine(rollout: RolloutConfig, *, trains: bool = True) -> None:
     if name == "native":
         _refuse_elsewhere(rollout)
         return
-    _require(_CLIENT_PACKAGES, f"rollout.engine = {name!r}")
+    require_client(f"rollout.engine = {name!r}")
     for url in rollout.urls:
         _check_url(url)
     _check_where(rollout)
@@ -338,6 +338,15 @@ def require_server(who: str) -> None:
         ConfigError: says how to install it.
     """
     _require(_SERVER_PACKAGES, who)
+
+
+def require_client(who: str) -> None:
+    """Refuse `who` asks for an engine in another process, where nothing here can speak to one.
+
+    Raises:
+        ConfigError: names the package.
+    """
+    _require(_CLIENT_PACKAGES, who)
 
 
 def _require(packages: tuple[str, ...], who: str) -> None:

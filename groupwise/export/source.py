@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +52,9 @@ def find_source(path: str | Path, *, base: str | None = None) -> Source:
     settled = settled_model(str(path))
     if named_checkpoint(settled):
         raise ConfigError(
-            f"{settled} is a checkpoint, not a model folder; `groupwise export hf {settled} --out DIR` writes one, as "
-            "does groupwise.model.checkpoints.write_checkpoint_model"
+            f"{settled} is a checkpoint, not a model folder; "
+            f"`groupwise export hf {shlex.quote(str(settled))} --out DIR` writes one, as does "
+            "groupwise.model.checkpoints.write_checkpoint_model"
         )
     folder = Path(settled)
     if not folder.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,8 +41,8 @@ def ending(summary: Mapping[str, Any], run: str) -> list[str]:
 
 
 def next_lines(run: str) -> list[str]:
-    """The commands to try next."""
-    return [f"next:  {command.format(run=run)}" for command in NEXT]
+    """The commands to try next, as a shell takes them."""
+    return [f"next:  {command.format(run=shlex.quote(run))}" for command in NEXT]
 
 
 def findings_lines(findings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -7,6 +7,7 @@ policy rounds them, so the model has the bits that training had at that step, an
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,7 +90,8 @@ def load_checkpoint_model(
     if config.quantization != "none" and not run.lora.rank:
         raise ConfigError(
             f"model.quantization = {config.quantization!r}: {checkpoint.name} holds whole weights, which are packed "
-            f"when a model folder is read; write one first: `groupwise export hf {checkpoint.name} --out DIR`"
+            "when a model folder is read; write one first: "
+            f"`groupwise export hf {shlex.quote(checkpoint.name)} --out DIR`"
         )
     began = load_model(base_config(config, checkpoint, base=base), tokenizer=tokenizer)
     loaded = with_adapter(began, run.lora, seed=run.train.seed)

@@ -10,6 +10,7 @@ from groupwise.config import Config, LoraConfig, ModelConfig
 from groupwise.config.algorithm import MovingReference
 from groupwise.data import PromptSet
 from groupwise.engines import is_exact
+from groupwise.errors import ConfigError
 from groupwise.model.outline import model_without_weights
 from groupwise.plan.amount import Amount, find_amount
 from groupwise.plan.calibration import Clock, calibrate, device_at_hand
@@ -78,12 +79,17 @@ def make_plan(
         clock: by which the device at hand is measured, for some seconds; without one there are no seconds for it.
 
     Raises:
-        ConfigError, DataError: what the run would be refused for.
+        ConfigError, DataError: what the run would be refused for, and an answer that is longer than any can be.
     """
     ready = ready or prepare(config if device is None else _elsewhere(config), resume=resume, begins=False)
     at_hand = device is None
     device = device or device_at_hand(config.model, measures=clock is not None)
     planned = _planned(config, ready, device)
+    if answer is not None and answer > planned.load.longest_answer:
+        raise ConfigError(
+            f"--answer-tokens {answer}: an answer of this run has at most {planned.load.longest_answer:,} tokens; give "
+            "fewer, or raise rollout.max_completion_tokens"
+        )
     load, sampling = with_answer(planned.load, answer), planned.sampling()
     rates = None
     if sampling.lanes and not planned.samples_elsewhere:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from groupwise.errors import ConfigError, DataError, nearest
-from groupwise.files import use_umask
+from groupwise.files import use_umask, writing
 from groupwise.texts import encodable
 
 if TYPE_CHECKING:
@@ -231,6 +231,7 @@ def build_tiny_model(
     Raises:
         ConfigError: unknown size, a vocabulary that is too small, or a folder that holds something.
         DataError: there is no text.
+        FileError: it cannot be written; nothing is left of it.
     """
     out = Path(out_dir)
     shape = tiny_size(size)
@@ -238,16 +239,17 @@ def build_tiny_model(
     check_vocab_size(vocab_size)
     check_new_folder(out)
     tokenizer = build_tokenizer(texts, vocab_size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        _save_model(temp, shape, vocab_size=vocab_size, tokenizer=tokenizer, seed=seed, dtype=dtype)
-        tokenizer.save_pretrained(temp)
-        use_umask(temp)
-        temp.chmod(0o755)  # mkdtemp's 0700 would lock out whoever else may read the parent folder
-        os.replace(temp, out)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            _save_model(temp, shape, vocab_size=vocab_size, tokenizer=tokenizer, seed=seed, dtype=dtype)
+            tokenizer.save_pretrained(temp)
+            use_umask(temp)
+            temp.chmod(0o755)  # mkdtemp's 0700 would lock out whoever else may read the parent folder
+            os.replace(temp, out)
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)
     return out
 
 

@@ -22,7 +22,7 @@ class Evaluations:
     Attributes:
         outcomes: by step, by uid, whether each sample was right.
         prompts: by uid.
-        damaged: by step, why its file cannot be read whole.
+        damaged: by step, why its file cannot be read whole, or why it says nothing.
         version: another number whenever something changed.
     """
 
@@ -49,14 +49,18 @@ class Evaluations:
 
     def _read(self, step: int) -> None:
         rows: dict[str, list[bool]] = {}
+        measured = False
         try:
             for row in read_eval_trajectories(self.run, [step]):
+                measured = measured or row.status == "ok"
                 rows.setdefault(row.uid, []).append(row.correct)
                 self.prompts.setdefault(row.uid, row.prompt)
         except GroupwiseError as error:
             self.damaged[step] = str(error)
-        if rows:
+        if measured:
             self.outcomes[step] = rows
+        elif rows:
+            self.damaged.setdefault(step, f"evaluation of step {step}: every sample failed, so nothing was measured")
 
     @property
     def steps(self) -> list[int]:

@@ -162,7 +162,11 @@ class _Handler(BaseHTTPRequestHandler):
         return cast("LiveServer", self.server)
 
     def _answer(self, work: Callable[[str, Mapping[str, str]], tuple[str, bytes]]) -> None:
-        url = urlsplit(self.path)
+        try:
+            url = urlsplit(self.path)
+        except ValueError:  # an address whose host is no host
+            self._send(400, "text/plain; charset=utf-8", b"this is no address of a page")
+            return
         query = dict(parse_qsl(url.query, keep_blank_values=True))
         try:
             if not hmac.compare_digest(query.get("token", "").encode(), self._live.token.encode()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from groupwise.report.evals import Evaluations
 from groupwise.report.facts import RunFacts
 from groupwise.report.pieces import Pieces
 from groupwise.report.rows import GroupEntry, RolloutIndex, columns
-from groupwise.runs.reading import json_rows
+from groupwise.runs.reading import finite, json_rows
 
 
 @dataclass(slots=True)
@@ -133,10 +132,8 @@ def names_of(runs: list[Path]) -> list[str]:
 
 
 def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and finite(value) is not None
 
 
 def _number(value: Any) -> float | int | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
+    return None if finite(value) is None else value

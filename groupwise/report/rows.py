@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from groupwise.runs.reading import finite
 from groupwise.trajectories import FOLDER, STEP_FILE, numbered_files
 
 _TOKENS = b', "token_ids": ['
@@ -174,7 +175,8 @@ def light(line: bytes) -> dict[str, Any] | None:
         row = _object(line)
     if row is None or any(not isinstance(row.get(name), kind) for name, kind in _NEEDED.items()):
         return None
-    return row if isinstance(row.get("reward"), int | float | None) else None
+    reward = row.get("reward")
+    return row if reward is None or isinstance(reward, float) or finite(reward) is not None else None
 
 
 def sizes_of(files: Mapping[int, Path]) -> dict[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.errors import ConfigError, nearest
+from groupwise.files import write_bytes_atomic, writing
+from groupwise.runs.reading import finite, json_rows
 
 PANELS: tuple[tuple[str, ...], ...] = (
     ("reward", "eval/accuracy"),
@@ -49,7 +51,7 @@ class Metrics:
 
     def curve(self, name: str) -> Curve:
         """Of one metric; an empty one where the run has none."""
-        points = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
+        points = [(row["step"], value) for row in self.rows if (value := finite(row.get(name))) is not None]
         return Curve(tuple(step for step, _ in points), tuple(value for _, value in points))
 
     @property
@@ -64,17 +66,13 @@ def read_metrics(run: Path) -> Metrics:
         ConfigError: the folder holds no metrics.
     """
     file = run / "metrics.jsonl"
-    rows: list[dict[str, Any]] = []
     try:
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
+        file.open("rb").close()
     except OSError as error:
         raise ConfigError(
             f"{run} holds no metrics.jsonl that can be read ({error.strerror}); expected a run directory"
         ) from error
+    rows = [row for row in json_rows(file)[0] if finite(row.get("step")) is not None]
     if not rows:
         raise ConfigError(f"{run} has no step yet; draw it when it has")
     return Metrics(run, tuple(rows))
@@ -103,6 +101,7 @@ def draw(runs: Sequence[Metrics], panels: Sequence[Sequence[str]], out: Path, *,
 
     Raises:
         ConfigError: matplotlib is missing, or the picture is of a kind that it is not for.
+        FileError: it cannot be written; what was there before is untouched.
     """
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"--output {out}: expected a name that ends in {', '.join(SUFFIXES)}")
@@ -126,10 +125,14 @@ def draw(runs: Sequence[Metrics], panels: Sequence[Sequence[str]], out: Path, *,
         axes.set_xlabel("training step")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="best", frameon=False, fontsize="small")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=160, metadata={"Date": None} if out.suffix == ".svg" else None)
+        if axes.lines:
+            axes.legend(loc="best", frameon=False, fontsize="small")
+    picture = io.BytesIO()
+    figure.savefig(picture, format=out.suffix[1:], dpi=160, metadata={"Date": None} if out.suffix == ".svg" else None)
     plt.close(figure)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(out, picture.getvalue())
 
 
 def _line(axes: Any, curve: Curve, colour: Any, *, label: str, smooth: int) -> None:

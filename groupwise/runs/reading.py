@@ -85,17 +85,17 @@ def read_run(path: Path, rows: Sequence[Mapping[str, Any]] | None = None) -> Run
     settings = dict(_leaves(config, ""))
     evaluated, rewards, times = (_column(rows, name) for name in ("eval/accuracy", "reward", "time/step"))
     done = int(max(_column(rows, "step"), default=0))
-    wanted = _number(settings.get("train.steps"))
+    wanted = finite(settings.get("train.steps"))
     return RunRecord(
         path,
         _state(path, finished=bool(summary)),
-        steps=done if (told := _number(summary.get("steps"))) is None else int(told),
+        steps=done if (told := finite(summary.get("steps"))) is None else int(told),
         of_steps=None if wanted is None else int(wanted),
         first=evaluated[0] if evaluated else None,
         best=max(evaluated, default=None),
         accuracy=evaluated[-1] if evaluated else None,
         reward=rewards[-1] if rewards else None,
-        seconds=_number(summary.get("seconds")) or sum(times) or None,
+        seconds=finite(summary.get("seconds")) or sum(times) or None,
         findings=_num_findings(path, summary),
         settings=settings,
     )
@@ -169,10 +169,15 @@ def _leaves(value: Any, dotted: str) -> Iterator[tuple[str, Any]]:
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [value for row in rows if (value := _number(row.get(name))) is not None]
+    return [value for row in rows if (value := finite(row.get(name))) is not None]
 
 
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+def finite(value: Any) -> float | None:
+    """A file's number; None for what is none, for NaN and infinities, and for a whole number beyond all floats."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import NoneType
@@ -17,6 +18,10 @@ _NAMES = {
     float: "a number",
     bool: "true or false",
 }
+
+
+_LARGEST = int(sys.float_info.max)
+"""JSON has whole numbers beyond all floats."""
 
 
 def number(value: float | None) -> float:
@@ -39,6 +44,8 @@ class Fields:
         value = self.row[name]
         if type(value) not in kinds:
             raise ValueError(f'got "{name}" as {_names([type(value)])}; expected {_names(kinds)}')
+        if float in kinds and type(value) is int:
+            _check_fits(name, [value])
         return value
 
     def size(self, name: str) -> int:
@@ -50,8 +57,11 @@ class Fields:
 
     def list_of(self, name: str, *kinds: type) -> list[Any]:
         values = self.get(name, list)
-        if wrong := set(map(type, values)).difference(kinds):
+        found = set(map(type, values))
+        if wrong := found.difference(kinds):
             raise ValueError(f'got "{name}" with {_names(wrong)} in it; expected {_names(kinds)}')
+        if float in kinds and int in found:
+            _check_fits(name, [value for value in values if type(value) is int])
         return values
 
     def numbers(self, name: str) -> tuple[float, ...]:
@@ -69,6 +79,11 @@ class Fields:
         if value not in get_args(allowed):
             raise ValueError(f'got "{name}" = {value!r}; expected one of {", ".join(get_args(allowed))}')
         return value
+
+
+def _check_fits(name: str, values: Iterable[int]) -> None:
+    if any(abs(value) > _LARGEST for value in values):
+        raise ValueError(f'got "{name}" with a number of more than 308 digits; expected one that a float can hold')
 
 
 def _names(kinds: Iterable[type]) -> str:

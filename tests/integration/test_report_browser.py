@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ import pytest
 from groupwise.quickstart.tiny_model import build_tiny_model
 from groupwise.report import write_report
 from groupwise.report.live import LiveServer
-from groupwise.trajectories import SegmentRow, TrajectoryRow, read_eval_trajectories, read_trajectories, to_json
+from groupwise.trajectories import (
+    SegmentRow,
+    TrajectoryRow,
+    eval_to_json,
+    read_eval_trajectories,
+    read_trajectories,
+    to_json,
+)
 from groupwise.wishes import FILES
 from tests.made_run import add_step, evaluated, lines, make_run, rollout
 
@@ -265,6 +273,26 @@ def test_evaluations_row_by_row(run: Path, open_page: Open) -> None:
     page.get_by_text(f"step 20 says {int(right[0][1:])}", exact=True).wait_for()
     assert page.locator(".card.wrong").count() == 1
     assert page.locator(".card.right").count() == 1
+
+
+def test_rows_of_several_samples_are_all_counted(run: Path, tmp_path: Path, open_page: Open) -> None:
+    other = make_run(tmp_path / "several", rows=0)
+    for step in (0, 6):
+        rows = [
+            replace(evaluated(step, row), sample_index=sample, correct=sample < row % 3)
+            for row in range(9 + (step == 6))
+            for sample in range(2)
+        ]
+        lines(other / f"trajectories/eval_{step:06d}.jsonl", map(eval_to_json, rows))
+    page = open_page(written(other))
+    tab(page, "Evaluations")
+    said = page.get_by_role("status").filter(has_text="became right").inner_text()
+    assert said == (
+        "From step 0 to 6: 0 rows became right, 0 became wrong, 3 stayed right, 3 stayed wrong, "
+        "3 stayed right in part; 1 not in both."
+    )
+    page.get_by_label("show").select_option("part")
+    assert page.locator("[data-row]").count() == 3
 
 
 def test_two_runs_over_each_other(run: Path, tmp_path: Path, open_page: Open) -> None:

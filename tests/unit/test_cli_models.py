@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -204,6 +206,27 @@ def test_eval_samples_are_reproducible_and_saved(
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
     evaluated(capsys, folder, *flags, "--seed", 9)
     assert [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()] != rows
+
+
+def test_numbers_are_told_though_they_cannot_be_saved(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = ("eval", folder / "run", "--limit", 2, "--save")
+    for place, said in ((tmp_path, "is a folder"), (tmp_path / "file" / "a.jsonl", "cannot be written: ")):
+        assert main([str(word) for word in (*words, place)]) == 2
+        told = capsys.readouterr()
+        assert said in told.err
+        assert "evaluating" not in told.err
+    monkeypatch.setattr(os, "fsync", full_disk)
+    assert main([str(word) for word in (*words, tmp_path / "a.jsonl")]) == 1
+    told = capsys.readouterr()
+    assert "accuracy     1.0000" in told.out
+    assert "a.jsonl cannot be written: the disk is full" in told.err
+
+
+def full_disk(_: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_eval_of_a_run_takes_its_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

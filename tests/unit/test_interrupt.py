@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
-from groupwise.interrupt import StopRequest, catch_interrupts
+from groupwise.interrupt import StopRequest, catch_interrupts, interrupted
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -66,3 +68,8 @@ def test_outside_the_main_thread_nothing_is_caught() -> None:
     thread.join()
     assert len(found) == 1
     assert not found[0]
+
+
+def test_the_command_to_go_on_with_can_be_pasted() -> None:
+    said = interrupted(Path("my runs/one"), 3)
+    assert shlex.split(said.split("`")[1]) == ["groupwise", "eval", "my runs/one@3"]

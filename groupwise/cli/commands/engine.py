@@ -35,15 +35,29 @@ _SETTINGS = (
 )
 
 
+_IDLE_IN_COMMAND = (
+    "rollout.urls",
+    "rollout.launch.replicas",
+    "rollout.launch.gpus",
+    "rollout.launch.ready_seconds",
+    "rollout.engine_timeout",
+    "rollout.weights_dir",
+    "rollout.sync_tolerance",
+    "rollout.quantized_engine",
+)
+"""What a run does with an engine, and no word of its command line."""
+
 _STARTED = ("vllm", "sglang", "lmdeploy")
 _CHECKED = ("http", *_STARTED)
 
 
-def _arguments(parser: Parser, *, engines: Sequence[str]) -> None:
+def _arguments(parser: Parser, *, engines: Sequence[str], runs_already: bool) -> None:
     parser.add_argument("--engine", required=True, choices=engines, help="by name")
     parser.add_argument("--model", "--model-path", required=True, metavar="PATH", help="folder, run or Hub name")
     parser.add_argument("--python", metavar="FILE", help="rollout.launch.python: the engine's own interpreter")
-    parser.add_argument("--url", metavar="URL", help="rollout.urls: where it is running already")
+    parser.set_defaults(url=None)
+    if runs_already:
+        parser.add_argument("--url", metavar="URL", help="rollout.urls: where it is running already")
 
 
 def _config(args: argparse.Namespace) -> Config:
@@ -83,6 +97,9 @@ def _row(line: Checked) -> str:
 
 def _command(args: argparse.Namespace) -> None:
     config = _config(args)
+    from groupwise.engines import require_client
+
+    require_client(f"engine {args.engine!r}")
     from groupwise.assembly.engine_check import shell_command
 
     say(shell_command(config))
@@ -101,16 +118,17 @@ def _metadata(args: argparse.Namespace) -> None:
 CHECK = Command(
     name="engine check",
     summary="show that an engine keeps what a run relies on",
-    add_arguments=partial(_arguments, engines=_CHECKED),
+    add_arguments=partial(_arguments, engines=_CHECKED, runs_already=True),
     run=_check,
     settings=_SETTINGS,
 )
 COMMAND = Command(
     name="engine command",
     summary="print how an engine is to be started by hand",
-    add_arguments=partial(_arguments, engines=_STARTED),
+    add_arguments=partial(_arguments, engines=_STARTED, runs_already=False),
     run=_command,
     settings=_SETTINGS,
+    idle=_IDLE_IN_COMMAND,
 )
 METADATA = Command(
     name="engine metadata",

@@ -43,16 +43,18 @@ def _arguments(parser: Parser) -> None:
 
 def _eval(args: argparse.Namespace) -> None:
     config = _config(args)
+    if args.save is not None:
+        _check_place(Path(args.save))
     started = time.perf_counter()
     report = _evaluate(config, quiet=args.json)
     seconds = time.perf_counter() - started
-    if args.save is not None:
-        _save(report, Path(args.save))
     if args.json:
         where = {"model": config.model.path, "data": config.data.eval, "settings": config.eval.model_dump(mode="json")}
         say(json_line(where | report.summary() | {"seconds": seconds}).rstrip())
     else:
         say(_describe(report, seconds=seconds))
+    if args.save is not None:
+        _save(report, Path(args.save))  # after the numbers, which a full disk must not take along
     if report.nothing_measured:
         raise RewardError(
             f"not one of {len(report.causes):,} samples could be judged, so nothing was measured; most frequent cause: "
@@ -131,15 +133,21 @@ def _describe(report: EvalReport, *, seconds: float) -> str:
     return "\n".join(lines)
 
 
+def _check_place(path: Path) -> None:
+    """Refuse a file that cannot be before anything is evaluated."""
+    from groupwise.files import writing
+
+    if path.is_dir():
+        raise ConfigError(f"--save {path} is a folder; give a file")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def _save(report: EvalReport, path: Path) -> None:
     from groupwise.files import write_text_atomic
     from groupwise.trajectories import eval_to_json
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, "".join(json_line(eval_to_json(row)) for row in report.records()))
-    except OSError as error:
-        raise ConfigError(f"--save {path} cannot be written: {error.strerror}; give another file") from error
+    write_text_atomic(path, "".join(json_line(eval_to_json(row)) for row in report.records()))
 
 
 EVAL = Command(

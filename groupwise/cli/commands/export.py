@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,13 +93,15 @@ def _modelfile(args: argparse.Namespace) -> None:
 
     quiet_loading()
     file = Path(args.gguf)
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file; expected a GGUF file, as `groupwise export gguf` writes it")
     out = Path(args.out) if args.out else file.with_name("Modelfile")
     check_new_file(out)
     with open_source(args.source) if args.source else recorded_source(file) as source:
         tokenizer = load_tokenizer(source)
         stops = stop_texts(source, tokenizer)
     write_modelfile(out, gguf_file=file, tokenizer=tokenizer, stops=stops, base_gguf=args.base_gguf)
-    print(f"wrote {out}; `ollama create NAME -f {out}` makes a model of it")
+    print(f"wrote {out}; `ollama create NAME -f {shlex.quote(str(out))}` makes a model of it")
 
 
 def _card_arguments(parser: Parser) -> None:
@@ -134,7 +137,8 @@ def _push(args: argparse.Namespace) -> None:
 
     if checkpoint := named_checkpoint(args.folder):
         raise ConfigError(
-            f"{args.folder}: got a checkpoint; push a model folder: `groupwise export hf {checkpoint.name} --out DIR`"
+            f"{args.folder}: got a checkpoint; push a model folder: "
+            f"`groupwise export hf {shlex.quote(checkpoint.name)} --out DIR`"
         )
     plan = plan_push(args.folder, args.repo, private=args.private, endpoint=args.endpoint)
     say(plan.describe())
@@ -177,7 +181,7 @@ def _say(record: ExportRecord, out: str) -> None:
     print(f"wrote {out} ({record.precision})")
     if record.merge_difference is not None:
         print(f"merging the adapter changed the logits by {record.merge_difference:.1e} of the largest")
-    print(f"`groupwise export verify {out}` compares its answers with the source's")
+    print(f"`groupwise export verify {shlex.quote(str(out))}` compares its answers with the source's")
 
 
 HF = Command("export hf", "a Hugging Face folder: full, merged, 4 bit, or the adapter", _hf_arguments, _hf)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from groupwise.assembly.preparation import prepare
+from groupwise.cli import main
 from groupwise.config import Config, RolloutConfig
 from groupwise.engines import check_engine, check_logprobs, check_weights, checks, has_logprobs
 from groupwise.engines.external import Speaks, dialect_of
@@ -239,3 +240,19 @@ def test_weights_are_cut_where_there_is_something_to_weigh_by(engine: str, tempe
     assert there == (engine != "openai" and (engine, temperature) != ("lmdeploy", 0.7))
     assert dialect_of(engine, Speaks((), logprobs=there)).caps.logprobs == there
     assert config.corrected(exact=False, logprobs=there).algorithm.correction.name == ("truncate" if there else "none")
+
+
+def test_a_command_is_not_printed_by_what_cannot_act_or_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["engine", "command", "--engine", "vllm", "--model", "some/model"]
+    for given in ("--rollout.urls", "--rollout.launch.gpus", "--rollout.sync_tolerance", "--rollout.engine_timeout"):
+        assert main([*words, given, "1"]) == 2
+        assert f"{given} has no effect in `groupwise engine command`" in capsys.readouterr().err
+    assert main([*words, "--url", "http://127.0.0.1:8000"]) == 2
+    assert "has no flag --url" in capsys.readouterr().err
+    assert main([*words, "--rollout.launch.port", "8123"]) == 0
+    assert "--port 8123" in capsys.readouterr().out
+    monkeypatch.setattr("groupwise.engines.checks.find_spec", lambda name: None)
+    assert main(words) == 2
+    assert "engine 'vllm' needs httpx: pip install 'groupwise[serve]'" in capsys.readouterr().err

@@ -53,7 +53,7 @@ def test_an_adapter_merged_and_verified(
         (["export", "verify", "none"], "no such file or folder"),
         (["export", "verify", ".", "--base", "x"], "no effect without --source"),
         (["export", "push", ".", "--repo", "nobody"], "expected `owner/name`"),
-        (["export", "modelfile", "none.gguf"], "without it, name what to compare with by --source"),
+        (["export", "modelfile", "none.gguf"], "none.gguf: no such file; expected a GGUF file"),
     ],
 )
 def test_refusals(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from groupwise.launch.ending import ending
@@ -60,3 +61,10 @@ def test_where_nothing_was_measured_nothing_is_claimed() -> None:
     for more in ({}, {"eval": [evaluated(0, None), evaluated(50, None)]}, {"loss": None}):
         assert ending(summary(**more), "r")[1] == "findings: none"
     assert ending(summary(steps=1, loss=0.125), "r")[:2] == ["done: 1 step in 61 s", "loss of the last step: 0.1250"]
+
+
+def test_commands_to_try_can_be_pasted() -> None:
+    lines = ending(summary(), "my runs/it's")
+    assert [shlex.split(line.removeprefix("next:  "))[2] for line in lines if line.startswith("next:")] == [
+        "my runs/it's"
+    ] * 2

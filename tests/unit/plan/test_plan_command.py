@@ -72,6 +72,8 @@ def test_a_model_without_its_weights_is_planned_for_a_gpu(
     assert other["seconds"]["basis"] == "computed"
     assert other["run"]["tokens"] == 160 * 100
     assert other["memory"]["peak"] == plan["memory"]["peak"]
+    said = refused(capsys, "plan", *flags, "--device", "l4", "--answer-tokens", "513")
+    assert "--answer-tokens 513: an answer of this run has at most 512 tokens" in said
 
 
 def test_what_does_not_fit_is_said(training: list[str], qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:

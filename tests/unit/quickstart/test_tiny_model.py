@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from groupwise.errors import ConfigError, DataError
+from groupwise.errors import ConfigError, DataError, FileError
 from groupwise.quickstart.tiny_model import (
     SMALLEST_VOCAB,
     TINY_SIZES,
@@ -184,7 +184,7 @@ def test_an_empty_folder_is_filled_and_a_failure_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(FileError, match="new cannot be written: the disk is full"):
         build_tiny_model(tmp_path / "new", texts=TEXTS, size="0.1m", vocab_size=300)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 

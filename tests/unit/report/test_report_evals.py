@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from math import comb
 from pathlib import Path
 
@@ -205,3 +206,28 @@ def test_a_run_with_nothing_but_a_config(tmp_path: Path) -> None:
     written = write_report([run], tmp_path / "deep" / "out.html")
     assert written.groups == 0
     assert written.path.stat().st_size == written.size
+
+
+def test_an_evaluation_of_failures_alone_measured_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rows=3)
+    failed = [replace(evaluated(6, row), status="failed", cause="boom", correct=False) for row in range(3)]
+    (run / "trajectories/eval_000006.jsonl").write_text("".join(json.dumps(eval_to_json(row)) + "\n" for row in failed))
+    record = evaluations(run).record()
+    assert [point["step"] for point in record["points"]] == [0]
+    assert record["problems"] == ["evaluation of step 6: every sample failed, so nothing was measured"]
+
+
+@pytest.mark.parametrize("number", ["1" + 400 * "0", "1e999"])
+def test_numbers_beyond_all_floats_do_not_end_a_page(number: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=1)
+    (run / "metrics.jsonl").write_text(f'{{"step": 1, "reward": {number}}}\n{{"step": {number}, "reward": 1.0}}\n')
+    for place, name in enumerate(("reward", "advantage", "completion_tokens", "group")):
+        row = json.dumps(to_json(rollout(1, 50 + place, 0))).replace(f'"{name}": ', f'"{name}": {number}, "was": ', 1)
+        with (run / "trajectories/step_000001.jsonl").open("a") as file:
+            file.write(row + "\n")
+    for name in ("logprobs", "rewards"):
+        row = to_json(rollout(1, 60 + len(name), 0))
+        row[name] = [10**400] * 12 if name == "logprobs" else {"made": 10**400}
+        with (run / "trajectories/step_000001.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    assert write_report([run], tmp_path / "out.html").groups >= 4

@@ -143,6 +143,12 @@ def test_no_http_and_clients_that_go_hurt_nobody(server: LiveServer, capfd: pyte
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_an_address_that_is_none_is_answered(server: LiveServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=20) as client:
+        client.sendall(b"GET http://[ HTTP/1.1\r\nConnection: close\r\n\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 400 ")
+
+
 def test_wishes_are_left_for_a_run_that_goes_on(server: LiveServer, run: Path) -> None:
     status, body = ask(server, "/ask", method="POST", run=0, what="stop")
     assert status == 409

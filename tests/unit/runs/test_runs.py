@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -162,3 +163,39 @@ def test_without_matplotlib_one_sentence_says_what_to_install(
     monkeypatch.setattr("groupwise.runs.plot.find_spec", lambda name: None)
     assert main(["plot", str(make(tmp_path, "one"))]) == 2
     assert "pip install 'groupwise[plot]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["1" + 400 * "0", "1e999", "NaN", "-Infinity", "true", '"0.5"'])
+def test_a_number_that_is_none_ends_nothing(number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, "one")
+    (run / "summary.json").write_text(f'{{"steps": {number}, "seconds": {number}}}')
+    rows = [
+        f'{{"step": {step}, "reward": {number}, "eval/accuracy": {number}, "time/step": {number}}}' for step in "12"
+    ]
+    (run / "metrics.jsonl").write_text("\n".join([*rows, f'{{"step": {number}, "reward": 0.5}}', ""]))
+    record = read_run(run)
+    assert (record.steps, record.reward, record.accuracy, record.seconds) == (2, 0.5, None, None)
+    assert main(["runs", str(tmp_path)]) == main(["plot", str(run)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_row_of_metrics_ends_at_its_newline_alone(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a\u2028b": 2.0}\n[]\n"x"\n{"step": 2', encoding="utf-8")
+    assert read_metrics(tmp_path).curve("a\u2028b").values == (2.0,)
+
+
+def test_a_full_disk_leaves_the_picture_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    run, out = make(tmp_path, "one"), tmp_path / "kept.png"
+    out.write_bytes(b"earlier")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["plot", str(run), "--output", str(out)]) == 1
+    assert f"{out} cannot be written: the disk is full" in capsys.readouterr().err
+    assert out.read_bytes() == b"earlier"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.png", "one"]

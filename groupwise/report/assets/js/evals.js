@@ -2,6 +2,7 @@
 
 const CHANGES = {
   right: ["became right", (a, b) => a !== null && b !== null && b > a], wrong: ["became wrong", (a, b) => a !== null && b !== null && b < a],
+  part: ["right in part, as before", (a, b) => a !== null && a === b && a > 0 && a < 1],
   never: ["still wrong", (a, b) => a === b && a === 0], always: ["still right", (a, b) => a === b && a === 1],
   all: ["all rows", () => true],
 };
@@ -48,8 +49,10 @@ class Evaluations {
   #list() {
     const { evals } = this.page.runs[this.run], [a, b] = this.pair, before = evals.right[a], after = evals.right[b];
     const count = (key) => evals.uids.reduce((sum, _, i) => sum + (CHANGES[key][1](before[i], after[i]) ? 1 : 0), 0);
+    const parts = count("part"), alone = evals.uids.filter((_, i) => (before[i] === null) !== (after[i] === null)).length;
     this.counts.textContent = `From step ${evals.points[a].step} to ${evals.points[b].step}: ${plural(count("right"), "row")} became right, `
-      + `${count("wrong")} became wrong, ${count("always")} stayed right, ${count("never")} stayed wrong.`;
+      + `${count("wrong")} became wrong, ${count("always")} stayed right, ${count("never")} stayed wrong`
+      + (parts ? `, ${parts} stayed right in part` : "") + (alone ? `; ${alone} not in both.` : ".");
     const chosen = evals.uids.map((_, i) => i).filter((i) => CHANGES[this.kind][1](before[i], after[i])
       && (evals.labels[i].toLowerCase().includes(this.text) || evals.uids[i].toLowerCase().includes(this.text)));
     const pages = Math.max(1, Math.ceil(chosen.length / PER_PAGE));
