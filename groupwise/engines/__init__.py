@@ -9,11 +9,13 @@ from groupwise.engines.checks import (
     refuse_launch,
     require_server,
 )
+from groupwise.engines.tellings import check_told
 
 __all__ = [
     "ENGINES",
     "check_engine",
     "check_logprobs",
+    "check_told",
     "has_logprobs",
     "is_exact",
     "refuse_launch",

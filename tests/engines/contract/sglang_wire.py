@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -46,6 +48,32 @@ def apart(body: dict[str, Any]) -> list[dict[str, Any]]:
         {key: value[at] if isinstance(value, list) and len(value) == count else value for key, value in body.items()}
         for at in range(count)
     ]
+
+
+def check_mask(body: dict[str, Any], *, most: int, seeded: bool) -> None:
+    """SGLang ends such a request with `abort`, and answers it with this status."""
+    params = body.get("sampling_params") or {}
+    top_k = params.get("top_k", -1)
+    if body.get("return_sampling_mask") and top_k != 1 and not 1 < top_k <= most:
+        raise SglangError(
+            f"return_sampling_mask requires top_k=1 for greedy sampling or finite 1 < top_k <= {most}; got "
+            f"top_k={top_k}. Lower top_k or increase --sampling-mask-max-tokens."
+        )
+    if params.get("min_p") and seeded:
+        raise SglangError("With sampling seed, multinomial_with_seed will provide wrong results", 500)
+
+
+def told(asked: Asked, answer: Answer) -> dict[str, Any]:
+    """What is asked for beside tokens; experts as int32 without a shape, all layers of the model among them."""
+    found: dict[str, Any] = {}
+    if asked.body.get("return_sampling_mask"):
+        found["output_token_sampling_mask"] = answer.kept
+        found["output_token_sampling_logprobs"] = answer.drawn_logprobs
+        found["output_token_sampling_mask_length"] = len(answer.kept)
+    if asked.body.get("return_routed_experts") and answer.routes:
+        rows = np.array(answer.routes[asked.body.get("routed_experts_start_len", 0) :], dtype=np.int32)
+        found["routed_experts"] = base64.b64encode(rows.tobytes()).decode("utf-8")
+    return found
 
 
 def finish_reason(answer: Answer) -> dict[str, Any]:
