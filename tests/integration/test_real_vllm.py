@@ -157,3 +157,29 @@ def test_a_server_that_was_started_by_hand_is_trained_over(task: Any, found: str
         time.sleep(0.5)
     run_training(task.config(tmp_path / "run", rollout={"engine": "vllm", "urls": [found]}))
     assert all(row["sync/verified"] == 1 for row in steps_of(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "forced", "said"),
+    [
+        ("--return-sampling-mask", {}, "sampling distribution replay requires Model Runner V2"),
+        ("--enable-return-routed-experts", {}, "requires Model Runner V2"),
+        ("--enable-return-routed-experts", {"VLLM_USE_V2_MODEL_RUNNER": "1"}, "Model Runner V2 requires Triton"),
+    ],
+)
+def test_on_a_cpu_it_tells_nothing_beside_tokens(task: Any, flag: str, forced: dict[str, str], said: str) -> None:
+    """What `rollout.top_p` and `rollout.replay_routes` are refused for, where a run would start it on one."""
+    words = ["engine", "command", "--engine", "vllm", "--model", str(task.model), "--python", str(PYTHON)]
+    words += ["--model.dtype", "float32", "--rollout.launch.port", "18453", "--rollout.launch.max_model_len", "256"]
+    found = [sys.executable, "-m", "groupwise.cli", *words, "--rollout.launch.flags", json.dumps([flag])]
+    printed = subprocess.run(found, capture_output=True, text=True, check=True).stdout
+    started = subprocess.run(
+        ["sh", "-c", f"exec env {printed}"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env=os.environ | forced,
+    )
+    assert started.returncode != 0
+    assert said in started.stdout + started.stderr
