@@ -145,6 +145,7 @@ def _greedy(body: Any) -> bool:
     return most > 1 and (params["temperature"] == 0 or params["top_k"] == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_check_of_the_contract_passes_with_filters_and_routes(mixtures: Any, kind: str) -> None:
     flags = {"return_sampling_mask": True, "enable_return_routed_experts": True}
@@ -387,4 +388,6 @@ def test_experts_of_another_answer_are_seen(
             run_training(config, given=Given(rewards=[low]))
     steps = steps_of(tmp_path / "run")
     assert steps[1]["moe/replaced"] > 0.3
+    findings = (tmp_path / "run" / "findings.jsonl").read_text()
+    assert "experts_strange" in findings
     assert "they are likely those of another request" in caplog.text
