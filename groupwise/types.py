@@ -189,6 +189,7 @@ class Segment:
         messages: what an environment said, where it did not just go on with the text; empty for a turn.
         finish_reason: of a turn.
         reward: what the environment gave for a turn; None: nothing.
+        sides: of a turn: what the engine told beside its tokens; no part of equality.
 
     Example:
         Segment("model", ModelInput.of((7, 2)), "4", logprobs=(-0.1, -0.3), policy_versions=(4, 4),

@@ -93,7 +93,8 @@ def check_told(config: Config) -> None:
         ConfigError: says what would do.
     """
     rollout = config.rollout
-    if rollout.engine == "vllm" and rollout.learns_cut and config.data.eval and config.eval.temperature > 0:
+    evaluates = config.eval.every > 0 and config.data.eval and config.eval.temperature > 0
+    if rollout.engine == "vllm" and rollout.learns_cut and evaluates:
         raise ConfigError(
             f"eval.temperature = {config.eval.temperature:g} does not go with {' and '.join(rollout.filters)} and "
             "rollout.engine = 'vllm': to tell which tokens were left, vLLM wants a top-k in every request, and "

@@ -168,6 +168,8 @@ class SgLang(Updated):
         finish, error = _REASONS.get(reason.type, "error"), ""
         if finish == "error" or "NaN" in str(reason.matched):
             finish, error = "error", f"SGLang ended it with {reason.type!r}: {reason.message or reason.matched}"
+        elif finish == "abort":  # asked for, or of its own: a set of tokens that is larger than it tells of
+            error = f"SGLang ended it: {reason.message or 'abort'}"
         logprobs = [value for value, _, _ in pairs]
         if (drawn_from := meta.output_token_sampling_logprobs) is not None:  # of what the filters left
             if len(drawn_from) != len(pairs):

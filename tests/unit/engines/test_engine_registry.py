@@ -218,12 +218,13 @@ def test_a_vllm_that_is_started_without_a_gpu_tells_nothing_beside_tokens(
 
 
 def test_evaluations_of_a_vllm_that_tells_of_filters_are_greedy() -> None:
-    def check(engine: str, temperature: float) -> None:
+    def check(engine: str, temperature: float, every: int = 1) -> None:
         settings = {"engine": engine, "urls": ["http://a"], "top_p": 0.9, "top_k": 64}
-        given = {"rollout": settings, "data": {"train": "a", "eval": "b"}, "eval": {"temperature": temperature}}
-        check_told(Config.model_validate({"model": {"path": "m"}, **given}))
+        given = {"data": {"train": "a", "eval": "b"}, "eval": {"temperature": temperature, "every": every}}
+        check_told(Config.model_validate({"model": {"path": "m"}, "rollout": settings, **given}))
 
     check("vllm", 0.0)
     check("sglang", 0.5)
+    check("vllm", 0.5, every=0)
     with pytest.raises(ConfigError, match="wants a top-k in every request"):
         check("vllm", 0.5)
