@@ -9,6 +9,7 @@ import pytest
 from groupwise.assembly.preparation import prepare
 from groupwise.config import Config, RolloutConfig
 from groupwise.engines import check_engine, check_logprobs, check_told, checks, has_logprobs, tellings
+from groupwise.engines.commands import Start, command_of
 from groupwise.engines.external import Speaks, dialect_of
 from groupwise.errors import ConfigError
 from groupwise.weight_sync.directory import own_folder
@@ -228,3 +229,23 @@ def test_evaluations_of_a_vllm_that_tells_of_filters_are_greedy() -> None:
     check("vllm", 0.5, every=0)
     with pytest.raises(ConfigError, match="wants a top-k in every request"):
         check("vllm", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "routes", "expected"),
+    [
+        ({"engine": "vllm"}, False, set()),
+        ({"engine": "vllm", "top_p": 0.9, "top_k": 64}, False, {"--return-sampling-mask"}),
+        ({"engine": "vllm"}, True, {"--enable-return-routed-experts"}),
+        ({"engine": "sglang", "top_k": 64}, True, {"--enable-return-routed-experts"}),
+        ({"engine": "sglang", "top_k": 64}, False, set()),
+    ],
+    ids=str,
+)
+def test_an_engine_is_started_to_tell_what_is_learned_from(
+    settings: dict[str, Any], routes: bool, expected: set[str]
+) -> None:
+    given = rollout(**settings)
+    start = Start("python", "m", 8000, length=64, dtype="bfloat16", seed=1, rollout=given, routes=routes)
+    words = set(command_of(given.engine, start).words)
+    assert words & {"--return-sampling-mask", "--enable-return-routed-experts"} == expected
