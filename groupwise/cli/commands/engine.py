@@ -29,6 +29,10 @@ _SETTINGS = (
     "rollout.kv_cache_gib",
     "rollout.max_concurrent_samples",
     "rollout.max_completion_tokens",
+    "rollout.top_p",
+    "rollout.top_k",
+    "rollout.min_p",
+    "rollout.replay_routes",
     "lora.",
     "train.seed",
 )
