@@ -6,10 +6,11 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from groupwise.inputs import ModelInput
+from groupwise.sides import NO_SIDES, Sides
 from groupwise.types import RolloutGroup
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class TrainingRow:
         logprobs: `[T]`, the sampler's log-probs; zeros in supervised training.
         old_logprobs: `[T]`, by the policy before the step's first update; None: the sampler's are these.
         ref_logprobs: `[T]`, by the reference; None: the policy asks it when it needs them.
+        sides: of the row: the policy computes it with these, as the sampler did.
     """
 
     group: int
@@ -38,6 +40,7 @@ class TrainingRow:
     logprobs: tuple[float, ...]
     old_logprobs: tuple[float, ...] | None = None
     ref_logprobs: tuple[float, ...] | None = None
+    sides: Sides = field(default=NO_SIDES, kw_only=True)
 
     def __post_init__(self) -> None:
         computed = [values for values in (self.old_logprobs, self.ref_logprobs) if values is not None]
@@ -137,7 +140,8 @@ NO_KNOBS = Knobs()
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """Log-probs asked for: of `follows` `[T]`, after `prompt` `[P]`."""
+    """Log-probs asked for: of `follows` `[T]`, after `prompt` `[P]`, computed as `sides` says that they were drawn."""
 
     prompt: ModelInput
     follows: ModelInput
+    sides: Sides = field(default=NO_SIDES, kw_only=True)

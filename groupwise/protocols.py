@@ -29,7 +29,8 @@ class EngineCaps:
         exact_logprobs: its log-probs are those of the trainer's own forward, so no second forward is needed.
         seeded: a sample depends on weights, prompt, seed and index alone.
         logprobs: it has log-probs of the distribution that it draws from; without, the trainer's own stand for them.
-        routes: it tells which experts were chosen.
+        routes: it tells which experts were chosen, for samples that are learned.
+        kept: it tells which tokens filters left, for samples that are learned.
         scores: it scores given tokens.
         images: it takes inputs with images.
     """
@@ -39,6 +40,7 @@ class EngineCaps:
     seeded: bool
     logprobs: bool = True
     routes: bool = False
+    kept: bool = False
     scores: bool = False
     images: bool = False
 

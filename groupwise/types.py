@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from groupwise.inputs import ModelInput, SampleKey
+from groupwise.sides import NO_SIDES, Sides, Stretch, joined
 
 T = TypeVar("T")
 
@@ -107,7 +108,9 @@ class SampleRequest:
         resumed: the last so many tokens of `continues` began the very answer that goes on here, as after an abort:
             they count for `max_tokens`, `min_tokens` and stop strings.
         keeps: the sample may go on after this turn: what it computed is kept while there is room.
-        wants_routes: the completion is to bring the experts that were chosen (`EngineCaps.routes`).
+        wants_routes: the completion is to bring the experts that were chosen (`EngineCaps.routes`), those of tokens at
+            `routes_from` and later, counted from the prompt's first: earlier turns have the others.
+        wants_kept: it is to bring the tokens that filters left (`EngineCaps.kept`).
         likeliest: so many of the most probable tokens of each position are to be told; the native engine does.
 
     Example:
@@ -122,6 +125,8 @@ class SampleRequest:
     policy_version: int = 0
     keeps: bool = False
     wants_routes: bool = False
+    routes_from: int = 0
+    wants_kept: bool = False
     likeliest: int = 0
 
     def __post_init__(self) -> None:
@@ -141,23 +146,6 @@ class SampleRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Routes:
-    """Which experts of a mixture an engine chose, `[tokens][layers][k]`.
-
-    Attributes:
-        data: the numbers, row after row; no part of equality, and in no ledger or JSON.
-        dtype: numpy's name of a number's type.
-        first: position of the first token that has a row, counted from the prompt's first.
-    """
-
-    data: bytes = field(compare=False, repr=False)
-    dtype: str
-    layers: int
-    k: int
-    first: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Completion:
     """What an engine returns for one request.
 
@@ -166,7 +154,7 @@ class Completion:
         logprobs: `[T]`, natural log of the policy's probability of each token at the sampling temperature, before
             top-k/top-p/min-p filters and the repetition penalty (at temperature 0: at temperature 1).
         policy_versions: `[T]`, the version of the weights that drew each token.
-        routes: of prompt and completion, where the request wanted them.
+        sides: what the request wanted beside the tokens; `Sides.kept` is `[T]`.
         likeliest: `[T][K]`, where the request wanted them; log-probs as above, of what was drawn from.
     """
 
@@ -177,7 +165,7 @@ class Completion:
     text: str
     finish_reason: FinishReason
     error: str = ""
-    routes: Routes | None = None
+    sides: Sides = NO_SIDES
     likeliest: tuple[Likeliest, ...] = ()
 
     @property
@@ -201,6 +189,7 @@ class Segment:
         messages: what an environment said, where it did not just go on with the text; empty for a turn.
         finish_reason: of a turn.
         reward: what the environment gave for a turn; None: nothing.
+        sides: of a turn: what the engine told beside its tokens; no part of equality.
 
     Example:
         Segment("model", ModelInput.of((7, 2)), "4", logprobs=(-0.1, -0.3), policy_versions=(4, 4),
@@ -215,7 +204,7 @@ class Segment:
     messages: tuple[Message, ...] = ()
     finish_reason: FinishReason | None = None
     reward: float | None = None
-    routes: Routes | None = None
+    sides: Sides = NO_SIDES
 
     def __post_init__(self) -> None:
         lengths = {len(values) for values in (self.token_ids, self.logprobs, self.policy_versions)}
@@ -231,7 +220,7 @@ class Segment:
             completion.logprobs,
             completion.policy_versions,
             finish_reason=completion.finish_reason,
-            routes=completion.routes,
+            sides=completion.sides,
         )
 
     @staticmethod
@@ -322,6 +311,11 @@ class Rollout:
     def policy_versions(self) -> tuple[int, ...]:
         """`[T]`."""
         return _joined([segment.policy_versions for segment in self.segments])
+
+    @cached_property
+    def sides(self) -> Sides:
+        """Of all that follows the prompt."""
+        return joined([Stretch(len(s.token_ids), s.by == "model", s.sides) for s in self.segments])
 
     @property
     def num_written(self) -> int:

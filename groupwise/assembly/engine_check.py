@@ -17,18 +17,19 @@ from torch import Tensor
 
 from groupwise.batches import ScoreRequest, TrainingRow
 from groupwise.config import Config
-from groupwise.engines.checks import has_gpu
 from groupwise.engines.commands import Start, command_of
 from groupwise.engines.http import HttpEngine
 from groupwise.engines.member import NotProven
-from groupwise.errors import EngineError, GroupwiseError
+from groupwise.engines.tellings import has_gpu, why_no_routes
+from groupwise.errors import ConfigError, EngineError, GroupwiseError
 from groupwise.inputs import ModelInput, SampleKey
-from groupwise.model.forward.packing import pack
+from groupwise.model.exact.experts import experts_of
+from groupwise.model.forward.packing import Packed, pack
 from groupwise.model.loading import LoadedModel, load_model, resolve_device, resolve_dtype, with_adapter
+from groupwise.model.outline import model_without_weights
 from groupwise.model.saved_weights import saved_weights
 from groupwise.placement.elsewhere import engine_elsewhere, sync_tolerance
 from groupwise.policy.adapter_reference import adapter_off
-from groupwise.policy.reference import FrozenScorer
 from groupwise.policy.saving import write_model
 from groupwise.protocols import Policy
 from groupwise.tensors import floats
@@ -63,7 +64,7 @@ class _Weights:
     def __init__(self, loaded: LoadedModel, *, chunk_tokens: int) -> None:
         self._loaded = loaded
         self._trained = [(name, weight) for name, weight in loaded.model.named_parameters() if weight.requires_grad]
-        self._scorer = FrozenScorer(loaded, temperature=1.0, chunk_tokens=chunk_tokens)
+        self._chunk_tokens = chunk_tokens
 
     async def log_probs(
         self, requests: Sequence[ScoreRequest], *, of: str = "policy", temperature: float | None = None
@@ -76,13 +77,20 @@ class _Weights:
                 advantages=(0.0,) * len(request.follows),
                 loss_mask=(1,) * len(request.follows),
                 group=number,
+                sides=request.sides,
             )
             for number, request in enumerate(requests)
         ]
         packs = [pack([row]).to(self._loaded.device) for row in rows]
         with adapter_off(self._loaded) if of == BASE else nullcontext():
-            found = self._scorer.logprobs(packs, temperature=temperature)
+            at = 1.0 if temperature is None else temperature
+            found = [self._logprobs(packed, at, as_sampled=of != BASE) for packed in packs]
         return [tuple(floats(values)) for values in found]
+
+    @torch.no_grad()
+    def _logprobs(self, packed: Packed, temperature: float, *, as_sampled: bool) -> Tensor:
+        chunk = self._chunk_tokens
+        return self._loaded.scoring(packed, temperature=temperature, chunk_tokens=chunk, as_sampled=as_sampled).logprobs
 
     def published(self, *, exact: bool = True) -> None: ...
 
@@ -200,12 +208,17 @@ class EngineCheck:
     def _requests(self, count: int, *, version: int, **sampling: Any) -> list[SampleRequest]:
         prompts = self._prompts()
         params = SamplingParams(max_tokens=_DRAWN, seed=self.config.train.seed)
+        caps, rollout = self.engine.caps, self.config.rollout
+        if caps.kept:
+            params = replace(params, top_p=rollout.top_p, top_k=rollout.top_k, min_p=rollout.min_p)
         return [
             SampleRequest(
                 SampleKey(f"check-{number % len(prompts)}", 0, number),
                 prompts[number % len(prompts)],
                 replace(params, **sampling),
                 policy_version=version,
+                wants_routes=caps.routes,
+                wants_kept=caps.kept,
             )
             for number in range(count)
         ]
@@ -218,7 +231,9 @@ class EngineCheck:
         requests = self._requests(_TOGETHER, version=version)
         drawn = await self._drawn(requests)
         pairs = [(request, one) for request, one in zip(requests, drawn, strict=True) if one.token_ids]
-        asked = [ScoreRequest(request.prompt, ModelInput.of(one.token_ids)) for request, one in pairs]
+        if failed := next((one.error for one in drawn if one.error), ""):
+            raise EngineError(failed)
+        asked = [ScoreRequest(request.prompt, ModelInput.of(one.token_ids), sides=one.sides) for request, one in pairs]
         expected = await weights.log_probs(asked)
         if not self.engine.caps.logprobs:
             return f"{len(pairs)} samples; it has none, so the trainer's stand for them"
@@ -312,5 +327,17 @@ def shell_command(config: Config) -> str:
         rollout=config.rollout,
         lora_rank=config.lora.rank,
         on_gpu=has_gpu(),
+        routes=_tells_routes(config),
     )
     return command_of(config.rollout.engine, start).shell()
+
+
+def _tells_routes(config: Config) -> bool:
+    """Whether the model is a mixture whose routes are replayed."""
+    rollout = config.rollout
+    if rollout.replay_routes is not True and (rollout.replay_routes is False or why_no_routes(rollout)):
+        return False
+    try:
+        return bool(experts_of(model_without_weights(config.model, config.lora)))
+    except ConfigError:  # its files are not here, where the command is only printed
+        return rollout.replay_routes is True

@@ -18,7 +18,7 @@ from groupwise.config.model_name import settled_model, short_name
 from groupwise.data import PromptSet, check_rows, load_prompts
 from groupwise.data.files import Source, read_for_training
 from groupwise.doctor import check_rules
-from groupwise.engines import check_engine, check_logprobs, check_weights, has_logprobs, is_exact
+from groupwise.engines import check_engine, check_logprobs, check_told, check_weights, has_logprobs, is_exact
 from groupwise.environments import Environments, load_environments
 from groupwise.errors import ConfigError
 from groupwise.fingerprint import code_facts, machine_facts, model_facts, prompt_facts, teacher_facts
@@ -129,6 +129,7 @@ def prepare(
     check_engine(config.rollout)
     check_logprobs(config)
     check_weights(config)
+    check_told(config)
     config = _corrected(config)
     check_backends(config.tracking)
     check_rules(config)

@@ -95,7 +95,7 @@ def _correction_problems(config: Config) -> list[str]:
                 "both, as they are exact; leave it out, or set algorithm.old_logprobs to 'policy' to compute them "
                 "again and see"
             )
-        if config.rollout.filters:
+        if config.rollout.filters and not config.rollout.learns_cut:
             found.append(
                 f"{setting} does not go with {' and '.join(config.rollout.filters)}: the sampler's log-probs are those "
                 "before such filters, so the weight would not be that of the distribution that was sampled from; "
@@ -149,6 +149,11 @@ def sampling_remark(config: Config) -> str | None:
     """What to know about samples that do not come from the policy's own distribution; None where they do."""
     if not config.rollout.filters:
         return None
+    if config.rollout.learns_cut:
+        return (
+            f"{' and '.join(config.rollout.filters)}: the engine tells which tokens were left to be drawn, and "
+            "log-probs, ratios, KL and entropy are of these"
+        )
     return (
         f"{' and '.join(config.rollout.filters)}: samples come from a filtered distribution, and are learned as if "
         "the policy itself had drawn them; ratios and log-probs are the policy's, before filters"

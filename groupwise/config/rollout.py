@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -49,6 +50,11 @@ class RolloutConfig(Section):
         False,
         description="the engine rounds the weights that it is sent (FP8, INT4), so its numbers may stay as they were "
         "after a small step: they are compared with rollout.sync_tolerance alone",
+    )
+    replay_routes: bool | Literal["auto"] = Field(
+        "auto",
+        description="of a mixture of experts: the policy computes what an engine drew with the experts that the engine "
+        "chose, and takes the live router's shares of them; auto where vllm or sglang can tell of them",
     )
     group_size: int = Field(8, description="G, samples per prompt; group-relative advantages need at least 2")
     prompts_per_step: int = Field(32, ge=1, description="groups in one training step")
@@ -104,6 +110,24 @@ class RolloutConfig(Section):
     @property
     def filters(self) -> tuple[str, ...]:
         """The settings, as `name = value`, for which samples come from another distribution than the policy's."""
-        neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "min_completion_tokens": 0}
+        return self._other_than(_CUTS | _CHANGES)
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Of these, those that do more than leave tokens out."""
+        return self._other_than(_CHANGES)
+
+    @property
+    def learns_cut(self) -> bool:
+        """Whether log-probs are those of the distribution over the tokens that filters left, which the engine tells;
+        elsewhere they are the policy's own, before filters."""
+        return self.engine in _TELL_CUTS and bool(self._other_than(_CUTS))
+
+    def _other_than(self, neutral: Mapping[str, float]) -> tuple[str, ...]:
         values = self.model_dump(include=set(neutral))
         return tuple(f"rollout.{name} = {values[name]}" for name, off in neutral.items() if values[name] != off)
+
+
+_CUTS: dict[str, float] = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+_CHANGES: dict[str, float] = {"repetition_penalty": 1.0, "min_completion_tokens": 0}
+_TELL_CUTS = ("vllm", "sglang")

@@ -134,6 +134,24 @@ class MismatchHigh:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsStrange:
+    """Replayed experts are mostly not those that the policy's routers would have chosen."""
+
+    most: float = 0.3
+    name: ClassVar[str] = "experts_strange"
+    reads: ClassVar[tuple[str, ...]] = ("moe/replaced",)
+    helps: ClassVar[str] = (
+        "another release of the engine, which names another request's experts or none; rollout.replay_routes = false"
+    )
+    told: ClassVar[bool] = False
+
+    def look(self, history: History) -> Iterable[Seen]:
+        share = history.now("moe/replaced")
+        if share is not None and share > self.most:
+            yield Seen(f"{share:.0%} of the experts that the engine named are others than the policy's own")
+
+
+@dataclass(frozen=True, slots=True)
 class ThroughputHalved:
     """Tokens per second fell to half, while answers did not become much shorter.
 

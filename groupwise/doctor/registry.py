@@ -9,6 +9,7 @@ from groupwise.doctor.answers import AnswersCut, AnswersEmpty, AnswersIdentical,
 from groupwise.doctor.learning import (
     EntropyCollapse,
     EntropyExplosion,
+    ExpertsStrange,
     GradientNorm,
     KlHigh,
     MismatchHigh,
@@ -44,6 +45,7 @@ _ALL: tuple[type[Rule], ...] = (
     EntropyExplosion,
     GradientNorm,
     MismatchHigh,
+    ExpertsStrange,
     ThroughputHalved,
 )
 _SUPERVISED: tuple[type[Rule], ...] = (NoUsableSample, GradientNorm, ThroughputHalved)

@@ -11,11 +11,13 @@ from groupwise.engines.checks import (
     require_client,
     require_server,
 )
+from groupwise.engines.tellings import check_told
 
 __all__ = [
     "ENGINES",
     "check_engine",
     "check_logprobs",
+    "check_told",
     "check_weights",
     "has_logprobs",
     "is_exact",

@@ -7,13 +7,13 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
+from groupwise.engines.tellings import check_filters, check_replay, has_gpu
 from groupwise.engines.wire import SamplingBody
 from groupwise.errors import ConfigError, nearest
 
@@ -30,7 +30,7 @@ _SERVER_PACKAGES = ("starlette", "uvicorn", "httpx")
 _CLIENT_PACKAGES = ("httpx",)
 _ELSEWHERE = (
     "urls", "launch", "engine_timeout", "engine_sleeps", "weights_dir", "weights_by", "sync_tolerance",
-    "quantized_engine",
+    "quantized_engine", "replay_routes",
 )  # fmt: skip
 _IMPORT_SECONDS = 60
 
@@ -254,11 +254,6 @@ def _check_acts(rollout: RolloutConfig) -> None:
                 raise ConfigError(f"rollout.launch.{setting} = {value:g}: this machine has no GPU; leave it out")
 
 
-def has_gpu() -> bool:
-    """Whether this machine has one, of NVIDIA's or AMD's; asked of the system, since no engine is imported."""
-    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd"))
-
-
 def refuse_launch(rollout: RolloutConfig) -> None:
     """Refuse settings of a start where nothing is started.
 
@@ -316,14 +311,10 @@ def _check_trains(rollout: RolloutConfig) -> None:
             "rollout.engine = 'openai' cannot train: such a server takes no weights; use it in `groupwise eval`, and "
             "train over native, http, vllm, sglang or lmdeploy"
         )
+    check_replay(rollout)
     if name == "http":
         return
-    if rollout.filters:
-        raise ConfigError(
-            f"{' and '.join(rollout.filters)} does not go with rollout.engine = {name!r}: the samples would come from "
-            "a cut distribution, whose log-probs the trainer cannot compute without the tokens that were left; leave "
-            "it out, or use rollout.engine = 'native'"
-        )
+    check_filters(rollout)
     if rollout.temperature == 0:
         raise ConfigError(
             f"rollout.temperature = 0 does not go with rollout.engine = {name!r}: a group of equal answers teaches "

@@ -27,6 +27,7 @@ class Start:
         lora_rank: of the adapter that is trained; 0: none. LMDeploy gets it merged into its base, and is not told.
         gpus: that it sees; None: all.
         on_gpu: whether it computes on one.
+        routes: it is to tell which experts of a mixture it chose.
     """
 
     python: str
@@ -39,6 +40,7 @@ class Start:
     lora_rank: int = 0
     gpus: tuple[str, ...] | None = None
     on_gpu: bool = True
+    routes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,10 @@ def _vllm(start: Start) -> Command:
         *("--logprobs-mode", "processed_logprobs", "--enable-scale-out"),
         *("--worker-extension-cls", "groupwise_vllm_worker.GroupwiseWorker"),
     ]
+    if rollout.learns_cut:
+        words += ["--return-sampling-mask"]
+    if start.routes:
+        words += ["--enable-return-routed-experts"]
     environment = {
         "PYTHONPATH": str(_WORKER),
         "VLLM_SERVER_DEV_MODE": "1",
@@ -111,6 +117,8 @@ def _sglang(start: Start) -> Command:
         *("--max-running-requests", str(rollout.max_concurrent_samples), "--enable-deterministic-inference"),
         *("--tp-size", str(launch.tensor_parallel)),
     ]
+    if start.routes:
+        words += ["--enable-return-routed-experts"]
     if launch.gpu_memory is not None:
         words += ["--mem-fraction-static", str(launch.gpu_memory)]
     if rollout.engine_sleeps:

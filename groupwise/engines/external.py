@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from groupwise.config import RolloutConfig
-from groupwise.engines.checks import has_gpu
 from groupwise.engines.commands import Command, Start, command_of
 from groupwise.engines.connection import Connection
-from groupwise.engines.dialects.base import Dialect, Facts
+from groupwise.engines.dialects.base import TELLS_NOTHING, Dialect, Facts, Tells
 from groupwise.engines.dialects.lmdeploy import LmDeploy
 from groupwise.engines.dialects.openai import OpenAi
 from groupwise.engines.dialects.own import Own
@@ -27,8 +26,10 @@ from groupwise.engines.http import HttpEngine
 from groupwise.engines.identity import KEY_VARIABLE
 from groupwise.engines.launch import EngineProcess, ports, shared_out
 from groupwise.engines.member import Launcher, Member
+from groupwise.engines.tellings import has_gpu
 from groupwise.engines.weights import WeightRef
 from groupwise.errors import ConfigError, EngineError, EngineLost
+from groupwise.sides import Mixture
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,6 +48,7 @@ class Speaks:
         logprobs: the engine has those of what it draws from (`groupwise.engines.has_logprobs`).
         exact: what a server of Groupwise's says of itself.
         broadcasts: weights are broadcast to it.
+        tells: what is learned from beside tokens.
     """
 
     stop_token_ids: Sequence[int]
@@ -54,34 +56,39 @@ class Speaks:
     logprobs: bool = True
     exact: bool = True
     broadcasts: bool = False
+    tells: Tells = TELLS_NOTHING
 
 
 def dialect_of(name: str, speaks: Speaks) -> Dialect:
     """How a server of that name is spoken to."""
     if name == "http":
-        return Own(exact=speaks.exact)
+        return Own(exact=speaks.exact, tells=speaks.tells)
     if name == "lmdeploy":
         return LmDeploy(logprobs=speaks.logprobs, broadcasts=speaks.broadcasts)
     if name == "openai":
         return OpenAi()
     kinds = {"vllm": Vllm, "sglang": SgLang}
-    return kinds[name](kind="adapter" if speaks.adapter else "model", stop_token_ids=speaks.stop_token_ids)
+    kind = "adapter" if speaks.adapter else "model"
+    return kinds[name](kind=kind, stop_token_ids=speaks.stop_token_ids, tells=speaks.tells)
 
 
-def reach(config: RolloutConfig, *, trains: bool = True) -> list[Facts]:
+def reach(config: RolloutConfig, *, trains: bool = True, tells: Tells = TELLS_NOTHING) -> list[Facts]:
     """What the servers at `rollout.urls` say of themselves; nothing where none is given.
+
+    Args:
+        tells: what they are to tell beside tokens, which is tried.
 
     Raises:
         ConfigError: one does not answer, is of another kind, or cannot be trained over.
     """
-    found = _in_a_loop(_reach(config)) if config.urls else []
+    found = _in_a_loop(_reach(config, tells)) if config.urls else []
     if trains and (problems := [facts.problem for facts in found if facts.problem]):
         raise ConfigError(f"rollout.urls: {problems[0]}")
     return found
 
 
-async def _reach(config: RolloutConfig) -> list[Facts]:
-    dialect = dialect_of(config.engine, Speaks((), broadcasts=config.weights_by == "nccl"))
+async def _reach(config: RolloutConfig, tells: Tells) -> list[Facts]:
+    dialect = dialect_of(config.engine, Speaks((), broadcasts=config.weights_by == "nccl", tells=tells))
     return [await _reached(dialect, url) for url in config.urls]
 
 
@@ -113,6 +120,7 @@ def external_engine(
     encode: Callable[[str], Sequence[int]],
     vocabulary: int,
     launchers: Sequence[tuple[str, Launcher]] = (),
+    mixture: Mixture | None = None,
 ) -> HttpEngine:
     """The engine; a server that is to be started is started with the first weights.
 
@@ -121,6 +129,7 @@ def external_engine(
         encode: and back, for a server that gives text alone.
         vocabulary: tokens from 0 up to this are the model's.
         launchers: the address of each server that is started, and what starts it.
+        mixture: the model's routers, where their choices are wanted.
     """
     dialect = dialect_of(config.engine, speaks)
     servers: list[tuple[str, Launcher | None]] = [(url, None) for url in config.urls]
@@ -144,6 +153,7 @@ def external_engine(
         stop_token_ids=frozenset(speaks.stop_token_ids),
         cuts=not dialect.stops,
         most=config.max_concurrent_samples * len(members),
+        mixture=mixture,
     )
 
 
@@ -155,6 +165,7 @@ class Launched:
         base: of an adapter: folder or Hub name.
         length: tokens of the longest prompt and completion.
         logs: folder for what they print.
+        routes: they are to tell which experts they chose.
     """
 
     base: str
@@ -163,6 +174,7 @@ class Launched:
     seed: int
     lora_rank: int
     logs: Path
+    routes: bool = False
 
 
 def launchers(config: RolloutConfig, launched: Launched) -> list[tuple[str, Launcher]]:
@@ -188,6 +200,7 @@ def launchers(config: RolloutConfig, launched: Launched) -> list[tuple[str, Laun
             lora_rank=launched.lora_rank,
             gpus=gpus,
             on_gpu=has_gpu(),
+            routes=launched.routes,
         )
         url = f"http://127.0.0.1:{port}"
         process = EngineProcess(

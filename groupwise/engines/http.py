@@ -13,9 +13,11 @@ from dataclasses import dataclass, field, replace
 
 from groupwise.engines.dialects.base import Drawn
 from groupwise.engines.member import Member, Prover
+from groupwise.engines.told import Unusable, usable_kept, usable_routes
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
 from groupwise.protocols import EngineCaps
+from groupwise.sides import NO_SIDES, Mixture, Sides
 from groupwise.types import Completion, SampleRequest
 
 
@@ -40,6 +42,7 @@ class HttpEngine:
         stop_token_ids: the model's own.
         cuts: answers are ended here, at the first token that is a stop token or completes a stop string.
         most: samples that are asked for at one time.
+        mixture: the model's routers, where their choices are wanted.
     """
 
     caps: EngineCaps
@@ -51,6 +54,7 @@ class HttpEngine:
     most: int
     stop_token_ids: frozenset[int] = frozenset()
     cuts: bool = False
+    mixture: Mixture | None = None
     prover: Prover | None = None
     _groups: dict[tuple[str, int], _Group] = field(default_factory=dict[tuple[str, int], _Group])
     _room: asyncio.Semaphore | None = None
@@ -101,15 +105,32 @@ class HttpEngine:
         logprobs = self._logprobs(drawn, len(tokens))
         if wrong := _wrong_logprobs(logprobs, tokens) or self._wrong_tokens(request, drawn, tokens):
             raise EngineError(f"{url} answered {request.id} with {wrong}")
+        error, sides = drawn.error, NO_SIDES
+        try:
+            sides = self._sides(request, drawn, tokens)
+        except Unusable as unusable:
+            error = error or f"{self.caps.name}: {unusable}"
         return Completion(
             key=request.key,
             token_ids=tokens,
             logprobs=logprobs,
             policy_versions=(request.policy_version,) * len(tokens),
             text=self.decode(tokens) if drawn.text is None else drawn.text,
-            finish_reason=drawn.finish_reason,
-            error=drawn.error,
+            finish_reason="error" if error and drawn.finish_reason != "abort" else drawn.finish_reason,
+            error=error,
+            sides=sides,
         )
+
+    def _sides(self, request: SampleRequest, drawn: Drawn, tokens: Sequence[int]) -> Sides:
+        """What the request wanted beside tokens; what cannot be of it fails the one sample, and not the run."""
+        routes = kept = None
+        if request.wants_kept:
+            kept = usable_kept(drawn.kept, tokens, vocabulary=self.vocabulary)
+        if request.wants_routes and tokens:
+            assert self.mixture is not None, "choices of experts were asked of no mixture"
+            end = len(request.prompt) + len(request.continues) + len(tokens) - 1
+            routes = usable_routes(drawn.routes, self.mixture, first=request.routes_from, end=end)
+        return Sides(routes, kept)
 
     def _tokens(self, request: SampleRequest, drawn: Drawn) -> tuple[int, ...]:
         """Those that came, or those of the text where it came alone."""

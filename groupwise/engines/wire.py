@@ -88,6 +88,8 @@ class OwnKey(_Body):
         resumed: the last so many of these began the very answer that goes on here.
         policy_version: which the server must hold.
         keeps: the sample may go on after this turn.
+        routes_from: the experts that were chosen are to be told, of tokens at this position and later; None: they are
+            not.
     """
 
     uid: str
@@ -97,6 +99,7 @@ class OwnKey(_Body):
     resumed: Index = 0
     policy_version: Index = 0
     keeps: bool = False
+    routes_from: Index | None = None
 
 
 class GenerateBody(_Body):
@@ -157,6 +160,7 @@ class Choice(BaseModel):
     finish_reason: Literal["stop", "length", "abort"]
     logprobs: Logprobs
     weight_versions: tuple[VersionSpan, ...] = ()
+    routed_experts: str | None = None
 
 
 class GenerateReply(BaseModel):
@@ -172,12 +176,14 @@ class ServedModel(BaseModel):
         exact: whether its log-probs are those of the trainer's forward on the same kind of device.
         device: `cpu` or `cuda`.
         version: of the weights that it holds.
+        routes: it tells which experts it chose, where it is asked.
     """
 
     identity: dict[str, str]
     exact: bool
     device: str
     version: int
+    routes: bool = False
 
 
 def reply_body(

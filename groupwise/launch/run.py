@@ -22,6 +22,7 @@ from groupwise.files import write_json_atomic
 from groupwise.interrupt import catch_interrupts
 from groupwise.model.checkpoints import keep_base
 from groupwise.model.exact.experts import check_balance_loss
+from groupwise.model.forward.mixture import required_mixture
 from groupwise.model.loading import LoadedModel, given_or_loaded, with_adapter
 from groupwise.placement import InProcess
 from groupwise.resume import describe_start, find_start, hold_place, open_run
@@ -128,6 +129,8 @@ def _place(
         start = find_start(place, identity, resume=resume, accept=accept_changes)
         loaded = given_or_loaded(loaded, ready.model)
         check_balance_loss(loaded.model, config.algorithm.router_aux_loss_coef)
+        if config.rollout.replay_routes is True:
+            required_mixture(loaded.model)
         run = open_run(config, identity, place, resume=resume, overwrite=overwrite)
         prove(run.path)
         keep_base(loaded, ready.model, run.path)  # after the config, which says whose folder this is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +11,15 @@ import torch
 
 from groupwise.config import Config, RolloutConfig
 from groupwise.engines import has_logprobs
+from groupwise.engines.dialects.base import Facts, Tells
 from groupwise.engines.external import Launched, Speaks, external_engine, launchers, reach
 from groupwise.engines.http import HttpEngine
 from groupwise.engines.identity import model_identity
+from groupwise.engines.tellings import why_no_routes
 from groupwise.errors import ConfigError
-from groupwise.model.exact.experts import experts_of
+from groupwise.model.forward.mixture import mixture_of, required_mixture
 from groupwise.model.loading import LoadedModel
+from groupwise.sides import Mixture
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,11 @@ def engine_elsewhere(config: Config, loaded: LoadedModel, *, length: int, logs: 
         ConfigError: a server does not answer, has another model, or has no room.
     """
     rollout = config.rollout
-    served = reach(rollout)
+    mixture = _replayed(rollout, loaded)
+    tells = Tells(routes=mixture is not None, kept=rollout.learns_cut)
+    served = reach(rollout, tells=tells)
+    if mixture is not None and not _tell_routes(rollout, served):
+        mixture, tells = None, Tells(kept=tells.kept)
     mine = model_identity(loaded) if rollout.engine == "http" else {}
     for url, facts in zip(rollout.urls, served, strict=True):
         if facts.positions is not None and facts.positions < length:
@@ -51,12 +58,6 @@ def engine_elsewhere(config: Config, loaded: LoadedModel, *, length: int, logs: 
             f"rollout.launch.max_model_len = {longest:,}: this run has up to {length:,} tokens of prompt and "
             "completion; raise it, leave it out, or lower rollout.max_completion_tokens"
         )
-    if rollout.engine != "http" and experts_of(loaded.model):
-        logger.warning(
-            "rollout.engine = %r chooses experts by itself, and its choices are not replayed in training; see how far "
-            "sampling/sampling_logp_difference/mean is from 0, and use 'native' where that is too far",
-            rollout.engine,
-        )
     launched = Launched(
         base=str(loaded.model.config.name_or_path),
         length=length,
@@ -64,6 +65,7 @@ def engine_elsewhere(config: Config, loaded: LoadedModel, *, length: int, logs: 
         seed=config.train.seed,
         lora_rank=0 if loaded.adapter is None else loaded.adapter.r,
         logs=logs,
+        routes=tells.routes,
     )
     return external_engine(
         rollout,
@@ -73,11 +75,60 @@ def engine_elsewhere(config: Config, loaded: LoadedModel, *, length: int, logs: 
             logprobs=has_logprobs(rollout),
             exact=bool(served) and all(facts.exact for facts in served),
             broadcasts=rollout.weights_by == "nccl",
+            tells=tells,
         ),
         decode=loaded.decode,
         encode=partial(loaded.tokenizer.encode, add_special_tokens=False),
         vocabulary=loaded.model.config.get_text_config().vocab_size,
         launchers=launchers(rollout, launched),
+        mixture=mixture,
+    )
+
+
+def _replayed(rollout: RolloutConfig, loaded: LoadedModel) -> Mixture | None:
+    """The routers whose choices are to be replayed; None where there are none, or none are to be.
+
+    Raises:
+        ConfigError: they are to be, and cannot.
+    """
+    if rollout.replay_routes is True:
+        return required_mixture(loaded.model)
+    try:
+        mixture = mixture_of(loaded.model)
+    except ConfigError as error:
+        _say_not_replayed(rollout, str(error))
+        return None
+    if mixture is None:
+        return None
+    if rollout.engine == "http":  # it has the trainer's own model, and chooses what the trainer does
+        return None
+    why = "rollout.replay_routes = false" if rollout.replay_routes is False else why_no_routes(rollout)
+    if why:
+        _say_not_replayed(rollout, why)
+        return None
+    return mixture
+
+
+def _tell_routes(rollout: RolloutConfig, served: Sequence[Facts]) -> bool:
+    """Whether the servers that were found tell which experts they chose.
+
+    Raises:
+        ConfigError: one does not, and has to.
+    """
+    silent = next((facts.silent for facts in served if facts.silent), "")
+    if silent and rollout.replay_routes is True:
+        raise ConfigError(f"rollout.urls: {silent}")
+    if silent:
+        _say_not_replayed(rollout, silent)
+    return not silent
+
+
+def _say_not_replayed(rollout: RolloutConfig, why: str) -> None:
+    logger.warning(
+        "rollout.engine = %r chooses experts by itself, and its choices are not replayed in training (%s); see how far "
+        "sampling/sampling_logp_difference/mean is from 0, and use 'native' where that is too far",
+        rollout.engine,
+        why,
     )
 
 

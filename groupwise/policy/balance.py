@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-from transformers import PreTrainedModel
 
 from groupwise.batches import Denominators
 from groupwise.model.forward.hidden_states import packed_hidden_states
 from groupwise.model.forward.packing import Packed
 from groupwise.model.forward.routing import ExpertCounts, Routing, sum_counts
+from groupwise.model.forward.scoring import ScoringModel
 from groupwise.policy.microbatches import MicroBatch
 from groupwise.policy.streams import Streams
 
@@ -28,7 +29,7 @@ def routing_of(batch: MicroBatch, packed: Packed, *, keeps_logits: bool = False)
 
 def with_expert_counts(
     denominators: Denominators,
-    model: PreTrainedModel,
+    scoring: ScoringModel,
     streams: Streams,
     *,
     batches: Sequence[MicroBatch],
@@ -37,6 +38,7 @@ def with_expert_counts(
     """With the counts over all of these micro-batches, unless there are some already.
 
     They take a forward of their own, because the loss of the first micro-batch depends on the choices in the last.
+    Where the sampler's choices are replayed, these are counted.
     """
     if denominators.expert_counts is not None:
         return denominators
@@ -44,8 +46,9 @@ def with_expert_counts(
     @torch.no_grad()
     def count(one: tuple[MicroBatch, Packed]) -> ExpertCounts:
         routing = routing_of(*one)
-        with routing.recording():
-            packed_hidden_states(model, one[1])
+        replay = scoring.replay_of(one[1])
+        with nullcontext() if replay is None else replay.acting(), routing.recording():
+            packed_hidden_states(scoring.model, one[1])
         return routing.expert_counts
 
     counts = list(streams.map(count, list(zip(batches, packs, strict=True))))

@@ -3,6 +3,7 @@
 bundles/step_000012/
   bundle.json          the micro-batches with their denominators and losses, and every parameter's gradient norm
   weights.safetensors  the trained weights (float32 masters) that the gradient was taken at
+  sides.safetensors    what the engine told beside tokens, where it told anything (`groupwise.sides`)
   config.json  versions.json
 """
 
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
@@ -31,6 +33,7 @@ from groupwise.inputs import ModelInput, as_json, from_json
 from groupwise.policy.microbatches import MicroBatch
 from groupwise.policy.optimizer import Gradient
 from groupwise.rundir import RunDirectory, versions
+from groupwise.sides import Kept, Routes, Sides
 
 KEPT = 3
 MOST_WEIGHT_BYTES = 2**30
@@ -102,6 +105,9 @@ class BundleWriter:
         if small:
             save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, temporary / _WEIGHTS)
         latest = find_latest(self.run.checkpoints)
+        sides = _sides_of(batches)
+        if sides:
+            save_file(sides, temporary / _SIDES)
         content = {
             "update": update,
             "supervised": self.supervised,
@@ -132,7 +138,8 @@ def load_bundle(folder: Path) -> Bundle:
     try:
         content: Any = decode_state(json.loads((folder / _CONTENT).read_bytes()), {})
         weights = load_file(folder / _WEIGHTS) if content["weights"] else None
-        batches = tuple(_from_json(learned) for learned in content["batches"])
+        sides = load_file(folder / _SIDES) if (folder / _SIDES).exists() else {}
+        batches = tuple(_from_json(learned, number, sides) for number, learned in enumerate(content["batches"]))
         gradients = {name: Gradient(**gradient) for name, gradient in content["gradients"].items()}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DataError(f"{folder} is not a whole reproduction bundle: {type(error).__name__}: {error}") from error
@@ -141,6 +148,8 @@ def load_bundle(folder: Path) -> Bundle:
 
 _CONTENT = "bundle.json"
 _WEIGHTS = "weights.safetensors"
+_SIDES = "sides.safetensors"
+_ROUTES = "routes"
 
 
 def _as_json(learned: LearnedBatch) -> dict[str, Any]:
@@ -155,7 +164,9 @@ def _as_json(learned: LearnedBatch) -> dict[str, Any]:
 
 
 def _row_as_json(row: TrainingRow) -> dict[str, Any]:
-    values = {field.name: getattr(row, field.name) for field in fields(row)}
+    values = {field.name: getattr(row, field.name) for field in fields(row) if field.name != "sides"}
+    if (routes := row.sides.routes) is not None:
+        values[_ROUTES] = {"dtype": routes.dtype, "layers": routes.layers, "k": routes.k, "first": routes.first}
     return {name: as_json(value) if isinstance(value, ModelInput) else _plain(value) for name, value in values.items()}
 
 
@@ -163,8 +174,37 @@ def _plain(value: Any) -> Any:
     return list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
 
 
-def _from_json(content: Any) -> LearnedBatch:
-    rows = tuple(_row(row) for row in content["rows"])
+def _sides_of(batches: Sequence[LearnedBatch]) -> dict[str, Tensor]:
+    """Bytes by `BATCH.ROW.NAME`."""
+    found: dict[str, Tensor] = {}
+    for batch, learned in enumerate(batches):
+        for place, row in enumerate(learned.batch.rows):
+            if row.sides.routes is not None:
+                found[f"{batch}.{place}.{_ROUTES}"] = _tensor(row.sides.routes.data)
+            if row.sides.kept is not None:
+                found[f"{batch}.{place}.lengths"] = _tensor(row.sides.kept.lengths)
+                found[f"{batch}.{place}.ids"] = _tensor(row.sides.kept.ids)
+    return found
+
+
+def _tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _sides(content: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]) -> Sides:
+    """What `_sides_of` wrote of a row."""
+    routes = kept = None
+    if _ROUTES in content:
+        routes = Routes(tensors[f"{name}.{_ROUTES}"].numpy().tobytes(), **content[_ROUTES])
+    if f"{name}.lengths" in tensors:
+        kept = Kept(*(tensors[f"{name}.{part}"].numpy().tobytes() for part in ("lengths", "ids")))
+    return Sides(routes, kept)
+
+
+def _from_json(content: Any, number: int, tensors: Mapping[str, Tensor]) -> LearnedBatch:
+    rows = tuple(
+        replace(_row(row), sides=_sides(row, f"{number}.{place}", tensors)) for place, row in enumerate(content["rows"])
+    )
     denominators = Denominators(**content["denominators"])
     if denominators.expert_counts is not None:
         denominators = replace(denominators, expert_counts=tuple(map(tuple, denominators.expert_counts)))
@@ -173,7 +213,7 @@ def _from_json(content: Any) -> LearnedBatch:
 
 
 def _row(content: Any) -> TrainingRow:
-    values: dict[str, Any] = dict(content)
+    values: dict[str, Any] = {name: value for name, value in content.items() if name != _ROUTES}
     if "prompt_ids" in values:  # as bundles were written before inputs had pieces
         values |= {"prompt": [values.pop("prompt_ids")], "follows": [values.pop("token_ids")]}
     made: dict[str, Any] = {

@@ -35,6 +35,7 @@ from groupwise.policy.microbatches import MicroBatch
 from groupwise.policy.mismatch import mismatch_metrics
 from groupwise.policy.optimizer import Gradient, MasterOptimizer
 from groupwise.policy.reference import Reference
+from groupwise.policy.replayed import tell_strangers
 from groupwise.policy.schedule import learning_rate
 from groupwise.policy.streams import Streams
 
@@ -190,8 +191,8 @@ class Learner:
     ) -> list[Metrics]:
         packs = [pack(batch.rows).to(self.loaded.device) for batch in batches]
         if self._objective.router_aux_loss_coef > 0:
-            model, streams = self.loaded.model, self.streams
-            denominators = with_expert_counts(denominators, model, streams, batches=batches, packs=packs)
+            streams = self.streams
+            denominators = with_expert_counts(denominators, self.loaded.scoring, streams, batches=batches, packs=packs)
         passes = [
             _Pass(len(self._learned) + place, *each)
             for place, each in enumerate(zip(batches, packs, self._references(batches, packs), strict=True))
@@ -246,6 +247,7 @@ class Learner:
         metrics["loss"] = Sum(loss)
         if routing is not None:
             metrics.update(routing.metrics())
+            tell_strangers(one.batch.rows, one.packed, routing)
         if self._is_sampler:
             metrics.update(mismatch_metrics(one.batch.rows, inputs, exact=self._is_exact))
         return _Passed(loss, metrics, gradients)
@@ -282,6 +284,7 @@ class Learner:
             chunk_tokens=self._chunk_tokens,
             with_entropy=with_entropy,
             routing=routing,
+            as_sampled=True,
         )
 
     @torch.no_grad()

@@ -161,5 +161,6 @@ def _rows_of(requests: Sequence[ScoreRequest]) -> list[TrainingRow]:
     for request in requests:
         neutral = (0.0,) * len(request.follows)
         group = groups.setdefault(request.prompt, len(groups))
-        rows.append(TrainingRow(group, request.prompt, request.follows, (1,) * len(neutral), neutral, neutral))
+        ones = (1,) * len(neutral)
+        rows.append(TrainingRow(group, request.prompt, request.follows, ones, neutral, neutral, sides=request.sides))
     return rows

@@ -140,6 +140,7 @@ def _rows(group: RolloutGroup, credit: Sequence[Credit], algorithm: Algorithm) -
             logprobs=rollout.logprobs,
             old_logprobs=rollout.old_logprobs,
             ref_logprobs=rollout.scores.get(REFERENCE),
+            sides=rollout.sides,
         )
         for rollout, given in zip(group.rollouts, credit, strict=True)
         if is_learnable(rollout, algorithm) and not (algorithm.masks_truncated and rollout.is_cut)

@@ -56,14 +56,19 @@ class Scorer(Protocol):
     async def score(self, prompt: Prompt, rollouts: Sequence[Rollout]) -> Sequence[Score]: ...
 
 
-def sampled_by(engine: Engine) -> Sample:
+def sampled_by(engine: Engine, *, learns: bool = False) -> Sample:
     """One request at a time; concurrent ones share the engine's steps, and each prompt is computed once.
+
+    Args:
+        learns: what comes is learned from, and brings what the engine tells beside tokens.
 
     Raises:
         EngineError: from the returned function: the engine did not answer exactly the request.
     """
 
     async def sample(request: SampleRequest) -> Completion:
+        if learns and (engine.caps.routes or engine.caps.kept):
+            request = replace(request, wants_routes=engine.caps.routes, wants_kept=engine.caps.kept)
         answers = [completion async for completion in engine.generate([request])]
         if [completion.key for completion in answers] != [request.key]:
             got = ", ".join(completion.request_id for completion in answers) or "nothing"
@@ -193,8 +198,16 @@ class _Episode:
             sampling,
             continues=follows,
             policy_version=self.version,
+            routes_from=self._first_route(prompt),
             keeps=self._num_turns + 1 < self.environments.max_turns,
         )
+
+    def _first_route(self, prompt: Prompt) -> int:
+        """The last token of the turn before was not run with it; all before it were."""
+        turns = [index for index, segment in enumerate(self.segments) if segment.by == "model"]
+        if not turns:
+            return 0
+        return len(prompt.input) + sum(len(s.token_ids) for s in self.segments[: turns[-1] + 1]) - 1
 
     def _answer(self, said: Reply, prompt: Prompt) -> Segment:
         given, text = self.environments.render(said, prompt, self.segments)

@@ -70,4 +70,4 @@ def _with_logprobs(rollout: Rollout, logprobs: Sequence[float]) -> Rollout:
 
 
 def _request(group: RolloutGroup, rollout: Rollout) -> ScoreRequest:
-    return ScoreRequest(rollout.prompt or group.prompt.input, rollout.input)
+    return ScoreRequest(rollout.prompt or group.prompt.input, rollout.input, sides=rollout.sides)

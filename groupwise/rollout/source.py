@@ -15,6 +15,7 @@ from groupwise.rollout.batch import BatchShape, build_batch, usable_samples
 from groupwise.rollout.buffer import Buffer
 from groupwise.rollout.logprobs import LogprobPass
 from groupwise.rollout.producer import Producer
+from groupwise.rollout.prompt_routes import with_one_choice
 from groupwise.rollout.selection import Selection
 
 
@@ -40,7 +41,8 @@ class GroupSource:
         with clock("rollout"):
             chosen = await self.selection.take(step)
         with clock("train"):
-            groups = await self.logprobs.add(chosen.groups)
+            one_choice, found = with_one_choice(chosen.groups)
+            groups = await self.logprobs.add(one_choice)
         batch = build_batch(
             groups,
             self.algorithm,
@@ -48,7 +50,7 @@ class GroupSource:
             reward_weights=dict(self.reward_weights),
             dropped=chosen.dropped,
         )
-        return replace(batch, metrics=merge(chosen.metrics, batch.metrics))
+        return replace(batch, metrics=merge(chosen.metrics, batch.metrics, found))
 
     def usable(self, batch: TrainingBatch) -> Usable:
         """How much of it could be learned from."""

@@ -77,6 +77,11 @@ class Served:
             if not self.running:
                 self._idle.set()
 
+    @property
+    def tells_routes(self) -> bool:
+        """Whether requests may ask which experts were chosen."""
+        return self._engine.tells_routes
+
     async def draw(self, request: SampleRequest) -> Completion:
         """One sample. A caller that is cancelled ends it.
 

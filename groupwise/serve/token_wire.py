@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from groupwise.engines import wire
 from groupwise.engines.identity import model_identity
+from groupwise.engines.told import npy_text
 from groupwise.errors import DataError
 from groupwise.inputs import ModelInput, SampleKey
 from groupwise.serve.front import Front, Refusal, unless_gone
 from groupwise.serve.served import Served
+from groupwise.sides import Routes
 from groupwise.types import Completion, SampleRequest
 from groupwise.weight_sync.folder import check_fits, read_weights
 
@@ -54,6 +57,7 @@ class TokenWire:
             exact=loaded.device.type == "cpu" or loaded.batch_invariant,
             device=loaded.device.type,
             version=self._served.version,
+            routes=self._served.tells_routes,
         )
         model = {"id": self._served.name, "object": "model", "owned_by": "groupwise", "created": 0}
         model |= {"max_model_len": self._served.positions, "groupwise": told.model_dump()}
@@ -67,6 +71,10 @@ class TokenWire:
                 400, f"token_ids: the model has {positions} positions, and {given:,} leave none for an answer"
             )
         asked = self._asked(body)
+        if asked.wants_routes and not self._served.tells_routes:
+            raise Refusal(400, "groupwise.routes_from: this server's model has no experts, or is on a GPU")
+        if asked.routes_from > given:
+            raise Refusal(400, f"groupwise.routes_from = {asked.routes_from} is beyond {given:,} token_ids")
         completion: Completion = await unless_gone(request, self._served.draw(asked))
         reply = wire.reply_body(
             body.request_id or asked.id,
@@ -76,8 +84,9 @@ class TokenWire:
             weight_versions=(
                 wire.VersionSpan(version=str(asked.policy_version), start=0, end=len(completion.token_ids)),
             ),
+            routed_experts=_routed(completion.sides.routes),
         )
-        return Response(reply.model_dump_json(), media_type="application/json")
+        return Response(reply.model_dump_json(exclude_none=True), media_type="application/json")
 
     def _asked(self, body: wire.GenerateBody) -> SampleRequest:
         # Without a seed, and without a key, no two requests draw alike.
@@ -92,6 +101,8 @@ class TokenWire:
             resumed=min(own.resumed, own.continues),
             policy_version=own.policy_version,
             keeps=own.keeps,
+            wants_routes=own.routes_from is not None,
+            routes_from=own.routes_from or 0,
         )
 
     async def _update(self, request: Request) -> Response:
@@ -116,3 +127,11 @@ class TokenWire:
         body = await self._front.read(request, wire.AbortBody)
         await self._served.abort(body.request_ids)
         return JSONResponse({})
+
+
+def _routed(routes: Routes | None) -> str | None:
+    """For the wire, `[rows, layers, k]`."""
+    if routes is None:
+        return None
+    dtype = "<u1" if routes.dtype == "uint8" else "<i2"
+    return npy_text(np.frombuffer(routes.data, dtype).reshape(routes.rows, routes.layers, routes.k))

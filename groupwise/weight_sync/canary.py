@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from groupwise.batches import ScoreRequest
 from groupwise.engines.dialects.base import Drawn
 from groupwise.engines.member import Asked, NotProven
+from groupwise.engines.told import Unusable, usable_kept
 from groupwise.engines.weights import WeightRef
 from groupwise.inputs import ModelInput, SampleKey
 from groupwise.protocols import Policy
+from groupwise.sides import NO_SIDES, Kept, Sides
 from groupwise.types import BASE, SampleRequest, SamplingParams
 
 DRAWN_TOKENS = 16
@@ -48,12 +50,14 @@ class _Answer:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What one server answered about one prompt: log-probs of it, where it scores, and of what it drew."""
+    """What one server answered about one prompt: log-probs of it, where it scores, and of what it drew, with the tokens
+    that its filters left, where it tells."""
 
     tokens: tuple[int, ...]
     scored: Numbers | None
     drawn: Numbers
     without: Drawn | None
+    kept: Kept | None
 
 
 @dataclass(slots=True)
@@ -98,7 +102,7 @@ class Canary:
         prompts = [prompt[:_PROMPT_TOKENS] for prompt in self.prompts]
         asked = [self._ask(server, ref, index, prompt) for index, prompt in enumerate(prompts)]
         found = await asyncio.gather(*asked)
-        trainer = await self._trainer(prompts, [one.tokens for one in found], scored=found[0].scored is not None)
+        trainer = await self._trainer(prompts, found)
         answers = [
             _Answer(one.tokens, (*(one.scored or ()), *one.drawn), numbers, one.without)
             for one, numbers in zip(found, trainer, strict=True)
@@ -125,6 +129,7 @@ class Canary:
             wrong = wrong or f"it drew token {max(drawn.token_ids)}, of a vocabulary of {self.vocabulary}"
         if wrong:
             raise NotProven(f"version {ref.version}: the engine does not draw as it must: {wrong}")
+        kept = self._kept(drawn, ref)
         logprobs = drawn.logprobs
         if logprobs is None:  # it has none of what it drew, and scores instead
             both = await server.score((*prompt, *drawn.token_ids))
@@ -132,18 +137,25 @@ class Canary:
             logprobs = both[len(prompt) - 1 :]
         # Afterwards: vLLM for CPUs gives both the same answer where they are drawn together.
         without = await server.draw(request, whose="base") if ref.kind == "adapter" else None
-        return _Asked(drawn.token_ids, scored, logprobs, without)
+        return _Asked(drawn.token_ids, scored, logprobs, without, kept)
 
-    async def _trainer(
-        self, prompts: Sequence[tuple[int, ...]], drawn: Sequence[tuple[int, ...]], *, scored: bool
-    ) -> list[Numbers]:
+    def _kept(self, drawn: Drawn, ref: WeightRef) -> Kept | None:
+        if drawn.kept is None:
+            return None
+        try:
+            return usable_kept(drawn.kept, drawn.token_ids, vocabulary=self.vocabulary)
+        except Unusable as error:
+            raise NotProven(f"version {ref.version}: the engine does not draw as it must: {error}") from error
+
+    async def _trainer(self, prompts: Sequence[tuple[int, ...]], found: Sequence[_Asked]) -> list[Numbers]:
         """The trainer's own, of the same tokens, at temperature 1. Where a prompt ends decides its last bits: it ends
         where the engine had it end, unless the prompt itself is scored."""
-        requests = [
-            ScoreRequest(ModelInput.of(prompt[:first]), ModelInput.of((*prompt[first:], *tokens)))
-            for prompt, tokens in zip(prompts, drawn, strict=True)
-            for first in [1 if scored else len(prompt)]
-        ]
+        requests: list[ScoreRequest] = []
+        for prompt, one in zip(prompts, found, strict=True):
+            first = len(prompt) if one.scored is None else 1
+            sides = NO_SIDES if one.kept is None else Sides(kept=Kept.none(len(prompt) - first) + one.kept)
+            follows = ModelInput.of((*prompt[first:], *one.tokens))
+            requests.append(ScoreRequest(ModelInput.of(prompt[:first]), follows, sides=sides))
         return await self.policy.log_probs(requests, temperature=1.0)
 
     def _compare(self, answers: Sequence[_Answer], ref: WeightRef) -> None:

@@ -16,6 +16,7 @@ from typing import IO, Any
 import httpx
 import pytest
 import torch
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from groupwise.cli import main
 from groupwise.errors import ConfigError
@@ -95,6 +96,75 @@ def test_it_holds_in_bfloat16_and_with_an_adapter(task: Any, tmp_path: Path, fla
     here, there = ((tmp_path / run / "final" / name).read_bytes() for run in ("here", "there"))
     assert here == there
     assert differences(tmp_path / "there") == [0.0] * 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_replaying_what_this_server_chose_changes_no_bit(task: Any, tmp_path: Path, dtype: str) -> None:
+    """Its router is the trainer's: none of its choices is another, in several turns and where layers are computed
+    again."""
+    model = mixture_of(task, tmp_path / "model")
+    file = tmp_path / "nods.py"
+    file.write_text(NODS)
+    server = Served(model, "--model.dtype", dtype)
+    stops = {"stop_token_ids": list(range(60, 160)), "max_completion_tokens": 32}
+    settings: dict[str, Any] = {
+        "model": {"path": str(model), "dtype": dtype, "gradient_checkpointing": True},
+        "environment": {"name": f"{file}:make", "max_turns": 3},
+        "algorithm": {"router_aux_loss_coef": 0.01, "kl": {"coef": 0.1}},
+    }
+    try:
+        for name, replays in (("replayed", True), ("plain", "auto")):
+            rollout = over(server.url, replay_routes=replays, **stops)
+            run_training(task.config(tmp_path / name, **settings, rollout=rollout))
+    finally:
+        server.stop()
+    run_training(task.config(tmp_path / "here", **settings, rollout=stops))
+    assert digest_of(tmp_path / "replayed") == digest_of(tmp_path / "plain") == digest_of(tmp_path / "here")
+    assert differences(tmp_path / "replayed") == [0.0] * 4
+    rows = [json.loads(line) for line in (tmp_path / "replayed" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "reward" in row]
+    assert [row["moe/replaced"] for row in steps] == [0.0] * 4
+    assert [row["moe/prompt_differs"] for row in steps] == [0.0] * 4
+    assert all(row["environment/answers_per_episode"] > 0 for row in steps)
+    assert "moe/replaced" not in (tmp_path / "plain" / "metrics.jsonl").read_text()
+
+
+NODS = """
+from groupwise.types import Done, Reply
+
+
+class Nods:
+    def __init__(self, *_, **__):
+        self.turns = 0
+
+    def begin(self, prompt, key):
+        return None
+
+    def answer(self, turn):
+        self.turns += 1
+        return Reply(text=" ok ") if self.turns < 3 else Done()
+
+    def close(self):
+        pass
+
+
+def make(*_, **__):
+    return Nods()
+"""
+
+
+def mixture_of(task: Any, folder: Path) -> Path:
+    """A Qwen3-MoE with the task's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(task.model)
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"head_dim": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 48}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": 0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = Qwen3MoeConfig(**shape, **sizes, **ends, vocab_size=384, num_experts=8, initializer_range=0.1)
+        Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def test_a_server_that_is_killed_within_a_step_comes_back_with_the_same_bits(task: Any, tmp_path: Path) -> None:

@@ -304,3 +304,29 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_transfer_comes_back_and_the_
     assert (run / "log.txt").read_text().count("the engine at") == 2
     ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     assert [row["group"] for row in ledger] == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("flag", "forced", "said"),
+    [
+        ("--return-sampling-mask", {}, "sampling distribution replay requires Model Runner V2"),
+        ("--enable-return-routed-experts", {}, "requires Model Runner V2"),
+        ("--enable-return-routed-experts", {"VLLM_USE_V2_MODEL_RUNNER": "1"}, "Model Runner V2 requires Triton"),
+    ],
+)
+def test_on_a_cpu_it_tells_nothing_beside_tokens(task: Any, flag: str, forced: dict[str, str], said: str) -> None:
+    """What `rollout.top_p` and `rollout.replay_routes` are refused for, where a run would start it on one."""
+    words = ["engine", "command", "--engine", "vllm", "--model", str(task.model), "--python", str(PYTHON)]
+    words += ["--model.dtype", "float32", "--rollout.launch.port", "18453", "--rollout.launch.max_model_len", "256"]
+    found = [sys.executable, "-m", "groupwise.cli", *words, "--rollout.launch.flags", json.dumps([flag])]
+    printed = subprocess.run(found, capture_output=True, text=True, check=True).stdout
+    started = subprocess.run(
+        ["sh", "-c", f"exec env {printed}"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env=os.environ | forced,
+    )
+    assert started.returncode != 0
+    assert said in started.stdout + started.stderr

@@ -34,6 +34,7 @@ from groupwise.weight_sync import ways
 from groupwise.weight_sync.broadcast import Broadcasting
 from tests.engines.contract import lmdeploy, server, sglang, vllm
 from tests.engines.contract.spoilt import SPOILT
+from tests.engines.contract.vllm_workers import Runner
 
 KINDS: dict[str, Any] = {"vllm": vllm, "sglang": sglang, "lmdeploy": lmdeploy}
 WAYS = [
@@ -109,13 +110,13 @@ def test_what_is_damaged_on_its_way_is_refused_before_the_model_is_touched(
 ) -> None:
     SPOILT[way](monkeypatch, {2}, missing)
     loads: list[int] = []
-    real = vllm.Runner.reload_weights
+    real = Runner.reload_weights
 
-    def reload_weights(self: vllm.Runner, weights_iterator: Iterator[tuple[str, Tensor]]) -> None:
+    def reload_weights(self: Runner, weights_iterator: Iterator[tuple[str, Tensor]]) -> None:
         loads.append(1)
         real(self, weights_iterator)
 
-    monkeypatch.setattr(vllm.Runner, "reload_weights", reload_weights)
+    monkeypatch.setattr(Runner, "reload_weights", reload_weights)
     with served("vllm", task) as serving:
         config = task.config(tmp_path / "run", rollout=over("vllm", way, serving.url))
         with pytest.raises(EngineError, match=r"version 2 was not loaded: .*(checksum|torn|sent)"):

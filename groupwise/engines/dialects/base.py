@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from groupwise.engines.connection import Connection, NoKey, Refused
+from groupwise.engines.told import RawRoutes
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
 from groupwise.inputs import SampleKey
@@ -46,6 +47,7 @@ class Facts:
         identity: of Groupwise's own server: facts to compare with the trainer's model.
         exact: its log-probs are the trainer's to the bit.
         problem: why a run cannot train over it, as it is; empty: it can.
+        silent: why it does not tell which experts it chose, where it was to; empty: it does.
     """
 
     model: str
@@ -54,6 +56,7 @@ class Facts:
     identity: Mapping[str, str] = field(default_factory=dict[str, str])
     exact: bool = False
     problem: str = ""
+    silent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,8 @@ class Drawn:
         logprobs: `[T]`; None where the engine has none of the distribution that it drew from.
         versions: of the weights that drew it, where the engine says.
         text: where the engine may give no tokens to decode.
+        routes: experts that were chosen, where they were asked for, from the first position that was.
+        kept: `[T]`, the tokens that filters left, where the engine tells.
     """
 
     token_ids: tuple[int, ...]
@@ -73,7 +78,24 @@ class Drawn:
     versions: tuple[str, ...] = ()
     error: str = ""
     text: str | None = None
+    routes: RawRoutes | None = None
+    kept: Sequence[Sequence[int]] | None = None
 
+
+@dataclass(frozen=True, slots=True)
+class Tells:
+    """What a run wants to be told beside tokens.
+
+    Attributes:
+        routes: the experts that were chosen.
+        kept: the tokens that filters left.
+    """
+
+    routes: bool = False
+    kept: bool = False
+
+
+TELLS_NOTHING = Tells()
 
 Whose: TypeAlias = Literal["policy", "base"]
 """The weights that are meant: those of the version, or what an adapter stands on."""

@@ -10,17 +10,20 @@ from pydantic import BaseModel, Field
 from groupwise.engines import wire
 from groupwise.engines.connection import Connection, Refused
 from groupwise.engines.dialects.base import (
+    TELLS_NOTHING,
     Answer,
     Call,
     Card,
     Drawn,
     Facts,
     KeptOld,
+    Tells,
     Whose,
     parsed,
     recognising,
     tokens_of,
 )
+from groupwise.engines.told import RawRoutes
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
 from groupwise.protocols import EngineCaps
@@ -40,6 +43,7 @@ class Own:
 
     Args:
         exact: its log-probs are the trainer's, as it says itself.
+        tells: what is learned from beside tokens; of filters it tells nothing, since its log-probs are those before.
     """
 
     health = alive = wire.HEALTH
@@ -47,15 +51,25 @@ class Own:
     stops = True
     takes: Sequence[WeightKind] = ("tensors",)
 
-    def __init__(self, *, exact: bool = True) -> None:
-        self.caps = EngineCaps(name="http", exact_logprobs=exact, seeded=True)
+    def __init__(self, *, exact: bool = True, tells: Tells = TELLS_NOTHING) -> None:
+        self.caps = EngineCaps(name="http", exact_logprobs=exact, seeded=True, routes=tells.routes)
 
     async def reach(self, server: Connection) -> Facts:
         """What model it has; see `Dialect.reach`."""
         with recognising(server, "none of `groupwise serve`"):
             model = _Models.model_validate(await server.get(wire.MODELS)).data[0]
         served = model.groupwise
-        return Facts(model.id, model.max_model_len, str(served.version), identity=served.identity, exact=served.exact)
+        silent = ""
+        if self.caps.routes and not served.routes:
+            silent = f"{server.url} does not tell which experts it chose: it is on a GPU, or of an older Groupwise"
+        return Facts(
+            model.id,
+            model.max_model_len,
+            str(served.version),
+            identity=served.identity,
+            exact=served.exact,
+            silent=silent,
+        )
 
     async def probe(self, server: Connection) -> None:
         """Its front and its engine are one process."""
@@ -84,6 +98,7 @@ class Own:
                 resumed=request.resumed,
                 policy_version=request.policy_version,
                 keeps=request.keeps,
+                routes_from=request.routes_from if request.wants_routes else None,
             ),
         )
         return Call(wire.GENERATE, body.model_dump_json(exclude_none=True))
@@ -135,4 +150,5 @@ def drawn_of(choice: wire.Choice) -> Drawn:
         tuple(each.logprob for each in choice.logprobs.content),
         choice.finish_reason,
         tuple(span.version for span in choice.weight_versions),
+        routes=None if choice.routed_experts is None else RawRoutes(choice.routed_experts, "npy"),
     )

@@ -27,10 +27,12 @@ from groupwise.engines.dialects.base import (
 )
 from groupwise.engines.dialects.distributed import described, joined
 from groupwise.engines.dialects.updated import Updated, adapter_name
+from groupwise.engines.told import RawRoutes
 from groupwise.engines.weights import Broadcast, WeightRef
 from groupwise.errors import EngineError
 from groupwise.types import FinishReason, SampleRequest
 
+_ROUTES_FLAG = "--enable-return-routed-experts"
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
@@ -50,6 +52,9 @@ class _Meta(BaseModel):
     weight_versions: tuple[_Span, ...] | None = None
     output_token_logprobs: tuple[tuple[float | None, int, Any], ...] | None = None
     input_token_logprobs: tuple[tuple[float | None, int, Any], ...] | None = None
+    output_token_sampling_logprobs: tuple[float, ...] | None = None
+    output_token_sampling_mask: list[list[int]] | None = None
+    routed_experts: str | None = None
 
 
 class _Reply(BaseModel):
@@ -73,6 +78,8 @@ class _Started(BaseModel):
     max_req_input_len: int | None = None
     tp_size: int = 1
     enable_deterministic_inference: bool | None = None
+    enable_return_routed_experts: bool | None = None
+    sampling_mask_max_tokens: int | None = None
 
 
 class SgLang(Updated):
@@ -94,10 +101,16 @@ class SgLang(Updated):
                 f"{server.url} ignores seeds, so no sample could be drawn again; start SGLang with "
                 "--enable-deterministic-inference"
             )
+        if self._tells.kept and started.sampling_mask_max_tokens is None:
+            problem = (
+                problem or f"{server.url} does not tell which tokens its filters leave; use SGLang 0.5.23 or newer"
+            )
+        silent = ""
+        if self._tells.routes and not started.enable_return_routed_experts:
+            silent = f"{server.url} does not tell which experts it chose; start SGLang with {_ROUTES_FLAG}"
         positions = started.context_length or started.max_req_input_len
-        return Facts(
-            info.served_model_name or info.model_path or "default", positions, info.weight_version, problem=problem
-        )
+        name = info.served_model_name or info.model_path or "default"
+        return Facts(name, positions, info.weight_version, problem=problem, silent=silent)
 
     async def probe(self, server: Connection) -> None:
         """This route draws a token."""
@@ -116,7 +129,14 @@ class SgLang(Updated):
             **self._ends(sampling),
             "min_new_tokens": sampling.min_tokens,
         }
-        return self._call(request, params, name=name, adapter=True)
+        call = self._call(request, params, name=name, adapter=True)
+        asked: dict[str, Any] = {}
+        if request.wants_kept:
+            asked["return_sampling_mask"] = True
+        if request.wants_routes:
+            asked |= {"return_routed_experts": True, "routed_experts_start_len": request.routes_from}
+        assert not isinstance(call.body, str), "its bodies are mappings"
+        return Call(call.route, {**call.body, **asked})
 
     def _params(self, request: SampleRequest) -> dict[str, Any]:
         sampling = request.sampling
@@ -152,14 +172,23 @@ class SgLang(Updated):
         finish, error = _REASONS.get(reason.type, "error"), ""
         if finish == "error" or "NaN" in str(reason.matched):
             finish, error = "error", f"SGLang ended it with {reason.type!r}: {reason.message or reason.matched}"
+        elif finish == "abort":  # asked for, or of its own: a set of tokens that is larger than it tells of
+            error = f"SGLang ended it: {reason.message or 'abort'}"
+        logprobs = [value for value, _, _ in pairs]
+        if (drawn_from := meta.output_token_sampling_logprobs) is not None:  # of what the filters left
+            if len(drawn_from) != len(pairs):
+                raise EngineError(f"SGLang answered {len(pairs)} tokens, and log-probs of {len(drawn_from)} as drawn")
+            logprobs = list(drawn_from)
         spans = meta.weight_versions or ()
         versions = tuple(span.version for span in spans) or ((meta.weight_version,) if meta.weight_version else ())
         return Drawn(
             reply.output_ids,
-            tuple(-9999.0 if value is None else min(0.0, value) for value, _, _ in pairs),
+            tuple(-9999.0 if value is None else min(0.0, value) for value in logprobs),
             finish,
             () if self._adapts else versions,  # the label is the base's
             error=error,
+            routes=None if meta.routed_experts is None else RawRoutes(meta.routed_experts, "int32"),
+            kept=meta.output_token_sampling_mask,
         )
 
     def score(self, token_ids: Sequence[int], *, facts: Facts) -> Call | None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, Literal
 
 from groupwise.engines.connection import Connection, NoKey, Refused
-from groupwise.engines.dialects.base import CONTROL_SECONDS, Facts, new_name
+from groupwise.engines.dialects.base import CONTROL_SECONDS, TELLS_NOTHING, Facts, Tells, new_name
 from groupwise.engines.weights import WeightKind, WeightRef
 from groupwise.errors import EngineError
 from groupwise.protocols import EngineCaps
@@ -22,6 +22,7 @@ class Updated(ABC):
         kind: what it is given: a whole model, or an adapter of a base that it serves.
         stop_token_ids: the model's own.
         load_seconds: longest wait for weights to be loaded.
+        tells: what is learned from beside tokens.
 
     Attributes:
         engine: its name in a config.
@@ -36,9 +37,22 @@ class Updated(ABC):
     stops = True
 
     def __init__(
-        self, *, kind: Literal["model", "adapter"], stop_token_ids: Sequence[int], load_seconds: float = 600.0
+        self,
+        *,
+        kind: Literal["model", "adapter"],
+        stop_token_ids: Sequence[int],
+        load_seconds: float = 600.0,
+        tells: Tells = TELLS_NOTHING,
     ) -> None:
-        self.caps = EngineCaps(name=self.engine, exact_logprobs=False, seeded=True, scores=True)
+        self.caps = EngineCaps(
+            name=self.engine,
+            exact_logprobs=False,
+            seeded=True,
+            routes=tells.routes,
+            kept=tells.kept,
+            scores=True,
+        )
+        self._tells = tells
         self.takes: Sequence[WeightKind] = (kind,)
         self._adapts = kind == "adapter"
         self._stops = tuple(stop_token_ids)

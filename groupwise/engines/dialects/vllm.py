@@ -15,6 +15,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from groupwise.engines.connection import Connection, NoKey, Refused
 from groupwise.engines.dialects.base import (
+    CONTROL_SECONDS,
+    TELLS_NOTHING,
     Answer,
     Call,
     Drawn,
@@ -29,6 +31,7 @@ from groupwise.engines.dialects.base import (
     tokens_of,
 )
 from groupwise.engines.dialects.updated import Updated, adapter_name
+from groupwise.engines.told import RawRoutes
 from groupwise.engines.weights import Broadcast, Meeting, WeightRef
 from groupwise.errors import EngineError, EngineLost
 from groupwise.types import FinishReason, SampleRequest
@@ -38,6 +41,7 @@ _ABORT_PREFIX = "generate-tokens-"
 """Without it, the route answers 200 and aborts nothing."""
 
 _NOT_FOUND = 404
+_PROOF_TOP_K = 64
 
 _FINISHED: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort", "repetition": "length"}
 
@@ -62,6 +66,8 @@ class _Choice(BaseModel):
     finish_reason: str | None
     logprobs: _Logprobs | None = None
     weight_versions: tuple[_Span, ...] | None = None
+    routed_experts: str | None = None
+    sampling_mask: list[list[int]] | None = None
 
 
 class _Reply(BaseModel):
@@ -138,7 +144,32 @@ class Vllm(Updated):
             )
             return replace(facts, problem=problem)
         with recognising(server, "none of vLLM"):
-            return replace(facts, version=_Info.model_validate(told).weight_version)
+            facts = replace(facts, version=_Info.model_validate(told).weight_version)
+        return await self._tried(server, facts) if self._tells != TELLS_NOTHING else facts
+
+    async def _tried(self, server: Connection, facts: Facts) -> Facts:
+        """Whether it tells what it is to tell, which only an answer says: one token is drawn."""
+        params = {"temperature": 1.0, "top_k": 2, "max_tokens": 1, "logprobs": 0, "detokenize": False}
+        body = {"model": facts.model, "token_ids": [0, 0], "sampling_params": params}
+        try:
+            choice = parsed(_Reply, await server.post(_GENERATE, body, seconds=CONTROL_SECONDS)).choices[0]
+        except NoKey:
+            raise
+        except Refused as refused:
+            return replace(facts, problem=f"{server.url} does not draw: {refused.said}")
+        as_printed = ", as `groupwise engine command` prints it"
+        problem = silent = ""
+        if self._tells.kept and choice.sampling_mask is None:
+            problem = (
+                f"{server.url} does not tell which tokens its filters leave; start vLLM with --return-sampling-mask"
+                f"{as_printed}"
+            )
+        if self._tells.routes and choice.routed_experts is None:
+            silent = (
+                f"{server.url} does not tell which experts it chose; start vLLM with --enable-return-routed-experts"
+                f"{as_printed}"
+            )
+        return replace(facts, problem=problem, silent=silent)
 
     async def probe(self, server: Connection) -> None:
         """`/health` says 200 while the engine behind it is frozen; this route asks it."""
@@ -156,15 +187,22 @@ class Vllm(Updated):
             **self._ends(sampling),
             "min_tokens": sampling.min_tokens,
         }
+        if request.wants_routes:
+            params["routed_experts_prompt_start"] = request.routes_from
         return self._call(request, params, name=name, model=self._model(request.policy_version, facts))
 
     def proof(self, request: SampleRequest, *, name: str, facts: Facts, whose: Whose = "policy") -> Call:
-        """`min_tokens` would change the log-probs; `ignore_eos` does not."""
+        """`min_tokens` would change the log-probs; `ignore_eos` does not. Where filters are told of, one is set, and
+        proven with the rest."""
+        if self._tells.kept:
+            request = replace(request, sampling=replace(request.sampling, top_k=_PROOF_TOP_K))
         model = facts.model if whose == "base" else self._model(request.policy_version, facts)
         return self._call(request, {**self._params(request), "ignore_eos": True}, name=name, model=model)
 
     def _params(self, request: SampleRequest) -> dict[str, Any]:
         sampling = request.sampling
+        if self._tells.kept and sampling.temperature == 0:  # it refuses 0 then, and this is the same
+            sampling = replace(sampling, temperature=1.0, top_k=1, top_p=1.0, min_p=0.0)
         return {
             **distribution(sampling),
             "seed": seed_of(request.key, seed=sampling.seed, position=len(request.continues), bits=62),
@@ -199,6 +237,8 @@ class Vllm(Updated):
             _FINISHED.get(reason, "error"),
             tuple(span.version for span in choice.weight_versions or ()),
             error="" if reason in _FINISHED else f"vLLM ended it with {reason!r}",
+            routes=None if choice.routed_experts is None else RawRoutes(choice.routed_experts, "npy"),
+            kept=choice.sampling_mask,
         )
 
     def score(self, token_ids: Sequence[int], *, facts: Facts) -> Call | None:
@@ -207,6 +247,8 @@ class Vllm(Updated):
         if self._adapts:
             return None
         params = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+        if self._tells.kept:  # it refuses a request without; the prompt's log-probs are those of all tokens
+            params["top_k"] = 1
         return Call(_GENERATE, {"model": facts.model, "token_ids": list(token_ids), "sampling_params": params})
 
     def scores(self, answer: Answer) -> tuple[float, ...]:

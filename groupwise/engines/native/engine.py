@@ -17,6 +17,7 @@ import torch
 from groupwise.config import RolloutConfig
 from groupwise.engines.native.ahead import Flight
 from groupwise.engines.native.cache import CacheShape
+from groupwise.engines.native.chosen import sides_of
 from groupwise.engines.native.decode_attention_kernel import kernel_attends
 from groupwise.engines.native.next_tokens import Draws
 from groupwise.engines.native.scheduler import Outbox, Sample, Scheduler
@@ -24,6 +25,7 @@ from groupwise.engines.native.steps import DecodeSteps
 from groupwise.engines.native.stopping import find_finish
 from groupwise.engines.native.threads import SMALL_BYTES, StepThreads
 from groupwise.errors import EngineError
+from groupwise.model.exact.experts import experts_of
 from groupwise.model.fast_cpu.linear import ordered_weights
 from groupwise.model.fast_gpu.layers import fused
 from groupwise.model.forward.hidden_states import depends_on_length
@@ -74,6 +76,7 @@ class NativeEngine:
         self._steps = DecodeSteps(loaded, self._scheduler)
         self._draws: tuple[int, Draws] | None = None  # for the samples that run since this change
         self._flight: Flight | None = None  # a step whose tokens have not been read
+        self._is_mixture = bool(experts_of(loaded.model))
         self._threads = StepThreads(torch.get_num_threads())
         small = sum(weight.nbytes for weight in loaded.model.parameters()) <= SMALL_BYTES
         self._tries_threads = small and shape.device.type == "cpu"
@@ -81,6 +84,11 @@ class NativeEngine:
     @property
     def caps(self) -> EngineCaps:
         return EngineCaps(name="native", exact_logprobs=True, seeded=True)
+
+    @property
+    def tells_routes(self) -> bool:
+        """Whether requests may ask which experts were chosen: of a mixture, on a CPU."""
+        return self._is_mixture and self._loaded.device.type == "cpu"
 
     async def generate(self, requests: Sequence[SampleRequest]) -> AsyncIterator[Completion]:
         outbox: Outbox = asyncio.Queue()
@@ -155,6 +163,8 @@ class NativeEngine:
             raise EngineError(
                 f"asked for policy version {request.policy_version}, but this engine holds {self._version}"
             )
+        if request.wants_routes and not self.tells_routes:
+            raise EngineError(f"{request.id} asks for chosen experts: this model has none, or its steps are graphs")
         self._scheduler.check(request)
 
     async def _work(self) -> None:
@@ -246,6 +256,7 @@ class NativeEngine:
             text=self._loaded.decode(sample.drawn),
             finish_reason=reason,
             likeliest=tuple(sample.likeliest),
+            sides=sides_of(sample),
         )
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:

@@ -30,13 +30,15 @@ Outbox = asyncio.Queue[Completion | BaseException]
 @dataclass(slots=True)
 class PromptLane:
     """A prompt in the cache. `hidden [H]` is its last hidden state, from which every sample's first token is drawn.
-    `kept` are keys that are to be put into its lane first."""
+    `kept` are keys that are to be put into its lane first; `routes [P, L, k]` the experts of its tokens, once somebody
+    wanted them."""
 
     input: ModelInput
     hidden: Tensor | None = None
     members: int = 0
     running: int = 0
     kept: KeptPrompt | None = None
+    routes: np.ndarray | None = None
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -55,6 +57,7 @@ class Sample:
         kept: keys of an earlier turn, which are to be put into its lane first.
         fed: given tokens that follow `tokens`, and are fed one by one in place of drawn ones.
         over: it has a lane no more; what a step under way draws for it is dropped.
+        routes: `[n, L, k]` each, the experts of `tokens` from number `routed_from` on, where they are wanted.
     """
 
     request: SampleRequest
@@ -71,6 +74,8 @@ class Sample:
     kept: KeptSample | None = None
     fed: deque[int] = field(default_factory=deque[int])
     over: bool = False
+    routes: list[np.ndarray] = field(default_factory=list[np.ndarray])
+    routed_from: int = 0
 
     def __post_init__(self) -> None:
         self.tokens.extend(self.request.continues.token_ids)
@@ -82,6 +87,7 @@ class Sample:
         """Go on from these keys: the next given token is fed first."""
         given, size = self.tokens, len(kept.tokens)
         self.kept, self.tokens, self.fed = kept, given[: size + 1], deque(given[size + 1 :])
+        self.routed_from = size
 
     @property
     def drawn(self) -> list[int]:

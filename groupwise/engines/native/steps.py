@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from groupwise.engines.native.ahead import Flight, StepsAhead
+from groupwise.engines.native.chosen import Rows, choices_for, lacks_routes, recording, rows_of
 from groupwise.engines.native.decode_attention import DecodeLayout, StepShape
 from groupwise.engines.native.decode_attention_kernel import KernelDecodeLayout
 from groupwise.engines.native.graphs import DecodeGraphs, make_layout, run_step
@@ -16,6 +17,7 @@ from groupwise.engines.native.roster import Roster
 from groupwise.engines.native.scheduler import PromptLane, Sample, Scheduler
 from groupwise.model.forward.hidden_states import packed_hidden_states
 from groupwise.model.forward.packing import Segment, pack_sequences
+from groupwise.model.forward.routing import Choices
 from groupwise.model.loading import LoadedModel
 
 PREFILL_TOKENS = 16_384
@@ -46,14 +48,15 @@ class DecodeSteps:
         parts = [
             _Part(prompt, lane_of[id(prompt)])
             for prompt in {id(sample.prompt): sample.prompt for sample in admitted}.values()
-            if prompt is not None and prompt.hidden is None
+            if prompt is not None and (prompt.hidden is None or lacks_routes(prompt, admitted))
         ]
         going_on = [
             _Part(sample.prompt, lane_of[id(sample.prompt)], sample, place_of[id(sample)])
             for sample in admitted
             if sample.num_given and sample.kept is None and sample.prompt is not None
         ]
-        last = {id(part.sample): row for part, row in self._compute([*parts, *going_on]) if part.sample is not None}
+        computed = self._compute([*parts, *going_on], tells=choices_for(admitted) is not None)
+        last = {id(part.sample): row for part, row in computed if part.sample is not None}
         rows: dict[int, Tensor] = {}
         drawing = [sample for sample in admitted if sample.kept is None]
         for sample in admitted:
@@ -76,8 +79,12 @@ class DecodeSteps:
             if sample.kept is not None:
                 self._scheduler.sample_cache.write(place_of[id(sample)], sample.kept.keys)
 
-    def _compute(self, parts: Sequence[_Part]) -> Iterator[tuple[_Part, Tensor]]:
-        """Each part with the hidden state `[H]` of its last token; keys and values go into the caches."""
+    def _compute(self, parts: Sequence[_Part], *, tells: bool = False) -> Iterator[tuple[_Part, Tensor]]:
+        """Each part with the hidden state `[H]` of its last token; keys and values go into the caches.
+
+        Args:
+            tells: which experts are chosen is wanted.
+        """
         left = list(parts)
         while left:
             chosen = [left.pop(0)]
@@ -85,7 +92,11 @@ class DecodeSteps:
                 chosen.append(left.pop(0))
             packed = pack_sequences([part.sequence for part in chosen]).to(self._loaded.device)
             keep = _KeepKeys(self._scheduler, chosen, packed.segments)
-            hidden = packed_hidden_states(self._loaded.model, packed, on_keys=keep)[packed.predictors]
+            choices = Choices() if tells else None
+            with recording(choices):
+                hidden = packed_hidden_states(self._loaded.model, packed, on_keys=keep)[packed.predictors]
+            if choices is not None:
+                _tell_routes(chosen, packed.segments, rows_of(choices))
             for part, row in zip(chosen, hidden, strict=True):
                 if part.sample is None:
                     part.prompt.hidden = row
@@ -104,7 +115,13 @@ class DecodeSteps:
             return self._graphs.run(self._scheduler, shape, inputs)
         if self._layout is None or self._layout[0] != shape:
             self._layout = shape, make_layout(self._scheduler, shape)
-        return run_step(self._loaded, self._layout[1], inputs=inputs, positions=positions)
+        choices = choices_for(running)
+        with recording(choices):
+            found = run_step(self._loaded, self._layout[1], inputs=inputs, positions=positions)
+        if choices is not None:
+            for sample, row in zip(running, rows_of(choices), strict=False):
+                sample.routes.append(row[None])
+        return found
 
     def _roster_of(self, running: Sequence[Sample], prompts: Sequence[PromptLane]) -> Roster:
         if self._roster is None or self._roster.changes != self._scheduler.changes:
@@ -169,6 +186,20 @@ class _Part:
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.sequence))
+
+
+def _tell_routes(parts: Sequence[_Part], segments: Sequence[Segment], rows: Rows) -> None:
+    """Give prompts and samples of a pass the experts that were chosen for them.
+
+    Args:
+        segments: as of `_KeepKeys`; rows: of the pass.
+    """
+    followers = iter(segments[len(parts) :])
+    for part, segment in zip(parts, segments, strict=False):
+        part.prompt.routes = rows[segment.start : segment.stop]
+        if part.sample is not None:
+            own = next(followers)
+            part.sample.routes.append(rows[own.start : own.stop])
 
 
 @dataclass(frozen=True, slots=True)

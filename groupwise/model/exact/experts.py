@@ -197,11 +197,6 @@ def make_experts_even(model: PreTrainedModel) -> None:
                 lay(EvenRouter, child)
 
 
-def routers_of(model: nn.Module) -> list[nn.Module]:
-    """Of a model made ready by `make_experts_even`."""
-    return [module for module in model.modules() if isinstance(module, EvenRouter)]
-
-
 def check_balance_loss(model: PreTrainedModel, coef: float) -> None:
     """Refuse a balance loss that could not act, or that the model's family does not have.
 

@@ -19,6 +19,7 @@ from groupwise.model.exact.blocks import wide
 from groupwise.model.fast_cpu.evenly import row_sums
 from groupwise.model.fast_gpu.layers import fused
 from groupwise.model.fast_gpu.layers import logprobs as row_logprobs
+from groupwise.model.forward.as_sampled import KeptTokens
 from groupwise.model.forward.packing import ROW_MULTIPLE, pad_rows
 from groupwise.model.invariant.linear import InvariantLinear
 from groupwise.model.invariant.sums import fixed_row_sums
@@ -151,6 +152,7 @@ def token_scores(
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     with_entropy: bool = False,
+    kept: KeptTokens | None = None,
 ) -> TokenScores:
     """Log-probs (and entropies) of `targets [M]` predicted from `hidden [M, H]`, differentiable.
 
@@ -158,18 +160,22 @@ def token_scores(
         temperature: the sampling temperature; the log-probs are those of the sampled distribution.
         chunk_tokens: rows whose logits exist at one time, rounded up to `ROW_MULTIPLE`; by a GPU's kernels, four times
             as many.
+        kept: what filters left of the vocabulary: log-probs and entropies are of the distribution over these tokens.
     """
     if fused(hidden) and not with_entropy:
         chunk_tokens *= _NARROW  # in the same memory: no float32 copy is made, and none of the weights
     chunk_tokens = -(-chunk_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
-    def one(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    def cut(logits: Tensor, first: int) -> Tensor:
+        return logits if kept is None else kept.cut(logits, first)
+
+    def one(rows: Tensor, wanted: Tensor, first: int) -> tuple[Tensor, Tensor]:
         if fused(rows) and not with_entropy:
-            raw = head.logits(rows, as_computed=True)
+            raw = cut(head.logits(rows, as_computed=True), first)
             divisor = None if temperature in (0.0, 1.0) else raw.new_full((len(raw),), temperature, dtype=torch.float32)
             found = row_logprobs(raw, wanted, divisor, in_place=True)
             return found, found.detach()
-        logits = scale_by_temperature(head.logits(rows), temperature)
+        logits = cut(scale_by_temperature(head.logits(rows), temperature), first)
         logprobs = target_logprobs(logits, wanted, in_place=not with_entropy, sums=head.row_sums)
         if not with_entropy:
             return logprobs, logprobs.detach()
@@ -178,12 +184,13 @@ def token_scores(
     keep = 4 * hidden.shape[0] * head.vocabulary <= _KEPT_BYTES and not with_entropy
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
-    for rows, wanted in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+    starts = range(0, max(hidden.shape[0], 1), chunk_tokens)
+    for rows, wanted, first in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), starts, strict=True):
         if torch.is_grad_enabled() and not keep:
-            pair = checkpoint(one, rows, wanted, use_reentrant=False)
+            pair = checkpoint(one, rows, wanted, first, use_reentrant=False)
             assert isinstance(pair, tuple)
         else:
-            pair = one(rows, wanted)
+            pair = one(rows, wanted, first)
         logprobs.append(pair[0])
         entropies.append(pair[1])
     return TokenScores(torch.cat(logprobs), torch.cat(entropies) if with_entropy else None)

@@ -12,13 +12,14 @@ float32; in bfloat16 a layer of 32 by 16 has another kernel up to 8 rows).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from groupwise.batches import TrainingRow
 from groupwise.inputs import ModelInput
+from groupwise.model.forward.as_sampled import NOTHING, AsSampled, KeptTokens, ReplayedRoutes, Span
 
 ROW_MULTIPLE = 16
 
@@ -55,6 +56,7 @@ class Packed:
         predictors: `[M]` int64, the packed position whose hidden state predicts each completion token.
         targets: `[M]` int64, the completion tokens themselves, row by row.
         row: `[M]` int64, the row that each belongs to, in the order in which rows were given.
+        sampled: how the rows were drawn, where they say it.
     """
 
     token_ids: Tensor
@@ -63,11 +65,12 @@ class Packed:
     predictors: Tensor
     targets: Tensor
     row: Tensor
+    sampled: AsSampled = NOTHING
 
     def to(self, device: torch.device) -> Packed:
         move = [t.to(device, non_blocking=True) for t in (self.token_ids, self.position_ids)]
         rest = [t.to(device, non_blocking=True) for t in (self.predictors, self.targets, self.row)]
-        return Packed(move[0], move[1], self.segments, rest[0], rest[1], rest[2])
+        return Packed(move[0], move[1], self.segments, rest[0], rest[1], rest[2], self.sampled.to(device))
 
 
 class _Prompts:
@@ -86,7 +89,8 @@ class _Prompts:
 
 
 def pack(rows: Sequence[TrainingRow]) -> Packed:
-    """Pack training rows; those of one group with equal prompts, which must be neighbours, share the prompt.
+    """Pack training rows; those of one group with equal prompts, which must be neighbours, share the prompt, and the
+    experts that were chosen for the first one's.
 
     Example:
         Two rows of one group with prompt (1, 2, 3) and completions (7, 8) and (9,) pack to token_ids (1, 2, 3, 7),
@@ -95,10 +99,12 @@ def pack(rows: Sequence[TrainingRow]) -> Packed:
     tokens: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
+    spans: list[Span] = []
     prompts = _Prompts()
     for row in rows:
         if prompts.find(row) is None:
             prompts.add(row, len(segments))
+            spans.append(Span(row, len(tokens), 0, len(row.prompt_ids)))
             segments.append(Segment(len(tokens), len(row.prompt_ids)))
             tokens.extend(row.prompt_ids)
             positions.extend(range(len(row.prompt_ids)))
@@ -115,10 +121,14 @@ def pack(rows: Sequence[TrainingRow]) -> Packed:
         targets.extend(row.token_ids)
         owner.extend([index] * len(row.token_ids))
         if length:
+            spans.append(Span(row, len(tokens), prompt.length, length))
             segments.append(Segment(len(tokens), length, place))
             tokens.extend(row.token_ids[:-1])
             positions.extend(range(prompt.length, prompt.length + length))
-    return _finish(tokens, positions, segments, predictors, targets, owner)
+    packed = _finish(tokens, positions, segments, predictors, targets, owner)
+    if not any(row.sides for row in rows):
+        return packed
+    return replace(packed, sampled=AsSampled(ReplayedRoutes.of(spans, len(packed.token_ids)), KeptTokens.of(rows)))
 
 
 def pack_sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Packed:

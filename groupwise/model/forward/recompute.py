@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from groupwise.model.forward.replay import recomputing
+from groupwise.model.forward.routing import routers_of
 
 
 def recomputes_layers(model: PreTrainedModel) -> bool:
@@ -19,6 +23,9 @@ def recompute_layers(model: PreTrainedModel, on: bool = True) -> None:
         # Newer versions of transformers have a second name, which 5.16 has not.
         warnings.simplefilter("ignore", FutureWarning)
         if on:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            settings: dict[str, Any] = {"use_reentrant": False}
+            if routers_of(model):  # a layer that is computed again must choose as it did
+                settings["context_fn"] = recomputing
+            model.gradient_checkpointing_enable(settings)
         else:
             model.gradient_checkpointing_disable()

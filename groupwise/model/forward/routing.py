@@ -9,16 +9,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from groupwise.metrics import Load, Metric
+from groupwise.metrics import Load, Mean, Metric
 from groupwise.model.fast_cpu.evenly import evenly
 from groupwise.model.fast_cpu.linear import dnn_linear
 from groupwise.model.forward.packing import Packed
+from groupwise.model.forward.replay import Forced, forced_for, replay_of_pass
 
 ExpertCounts = tuple[tuple[int, ...], ...]
 """`[layers][E]`, how often each expert was chosen."""
@@ -34,6 +35,8 @@ class Routing:
         keeps_logits: for the balance loss.
         counts: `[E]` int64 by the layer's experts module, in the order of layers.
         logits: `[N, E]` by the layer's router, in the order of layers.
+        replaced: `[N]` int64 by layer, where the sampler's choices are replayed: how many of a token's are others than
+            the router's own.
 
     Example:
         routing = Routing.of(packed, mask)
@@ -46,6 +49,8 @@ class Routing:
     keeps_logits: bool = False
     counts: dict[nn.Module, Tensor] = field(default_factory=dict)
     logits: dict[nn.Module, Tensor] = field(default_factory=dict)
+    replaced: list[Tensor] = field(default_factory=list[Tensor])
+    choices: int = 0
 
     @staticmethod
     def of(packed: Packed, mask: Tensor, *, keeps_logits: bool = False) -> Routing:
@@ -61,6 +66,21 @@ class Routing:
             yield
         finally:
             _RECORD.reset(token)
+        if (replay := replay_of_pass()) is not None:
+            self.replaced = [noted for one in replay.forced.values() for noted in one.replaced]
+            self.choices = sum(one.ids.shape[1] for one in replay.forced.values())
+
+    def note(self, experts: nn.Module, chosen: Tensor) -> None:
+        """Count `chosen [N, k]` of a layer."""
+        counts = self.weights.new_zeros(cast(Any, experts).num_experts)
+        counts.index_add_(0, chosen.flatten(), self.weights.repeat_interleave(chosen.shape[1]))
+        seen = self.counts.get(experts)
+        self.counts[experts] = counts if seen is None else seen + counts
+
+    def note_logits(self, router: nn.Module, logits: Tensor) -> None:
+        """For the balance loss."""
+        if self.keeps_logits:
+            self.logits[router] = logits
 
     @property
     def expert_counts(self) -> ExpertCounts:
@@ -85,16 +105,66 @@ class Routing:
         return total / (len(counts) * max(tokens, 1.0) ** 2)
 
     def metrics(self) -> dict[str, Metric]:
-        """`moe/max_load`, `moe/dead`, `moe/entropy` over the tokens that have a loss."""
+        """`moe/max_load`, `moe/dead`, `moe/entropy` over the tokens that have a loss; and `moe/replaced`, where the
+        sampler's choices are replayed: the share of them that the router would not have made."""
         counts = self.expert_counts
-        return {
+        found: dict[str, Metric] = {
             "moe/max_load": Load(counts, "max_load"),
             "moe/dead": Load(counts, "dead"),
             "moe/entropy": Load(counts, "entropy"),
         }
+        if self.replaced:
+            replaced = float((self.weights * self.replaced_of_tokens()).sum())
+            found["moe/replaced"] = Mean(replaced, float(self.weights.sum()) * self.choices)
+        return found
+
+    def replaced_of_tokens(self) -> Tensor:
+        """`[N]` int64, over all layers."""
+        return torch.stack(self.replaced).sum(0)
 
 
-_RECORD: ContextVar[Routing | None] = ContextVar("routing", default=None)
+class Record(Protocol):
+    """Takes note of what routers choose in a pass."""
+
+    def note(self, experts: nn.Module, chosen: Tensor) -> None:
+        """Of `chosen [N, k]` of a layer."""
+        ...
+
+    def note_logits(self, router: nn.Module, logits: Tensor) -> None:
+        """Of `logits [N, E]` of a layer."""
+        ...
+
+
+@dataclass(slots=True)
+class Choices:
+    """The experts that each token of one pass got, as a sampler tells them.
+
+    Attributes:
+        chosen: `[N, k]` by layer.
+        experts: E.
+    """
+
+    chosen: list[Tensor] = field(default_factory=list[Tensor])
+    experts: int = 0
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Passes of this thread inside are recorded."""
+        token = _RECORD.set(self)
+        try:
+            yield
+        finally:
+            _RECORD.reset(token)
+
+    def note(self, experts: nn.Module, chosen: Tensor) -> None:
+        self.chosen.append(chosen)
+        self.experts = cast(Any, experts).num_experts
+
+    def note_logits(self, router: nn.Module, logits: Tensor) -> None:
+        """Nobody asks for them."""
+
+
+_RECORD: ContextVar[Record | None] = ContextVar("routing", default=None)
 
 
 def sum_counts(parts: Sequence[ExpertCounts]) -> ExpertCounts:
@@ -106,38 +176,53 @@ def sum_counts(parts: Sequence[ExpertCounts]) -> ExpertCounts:
 def note_choices(experts: nn.Module, chosen: Tensor) -> None:
     """Count `chosen [N, k]` of a layer if this pass is recorded."""
     record = _RECORD.get()
-    if record is None:
-        return
-    counts = record.weights.new_zeros(cast(Any, experts).num_experts)
-    counts.index_add_(0, chosen.flatten(), record.weights.repeat_interleave(chosen.shape[1]))
-    seen = record.counts.get(experts)
-    record.counts[experts] = counts if seen is None else seen + counts
+    if record is not None:
+        record.note(experts, chosen)
 
 
 class _Even(TorchFunctionMode):
-    """Inside, linear functions and sigmoids are those that give a row the same bits in any company."""
+    """Inside, linear functions and sigmoids are those that give a row the same bits in any company.
+
+    Args:
+        forced: whose experts stand for the k largest, of `experts`.
+    """
+
+    def __init__(self, forced: Forced | None = None, experts: int = 0) -> None:
+        super().__init__()
+        self._forced, self._experts = forced, experts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _SIGMOIDS:
             return evenly(torch.sigmoid, args[0])
         if func is nn.functional.linear and args[0].dtype == torch.float32 and args[0].device.type == "cpu":
             return dnn_linear(*args, **(kwargs or {}))
+        if self._forced is not None and func in _LARGEST:
+            k = args[1] if len(args) > 1 else (kwargs or {})["k"]
+            if self._forced.asks(args[0], k, self._experts):
+                return self._forced.largest(args[0], func(*args, **(kwargs or {}))[1])
         return func(*args, **(kwargs or {}))
 
 
 _SIGMOIDS = (torch.sigmoid, torch.Tensor.sigmoid, nn.functional.sigmoid)
+_LARGEST = (torch.topk, torch.Tensor.topk)
 
 
 class EvenRouter(nn.Module):
     """Laid over a router, whose class calls functions of torch on its weight."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with _Even():
+        forced = forced_for(self)
+        with _Even(forced, 0 if forced is None else cast(Any, self).num_experts):
             routed = super().forward(hidden_states, *args, **kwargs)  # pyright: ignore
         record = _RECORD.get()
-        if record is not None and record.keeps_logits:
-            record.logits[self] = routed[0]
+        if record is not None:
+            record.note_logits(self, routed[0])
         return routed
+
+
+def routers_of(model: nn.Module) -> list[nn.Module]:
+    """Those of `EvenRouter`, layer after layer."""
+    return [module for module in model.modules() if isinstance(module, EvenRouter)]
 
 
 class EvenSharedExpert(nn.Module):

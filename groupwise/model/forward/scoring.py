@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from groupwise.model.forward.head import LanguageHead, TokenScores, token_scores
 from groupwise.model.forward.hidden_states import packed_hidden_states
 from groupwise.model.forward.packing import Packed
-from groupwise.model.forward.routing import Routing
+from groupwise.model.forward.replay import Replay
+from groupwise.model.forward.routing import Routing, routers_of
 
 
 class ScoringModel(nn.Module):
@@ -27,6 +28,7 @@ class ScoringModel(nn.Module):
         super().__init__()
         self.model = model
         self.head = head
+        self._routers: tuple[nn.Module, ...] | None = None  # found when they are asked for first
 
     def forward(
         self,
@@ -36,13 +38,20 @@ class ScoringModel(nn.Module):
         chunk_tokens: int = 1024,
         with_entropy: bool = False,
         routing: Routing | None = None,
+        as_sampled: bool = False,
     ) -> TokenScores:
         """Log-probs (and entropies) `[M]` of the packed sequence's completion tokens; arguments as for `token_scores`.
 
         Args:
             routing: takes note of what the routers of a mixture of experts choose.
+            as_sampled: with the experts that the sampler chose, where the rows say it. This is for the policy's own
+                scores of tokens that it drew, and for no other model's.
         """
-        with nullcontext() if routing is None else routing.recording():
+        with ExitStack() as during:
+            if as_sampled and (replay := self.replay_of(packed)) is not None:
+                during.enter_context(replay.acting())
+            if routing is not None:
+                during.enter_context(routing.recording())
             hidden = packed_hidden_states(self.model, packed)
         return token_scores(
             self.head,
@@ -51,4 +60,13 @@ class ScoringModel(nn.Module):
             temperature=temperature,
             chunk_tokens=chunk_tokens,
             with_entropy=with_entropy,
+            kept=packed.sampled.kept,
         )
+
+    def replay_of(self, packed: Packed) -> Replay | None:
+        """The sampler's choices, for this model's routers; None where the rows have none."""
+        if packed.sampled.routes is None:
+            return None
+        if self._routers is None:
+            self._routers = tuple(routers_of(self.model))
+        return Replay.of(packed.sampled.routes, self._routers)

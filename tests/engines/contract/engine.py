@@ -10,7 +10,7 @@ import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,6 +66,9 @@ class Answer:
         stopped_by: the token or text, if it was not the end of sequence.
         spans: version, start and end, over the tokens.
         cached: tokens of the prompt that were not computed.
+        kept: the tokens that each one was drawn from.
+        drawn_logprobs: log-probs over these, whatever `logprobs` are of.
+        routes: `[prompt + T - 1][layers][k]`, the experts of each token that was run; none of a dense model.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -75,6 +78,9 @@ class Answer:
     stopped_by: int | str | None = None
     spans: list[tuple[str, int, int]] = field(default_factory=list)
     cached: int = 0
+    kept: list[list[int]] = field(default_factory=list)
+    drawn_logprobs: list[float] = field(default_factory=list)
+    routes: list[Any] = field(default_factory=list)
 
     def add(self, token: int, logprob: float, rank: int, version: str) -> None:
         at = len(self.token_ids)
@@ -114,6 +120,8 @@ class Engine:
         self.paused: str | None = None
         self.asleep: set[str] = set()
         self.dead = False
+        self.tells_routes = False
+        self._told: list[Any] = []
         self._running: list[Running] = []
         self._blocks: dict[tuple[object, ...], list[tuple[Tensor, Tensor]]] = {}
 
@@ -141,7 +149,10 @@ class Engine:
         request = Running(rid, prompt, draw, adapter)
         self._running.append(request)
         try:
-            return self._spoiled(await self._drawn(request, salt))
+            answer = await self._drawn(request, salt)
+            if self.tells_routes:
+                answer.routes = self._routes(request, answer)
+            return self._spoiled(answer)
         finally:
             self._running.remove(request)
 
@@ -163,6 +174,7 @@ class Engine:
                 continue
             token, logprob, rank = drawn(logits, draw, generator)
             answer.add(token, logprob, rank, self.version)
+            self._tell_left(answer, logits, draw)
             if self._stops(answer, draw):
                 return answer
         return answer
@@ -185,6 +197,29 @@ class Engine:
             self._keep(request.prompt, key, request.cache)
             return logits
         return self.model.next_logits(ids, request.cache, request.adapter)
+
+    def _tell_left(self, answer: Answer, logits: Tensor, draw: Draw) -> None:
+        """Which tokens the newest one was drawn from, and its log-prob among them."""
+        token = answer.token_ids[-1]
+        kept = truncated(logits if draw.greedy else logits / draw.temperature, draw)
+        answer.drawn_logprobs.append(min(0.0, float(torch.log_softmax(kept, -1)[token])))
+        left = (kept > -math.inf).nonzero().flatten().tolist()
+        if "lost_mask" in self.traps and len(answer.token_ids) == 2:
+            left = [each for each in left if each != token] or [(token + 1) % self.model.vocab_size]
+        answer.kept.append(left)
+
+    def _routes(self, request: Running, answer: Answer) -> list[Any]:
+        """Chosen experts of all tokens that were run, as this server would tell them."""
+        ids = request.prompt + answer.token_ids
+        found = self.model.routes(ids[:-1], request.adapter) if len(ids) > 1 else []
+        told = found
+        if found and "zero_routes" in self.traps:
+            told = [[[0] * len(row) for row in layers] for layers in found]
+        if found and "stale_routes" in self.traps and self._told:
+            before = self._told[: len(found)]
+            told = before + found[len(before) :]
+        self._told = found
+        return told[:-1] if "wrong_rows" in self.traps else told
 
     def _stops(self, answer: Answer, draw: Draw) -> bool:
         token = answer.token_ids[-1]

@@ -68,12 +68,14 @@ class ServedModel:
 
     Args:
         folder: config.json and safetensors, with a tokenizer or without.
+        dtype: that it computes in.
     """
 
-    def __init__(self, folder: str | Path, traps: Traps) -> None:
+    def __init__(self, folder: str | Path, traps: Traps, *, dtype: str = "float32") -> None:
         self.folder = Path(folder)
+        self._dtype: torch.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
         self.traps = traps
-        self._live = _module(self.folder)
+        self._live = _module(self.folder, self._dtype)
         self._tied = bool(self._live.config.get_text_config().tie_word_embeddings)
         if self._tied:
             _unpack_head(self._live)
@@ -92,7 +94,11 @@ class ServedModel:
         Raises:
             LoadFailed: before anything is touched, or half-way where a trap says so.
         """
-        return self.load(read_folder(Path(folder), version=version))
+        tensors = read_folder(Path(folder), version=version)
+        if any(".experts." in name for name in tensors):  # saved one by one, and held together
+            fused = _module(Path(folder), self._dtype)
+            tensors = dict(fused.named_parameters()) | dict(fused.named_buffers())
+        return self.load(tensors)
 
     def load(self, tensors: Mapping[str, Tensor], *, packs: bool = True) -> Loaded:
         """Copy tensors, by their Hugging Face names, into the model; see `load_folder`.
@@ -167,6 +173,30 @@ class ServedModel:
         logprobs = torch.log_softmax(logits[:-1], -1)
         return logprobs.gather(-1, torch.tensor(ids[1:]).unsqueeze(-1)).squeeze(-1).clone()
 
+    def routes(self, ids: list[int], adapter: str | None = None) -> list[Any]:
+        """The experts of each token, `[tokens][layers][k]`; zeros in a layer without any, as engines have them."""
+        model, seen = self._module(adapter), dict[int, Tensor]()
+        routers = [
+            (int(name.split(".layers.")[1].split(".")[0]), module)
+            for name, module in model.named_modules()
+            if type(module).__name__.lower().endswith("topkrouter")
+        ]
+        hooks = [
+            router.register_forward_hook(lambda _, __, out, layer=layer: seen.__setitem__(layer, out[-1]))
+            for layer, router in routers
+        ]
+        try:
+            with torch.inference_mode():
+                model(torch.tensor([ids]))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not seen:
+            return []
+        none = torch.zeros_like(next(iter(seen.values())))
+        depth = self._live.config.get_text_config().num_hidden_layers
+        return torch.stack([seen.get(layer, none) for layer in range(depth)], 1).tolist()
+
     def next_logits(self, ids: list[int], cache: DynamicCache, adapter: str | None = None) -> Tensor:
         """Logits of the token after `ids`, `[V]`; those that `cache` holds are not computed again."""
         if adapter is None:
@@ -191,8 +221,8 @@ class ServedModel:
         return self._merged[adapter]
 
 
-def _module(folder: Path) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+def _module(folder: Path, dtype: torch.dtype) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     # A copy has its memory aligned, as later copies have: what a file is mapped to is not, and gives other last bits.
     return copy.deepcopy(model).eval().requires_grad_(False)
 

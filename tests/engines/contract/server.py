@@ -194,9 +194,11 @@ class Replayed:
 # Running it
 
 
-def make_engine(model: str | os.PathLike[str], traps: Sequence[str], *, context: int, caches: bool) -> Engine:
+def make_engine(
+    model: str | os.PathLike[str], traps: Sequence[str], *, context: int, caches: bool, dtype: str = "float32"
+) -> Engine:
     held = Traps(traps)
-    return Engine(ServedModel(os.fspath(model), held), held, context=context, caches=caches)
+    return Engine(ServedModel(os.fspath(model), held, dtype=dtype), held, context=context, caches=caches)
 
 
 @dataclass

@@ -14,7 +14,6 @@ import asyncio
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,36 +28,17 @@ from tests.engines.contract.sglang_distributed import Distributed
 from tests.engines.contract.sglang_wire import (
     SAMPLING,
     Asked,
+    Flags,
     SglangError,
     apart,
     busy_reply,
+    check_mask,
     dead_reply,
     error_reply,
     finish_reason,
     json_body,
+    told,
 )
-
-
-@dataclass(frozen=True)
-class Flags:
-    """How it was started; names are SGLang's, defaults too.
-
-    Attributes:
-        health_check_timeout: SGLANG_HEALTH_CHECK_TIMEOUT, in seconds.
-    """
-
-    context_length: int = 512
-    enable_deterministic_inference: bool = False
-    enable_lora: bool = False
-    enable_memory_saver: bool = False
-    allow_auto_truncate: bool = False
-    disable_radix_cache: bool = False
-    health_check_timeout: float = 20.0
-
-    @staticmethod
-    def as_it_should() -> Flags:
-        """Started as an adapter ought to start it."""
-        return Flags(enable_deterministic_inference=True, enable_lora=True, enable_memory_saver=True)
 
 
 class Sglang:
@@ -73,6 +53,7 @@ class Sglang:
         """What /model_info says; spans have the engine's own."""
         self._replayed = server.Replayed(self.engine.traps)
         self._distributed = Distributed(self.engine, updated=self._named, flushed=self._flushed)
+        self.engine.tells_routes = flags.enable_return_routed_experts
 
     def contract(self) -> server.Contract:
         both, post = ["GET", "POST"], ["POST"]
@@ -136,6 +117,7 @@ class Sglang:
                 "the completion. Please reduce the number of tokens in the input messages or the completion to fit "
                 "within the limit."
             )
+        check_mask(body, most=self.flags.sampling_mask_max_tokens, seeded=self.flags.enable_deterministic_inference)
         adapter = body.get("lora_path")
         if adapter is not None and adapter not in self.engine.model.adapters:
             raise SglangError(f"Got LoRA adapter that has never been loaded: {adapter}")
@@ -193,6 +175,8 @@ class Sglang:
             meta["output_token_logprobs"] = [[None if math.isnan(each) else each, token, None] for each, token in pairs]
             meta["output_token_logprobs_length"] = len(answer.logprobs)
             meta["input_token_logprobs"] = self._input_logprobs(asked)
+        if "no_sides" not in self.engine.traps:
+            meta |= told(asked, answer)
         skip = asked.params.get("skip_special_tokens", True)
         text = self.engine.text(answer.token_ids, special=not skip)
         return {"text": text, "output_ids": answer.token_ids, "meta_info": meta}
@@ -377,6 +361,8 @@ def contract(model: str | Path, flags: Flags | None = None, *traps: str) -> serv
 def main() -> None:
     parser = server.parser("sglang", "--model-path")
     parser.add_argument("--context-length", type=int, help="the same as --context")
+    parser.add_argument("--sampling-mask-max-tokens", type=int, default=4096)
+    parser.add_argument("--enable-return-routed-experts", action="store_true")
     for name in ("enable-deterministic-inference", "enable-lora", "enable-memory-saver", "disable-radix-cache"):
         parser.add_argument(f"--{name}", action="store_true")
     given, _ = parser.parse_known_args()
@@ -386,6 +372,8 @@ def main() -> None:
         enable_lora=given.enable_lora,
         enable_memory_saver=given.enable_memory_saver,
         disable_radix_cache=given.disable_radix_cache,
+        enable_return_routed_experts=given.enable_return_routed_experts,
+        sampling_mask_max_tokens=given.sampling_mask_max_tokens,
     )
     server.run(contract(given.model, flags, *given.trap), given.host, given.port)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -48,6 +50,32 @@ def apart(body: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def check_mask(body: dict[str, Any], *, most: int, seeded: bool) -> None:
+    """SGLang ends such a request with `abort`, and answers it with this status."""
+    params = body.get("sampling_params") or {}
+    top_k = params.get("top_k", -1)
+    if body.get("return_sampling_mask") and top_k != 1 and not 1 < top_k <= most:
+        raise SglangError(
+            f"return_sampling_mask requires top_k=1 for greedy sampling or finite 1 < top_k <= {most}; got "
+            f"top_k={top_k}. Lower top_k or increase --sampling-mask-max-tokens."
+        )
+    if params.get("min_p") and seeded:
+        raise SglangError("With sampling seed, multinomial_with_seed will provide wrong results", 500)
+
+
+def told(asked: Asked, answer: Answer) -> dict[str, Any]:
+    """What is asked for beside tokens; experts as int32 without a shape, all layers of the model among them."""
+    found: dict[str, Any] = {}
+    if asked.body.get("return_sampling_mask"):
+        found["output_token_sampling_mask"] = answer.kept
+        found["output_token_sampling_logprobs"] = answer.drawn_logprobs
+        found["output_token_sampling_mask_length"] = len(answer.kept)
+    if asked.body.get("return_routed_experts") and answer.routes:
+        rows = np.array(answer.routes[asked.body.get("routed_experts_start_len", 0) :], dtype=np.int32)
+        found["routed_experts"] = base64.b64encode(rows.tobytes()).decode("utf-8")
+    return found
+
+
 def finish_reason(answer: Answer) -> dict[str, Any]:
     if answer.finish == "abort":
         return {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
@@ -80,3 +108,27 @@ async def busy_reply(request: Request, error: Exception) -> Response:
 
 async def dead_reply(request: Request, error: Exception) -> Response:
     return await error_reply(request, SglangError("The scheduler has died.", 500))
+
+
+@dataclass(frozen=True)
+class Flags:
+    """How it was started; names are SGLang's, defaults too.
+
+    Attributes:
+        health_check_timeout: SGLANG_HEALTH_CHECK_TIMEOUT, in seconds.
+    """
+
+    context_length: int = 512
+    enable_deterministic_inference: bool = False
+    enable_lora: bool = False
+    enable_memory_saver: bool = False
+    allow_auto_truncate: bool = False
+    disable_radix_cache: bool = False
+    health_check_timeout: float = 20.0
+    enable_return_routed_experts: bool = False
+    sampling_mask_max_tokens: int = 4096
+
+    @staticmethod
+    def as_it_should(**more: Any) -> Flags:
+        """Started as an adapter ought to start it; `more` are other flags."""
+        return Flags(enable_deterministic_inference=True, enable_lora=True, enable_memory_saver=True, **more)

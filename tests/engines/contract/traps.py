@@ -27,6 +27,11 @@ TRAPS: dict[str, str] = {
     "nan": "VALUE=n: the n-th token's logits are NaN (default 2), reported as the engine reports it",
     "impossible_logprob": "the second log-prob of each answer is -9999.0",
     "other_length": "one log-prob fewer than tokens",
+    "zero_routes": "chosen experts are all 0, in the right shape, as where a kernel is not asked",
+    "wrong_rows": "one token fewer has chosen experts",
+    "stale_routes": "chosen experts are those of the answer before, as far as it goes",
+    "lost_mask": "the set of tokens that filters left lacks the one that was drawn, at the second token",
+    "no_sides": "nothing is told beside tokens, whatever is asked",
     "paused_503": "a paused server answers 503 at once, where it would let requests wait",
 }
 

@@ -12,22 +12,19 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from torch import Tensor
 
-from groupwise.engines.vllm_worker.groupwise_vllm_worker import GroupwiseWorker
-from groupwise.weight_sync.folder import MANIFEST
 from tests.engines.contract import server
 from tests.engines.contract.engine import Answer, Busy, Dead
-from tests.engines.contract.model import LoadFailed, ServedModel
+from tests.engines.contract.model import LoadFailed
 from tests.engines.contract.vllm_wire import (
     Sampling,
     VllmError,
@@ -36,8 +33,10 @@ from tests.engines.contract.vllm_wire import (
     dead_reply,
     error_reply,
     json_body,
+    npy_base64,
     usage,
 )
+from tests.engines.contract.vllm_workers import EXTENSION, Worker
 
 GENERATE = "/inference/v1/generate"
 PREFIX = "generate-tokens-"
@@ -51,6 +50,8 @@ class Flags:
         dev_mode: VLLM_SERVER_DEV_MODE=1.
         runtime_lora: VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.
         version: "0.33" rejects with 503 while paused by abort or wait.
+        return_sampling_mask: tells which tokens were left; every request has to have a temperature and a top_k then.
+        enable_return_routed_experts: tells which experts were chosen, of every request.
     """
 
     enable_scale_out: bool = False
@@ -64,57 +65,21 @@ class Flags:
     served_model_name: str | None = None
     version: str = "0.32"
     tensor_parallel_size: int = 1
+    return_sampling_mask: bool = False
+    enable_return_routed_experts: bool = False
+    dtype: str = "float32"
 
     @staticmethod
-    def as_it_should() -> Flags:
-        """Started as an adapter ought to start it."""
+    def as_it_should(**more: Any) -> Flags:
+        """Started as an adapter ought to start it; `more` are other flags."""
         return Flags(
             enable_scale_out=True,
             dev_mode=True,
             enable_lora=True,
             runtime_lora=True,
             logprobs_mode="processed_logprobs",
+            **more,
         )
-
-
-class Runner:
-    """What vLLM's worker has as `model_runner`, over the served model."""
-
-    def __init__(self, model: ServedModel) -> None:
-        self.model = model
-
-    def reload_weights(self, weights_iterator: Iterator[tuple[str, Tensor]]) -> None:
-        self.model.load(dict(weights_iterator))
-
-    def get_model(self) -> object:
-        """Its packed head is the served model's own affair."""
-        return object()
-
-
-class Worker(GroupwiseWorker):
-    """Groupwise's worker extension itself, in a worker of this server."""
-
-    def __init__(self, model: ServedModel) -> None:
-        self.model_runner = Runner(model)
-
-    def groupwise_load(self, path: str, version: int | str | None = None) -> dict[str, Any]:
-        """Also a folder without a manifest, where no version is asked for."""
-        if version is not None and (Path(path) / MANIFEST).exists():
-            return super().groupwise_load(path, int(version))
-        loaded = self.model_runner.model.load_folder(path)
-        return {"tensors": loaded.tensors, "bytes": loaded.bytes}
-
-    def reload_weights(self, weights_path: str) -> None:
-        """vLLM's own, which checks nothing."""
-        self.model_runner.model.load_folder(weights_path)
-
-
-EXTENSION = frozenset(
-    {
-        *("groupwise_load", "groupwise_change", "groupwise_map", "groupwise_hello", "groupwise_receive"),
-        "reload_weights",
-    }
-)
 
 
 class Vllm:
@@ -122,10 +87,15 @@ class Vllm:
 
     def __init__(self, model: str | Path, flags: Flags, traps: list[str]) -> None:
         self.flags = flags
-        self.engine = server.make_engine(model, traps, context=flags.max_model_len, caches=flags.enable_prefix_caching)
+        self.engine = server.make_engine(
+            model, traps, context=flags.max_model_len, caches=flags.enable_prefix_caching, dtype=flags.dtype
+        )
         self.name = flags.served_model_name or str(model)
         self.workers = [Worker(self.engine.model) for _ in range(flags.tensor_parallel_size)]
         self._replayed = server.Replayed(self.engine.traps)
+        self.engine.tells_routes = flags.enable_return_routed_experts
+        if flags.return_sampling_mask and flags.logprobs_mode != "processed_logprobs":
+            raise ValueError("sampling distribution replay requires logprobs_mode='processed_logprobs'")
 
     def contract(self) -> server.Contract:
         post, get = ["POST"], ["GET"]
@@ -181,11 +151,27 @@ class Vllm:
             "prompt_logprobs": scored,
             "prompt_token_ids": ids if body.get("return_token_ids") else None,
             "output_mode": "tokens",
-            "choices": [choice(index, each, sampling) for index, each in enumerate(answers)],
+            "choices": [self._choice(index, each, sampling) for index, each in enumerate(answers)],
         }
         return JSONResponse(self._replayed(reply))
 
+    def _choice(self, index: int, answer: Answer, sampling: Sampling) -> dict[str, Any]:
+        told = choice(index, answer, sampling)
+        if "no_sides" in self.engine.traps:
+            return told
+        if self.flags.return_sampling_mask:
+            told["sampling_mask"] = answer.kept
+        if answer.routes:
+            rows = np.array(answer.routes[sampling.routes_start :], dtype=np.uint8)
+            told["routed_experts"] = npy_base64(rows)
+        return told
+
     def _sampling(self, params: Any) -> Sampling:
+        if self.flags.return_sampling_mask and isinstance(params, dict):
+            if params.get("temperature", 1.0) <= 0:
+                raise VllmError("sampling distribution replay requires temperature > 0")
+            if params.get("top_k", 0) <= 0:
+                raise VllmError("sampling distribution replay requires top_k > 0 to bound sampling mask size")
         processed = self.flags.logprobs_mode == "processed_logprobs"
         return Sampling.of(params, self.engine, max_num_seqs=self.flags.max_num_seqs, processed=processed)
 
@@ -372,6 +358,8 @@ def main() -> None:
     parser.add_argument("--enable-scale-out", action="store_true")
     parser.add_argument("--enable-lora", action="store_true")
     parser.add_argument("--no-enable-prefix-caching", action="store_true")
+    parser.add_argument("--return-sampling-mask", action="store_true")
+    parser.add_argument("--enable-return-routed-experts", action="store_true")
     given, _ = parser.parse_known_args()
     flags = Flags(
         enable_scale_out=given.enable_scale_out,
@@ -384,6 +372,8 @@ def main() -> None:
         enable_prefix_caching=not given.no_enable_prefix_caching,
         served_model_name=given.served_model_name,
         version=given.engine_version,
+        return_sampling_mask=given.return_sampling_mask,
+        enable_return_routed_experts=given.enable_return_routed_experts,
     )
     server.run(contract(given.model, flags, *given.trap), given.host, given.port)
 

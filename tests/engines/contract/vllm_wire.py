@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -33,6 +36,7 @@ class Sampling:
     n: int
     logprobs: int | None
     prompt_logprobs: bool
+    routes_start: int = 0
 
     @staticmethod
     def of(params: Any, engine: Engine, *, max_num_seqs: int, processed: bool) -> Sampling:
@@ -63,7 +67,8 @@ class Sampling:
             stop_texts=(stops,) if isinstance(stops, str) else tuple(stops),
             kind="processed" if processed else "raw",
         )
-        return Sampling(draw, n, params.get("logprobs"), params.get("prompt_logprobs") is not None)
+        scores = params.get("prompt_logprobs") is not None
+        return Sampling(draw, n, params.get("logprobs"), scores, params.get("routed_experts_prompt_start", 0))
 
     def draw(self, child: int) -> Draw:
         """Child i draws with the seed + i, so prompts with neighbouring seeds share answers."""
@@ -86,6 +91,13 @@ def choice(index: int, answer: Answer, sampling: Sampling) -> dict[str, Any]:
         "routed_experts": None,
         "sampling_mask": None,
     }
+
+
+def npy_base64(array: np.ndarray) -> str:
+    """As `vllm.utils.serial_utils.numpy2base64`."""
+    with io.BytesIO() as buffer:
+        np.save(buffer, array, allow_pickle=False)
+        return base64.b64encode(buffer.getbuffer()).decode("ascii")
 
 
 def _clamped(logprob: float) -> float:

@@ -32,6 +32,8 @@ CLASSES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "vllm/sampling_params.py": ("SamplingParams",),
         "vllm/outputs.py": ("WeightVersionSpan",),
+        "vllm/config/model.py": ("ModelConfig",),
+        "vllm/config/aux_output.py": ("AuxOutputConfig",),
         "vllm/logprobs.py": ("Logprob",),
         "vllm/entrypoints/serve/lora/protocol.py": ("LoadLoRAAdapterRequest", "UnloadLoRAAdapterRequest"),
         "vllm/entrypoints/serve/engine/protocol.py": ("ModelCard", "ErrorInfo"),
@@ -44,6 +46,7 @@ CLASSES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "sglang": {
         "sglang/api/v1/api_types.py": ("GenerateRequest", "SamplingParams", "GenerateMetaInfo", "WeightVersionSpan"),
+        "sglang/srt/arg_groups/fields/exec_.py": ("ExecFeatures",),
         "sglang/srt/managers/io_struct.py": (
             "GenerateReqInput",
             "UpdateWeightFromDiskReqInput",
@@ -103,6 +106,13 @@ ROUTES: dict[str, tuple[str, ...]] = {
     ),
 }
 
+KEYS: dict[str, dict[str, str]] = {
+    "vllm": {},
+    "sglang": {"sglang/srt/managers/tokenizer_manager.py": "meta_info"},
+    "lmdeploy": {},
+}
+"""Files in which an answer is put together as a dict, by the name of the variable."""
+
 BASES: dict[str, tuple[str, ...]] = {
     "vllm": ("vllm/entrypoints/serve/engine/protocol.py",),
     "sglang": (),
@@ -134,8 +144,10 @@ def extract(wheel: Path, engine: str) -> dict[str, Any]:
                     raise Missing(f"{wheel.name}: {file} has no class {name}")
                 classes[f"{file.split('/')[-1].removesuffix('.py')}.{name}"] = {"file": file} | _record(name, known)
         routes = {path: facts for file in ROUTES[engine] for path, facts in _routes(_parsed(archive, file))}
+        keys = {name: sorted(_keys(_parsed(archive, file), name)) for file, name in KEYS[engine].items()}
     version = wheel.name.split("-")[1]
-    return {"engine": engine, "version": version, "classes": classes, "routes": dict(sorted(routes.items()))}
+    found = {"engine": engine, "version": version, "classes": classes, "routes": dict(sorted(routes.items()))}
+    return found | {"keys": keys} if keys else found
 
 
 def _parsed(archive: zipfile.ZipFile, file: str) -> ast.Module:
@@ -209,6 +221,19 @@ def _routes(tree: ast.Module) -> Iterator[tuple[str, dict[str, Any]]]:
                 path = decorator.args[0] if decorator.args else None
                 if methods and isinstance(path, ast.Constant):
                     yield str(path.value), {"methods": methods} | _read(node)
+
+
+def _keys(tree: ast.Module, variable: str) -> set[str]:
+    """What is assigned to `variable["…"]` anywhere in a file."""
+    return {
+        str(target.slice.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Subscript)
+        and ast.unparse(target.value) == variable
+        and isinstance(target.slice, ast.Constant)
+    }
 
 
 def _methods(decorator: ast.Call) -> list[str]:

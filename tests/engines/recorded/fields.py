@@ -29,6 +29,11 @@ def required(engine: str, name: str) -> set[str]:
     return set(record(engine)["classes"][name]["required"])
 
 
+def keys(engine: str, name: str) -> set[str]:
+    """What an answer has that is no class, by the name that its dict has there."""
+    return set(record(engine)["keys"][name])
+
+
 def route(engine: str, path: str) -> dict[str, Any]:
     """Methods of a route, what its handler takes, and which keys it reads by hand."""
     return record(engine)["routes"][path]

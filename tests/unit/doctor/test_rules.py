@@ -293,6 +293,12 @@ CASES = (
         numbers(sampling__sampling_logp_difference__mean=lambda step: Mean(0.1 if step % 3 == 0 else 0.01)),
     ),
     Case(
+        "experts_strange",
+        numbers(moe__replaced=lambda step: Mean(0.81 if step == 7 else 0.02)),
+        "81% of the experts that the engine named are others than the policy's own",
+        numbers(moe__replaced=lambda step: Mean(0.2)),
+    ),
+    Case(
         "throughput_halved",
         numbers(time__rollout=lambda step: Sum(1.0 if step < 40 else 9.0)),
         "tokens per second in the last 10 steps, ",

@@ -9,7 +9,8 @@ import pytest
 from groupwise.assembly.preparation import prepare
 from groupwise.cli import main
 from groupwise.config import Config, RolloutConfig
-from groupwise.engines import check_engine, check_logprobs, check_weights, checks, has_logprobs
+from groupwise.engines import check_engine, check_logprobs, check_told, check_weights, checks, has_logprobs, tellings
+from groupwise.engines.commands import Start, command_of
 from groupwise.engines.external import Speaks, dialect_of
 from groupwise.errors import ConfigError
 from groupwise.weight_sync.way import own_folder
@@ -61,7 +62,29 @@ def test_what_acts_over_the_wire_alone_is_refused_without_it(setting: dict[str, 
         ({"engine": "vllm", "urls": ["http://a"], "launch": {"replicas": 2}}, "launch.replicas has no effect"),
         ({"engine": "vllm", "launch": {"python": "/none/python"}}, "no interpreter that can be run"),
         ({"engine": "vllm", "launch": {"python": sys.executable}}, "has no vllm: .* -m pip install vllm"),
-        ({"engine": "vllm", "urls": ["http://a"], "top_p": 0.9}, r"rollout.top_p = 0.9 does not go with"),
+        (
+            {"engine": "vllm", "urls": ["http://a"], "top_p": 0.9},
+            r"only if rollout.top_k bounds them; give one",
+        ),
+        ({"engine": "vllm", "urls": ["http://a"], "min_p": 0.1}, "such as rollout.top_k = 512"),
+        ({"engine": "vllm", "urls": ["http://a"], "top_k": 1}, "a group of equal answers"),
+        ({"engine": "sglang", "urls": ["http://a"], "top_k": 4097}, "of at most 4,096"),
+        (
+            {"engine": "sglang", "urls": ["http://a"], "top_k": 9, "min_p": 0.1},
+            "refuses it where a sample has a seed",
+        ),
+        (
+            {"engine": "sglang", "urls": ["http://a"], "top_k": 9, "repetition_penalty": 1.1},
+            "does more to the distribution",
+        ),
+        (
+            {"engine": "vllm", "urls": ["http://a"], "min_completion_tokens": 3},
+            "min_completion_tokens = 3 does not",
+        ),
+        ({"engine": "lmdeploy", "urls": ["http://a"], "top_k": 9}, "this engine does not tell them"),
+        ({"engine": "lmdeploy", "urls": ["http://a"], "replay_routes": True}, "through Ray, and not over HTTP"),
+        ({"engine": "native", "replay_routes": True}, "replay_routes = True has no effect"),
+        ({"engine": "native", "replay_routes": False}, "replay_routes = False has no effect"),
         ({"engine": "sglang", "urls": ["http://a"], "temperature": 0}, "rollout.temperature = 0"),
         ({"engine": "openai", "urls": ["http://a"], "min_p": 0.1}, "no such setting"),
         ({"engine": "vllm", "urls": ["a:1"]}, "no address of a server"),
@@ -256,3 +279,53 @@ def test_a_command_is_not_printed_by_what_cannot_act_or_is_not_there(
     monkeypatch.setattr("groupwise.engines.checks.find_spec", lambda name: None)
     assert main(words) == 2
     assert "engine 'vllm' needs httpx: pip install 'groupwise[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"top_k": 64}, "top_k = 64: the trainer has to be told"), ({"replay_routes": True}, "replay_routes = true")],
+    ids=str,
+)
+def test_a_vllm_that_is_started_without_a_gpu_tells_nothing_beside_tokens(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(checks, "_check_installed", lambda *_: None)
+    given = rollout(engine="vllm", launch={"python": sys.executable}, **settings)
+    monkeypatch.setattr(tellings, "has_gpu", lambda: False)
+    with pytest.raises(ConfigError, match=said + "(?s:.*)needs Triton, and this machine has no GPU"):
+        check_engine(given)
+    monkeypatch.setattr(tellings, "has_gpu", lambda: True)
+    check_engine(given)
+
+
+def test_evaluations_of_a_vllm_that_tells_of_filters_are_greedy() -> None:
+    def check(engine: str, temperature: float, every: int = 1) -> None:
+        settings = {"engine": engine, "urls": ["http://a"], "top_p": 0.9, "top_k": 64}
+        given = {"data": {"train": "a", "eval": "b"}, "eval": {"temperature": temperature, "every": every}}
+        check_told(Config.model_validate({"model": {"path": "m"}, "rollout": settings, **given}))
+
+    check("vllm", 0.0)
+    check("sglang", 0.5)
+    check("vllm", 0.5, every=0)
+    with pytest.raises(ConfigError, match="wants a top-k in every request"):
+        check("vllm", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "routes", "expected"),
+    [
+        ({"engine": "vllm"}, False, set()),
+        ({"engine": "vllm", "top_p": 0.9, "top_k": 64}, False, {"--return-sampling-mask"}),
+        ({"engine": "vllm"}, True, {"--enable-return-routed-experts"}),
+        ({"engine": "sglang", "top_k": 64}, True, {"--enable-return-routed-experts"}),
+        ({"engine": "sglang", "top_k": 64}, False, set()),
+    ],
+    ids=str,
+)
+def test_an_engine_is_started_to_tell_what_is_learned_from(
+    settings: dict[str, Any], routes: bool, expected: set[str]
+) -> None:
+    given = rollout(**settings)
+    start = Start("python", "m", 8000, length=64, dtype="bfloat16", seed=1, rollout=given, routes=routes)
+    words = set(command_of(given.engine, start).words)
+    assert words & {"--return-sampling-mask", "--enable-return-routed-experts"} == expected

@@ -213,9 +213,9 @@ def counting(engine: NativeEngine) -> list[int]:
     passes: list[int] = []
     compute = engine._steps._compute
 
-    def counted(parts: Any) -> Any:
+    def counted(parts: Any, **how: Any) -> Any:
         passes.append(sum(part.num_tokens for part in parts))
-        return compute(parts)
+        return compute(parts, **how)
 
     engine._steps._compute = counted  # type: ignore[method-assign]
     return passes

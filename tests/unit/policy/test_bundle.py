@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,17 @@ from groupwise.inputs import ModelInput
 from groupwise.metrics import resolve
 from groupwise.model.loading import with_adapter
 from groupwise.policy import Learner
-from groupwise.policy.bundle import BundleWriter, load_bundle
+from groupwise.policy.bundle import BundleWriter, LearnedBatch, load_bundle
 from groupwise.policy.microbatches import MicroBatch
 from groupwise.rundir import RunDirectory
+from groupwise.sides import Kept, Routes, Sides
 
 DENOMINATORS = Denominators(6.0, 2.0, 16.0, ((3, 1), (0, 4)))
 ROW = TrainingRow(
     0, ModelInput.of((10, 11, 12)), ModelInput.of((5, 6, 7)), (1, 1, 0), (0.5, -0.5, 0.1), (-4.0, -3.5, -math.inf)
 )
+CUT = replace(ROW, sides=Sides(kept=Kept.of([(5, 9), (), (7, 8, 30)])))
+ROUTED = replace(ROW, sides=Sides(Routes(bytes(range(10)), "uint8", layers=1, k=2), Kept.none(3)))
 
 
 def make_policy(make_model: Any, folder: Path, *, lora: bool = False, steps_per_batch: int = 1) -> Learner:
@@ -175,3 +180,34 @@ def test_a_run_directory_with_bundles_can_be_overwritten(make_model: Any, tmp_pa
     run.record(Config.model_validate({}))
     RunDirectory.create(tmp_path / "run", overwrite=True)
     assert not run.bundles.exists()
+
+
+def test_a_bundle_has_what_the_engine_told_and_gives_its_gradient_again(make_model: Any, tmp_path: Path) -> None:
+    """It is in no JSON; and without it the gradient would be another."""
+    policy = make_policy(make_model, tmp_path)
+    batches = (MicroBatch((ROW, CUT)), MicroBatch((CUT,)))
+    learned = [LearnedBatch(batch, DENOMINATORS, 0.0) for batch in (*batches, MicroBatch((ROUTED,), backward=False))]
+    masters = policy.gradients_of([], update=0, weights=policy._optimizer.masters())
+    weights = {name: weight.detach() for name, weight in policy.source()}
+    assert policy.bundles is not None
+    folder = policy.bundles.write(0, learned, gradients=masters, weights=weights)
+    bundle = load_bundle(folder)
+    rows = [row for batch in bundle.batches for row in batch.batch.rows]
+    assert [row.sides.kept and list(row.sides.kept) for row in rows] == [
+        None, [(5, 9), (), (7, 8, 30)], [(5, 9), (), (7, 8, 30)], [(), (), ()],
+    ]  # fmt: skip
+    assert rows[3].sides.routes is not None
+    assert rows[3].sides.routes.data == bytes(range(10))
+    assert rows[3].sides.routes == ROUTED.sides.routes
+    assert "kept" not in (folder / "bundle.json").read_text()
+
+    def norms(batches: Sequence[LearnedBatch]) -> list[float]:
+        assert bundle.weights is not None
+        return [gradient.norm for gradient in policy.gradients_of(batches, update=0, weights=bundle.weights).values()]
+
+    whole = [
+        LearnedBatch(MicroBatch((ROW, ROW)), DENOMINATORS, 0.0),
+        LearnedBatch(MicroBatch((ROW,)), DENOMINATORS, 0.0),
+    ]
+    assert norms(bundle.batches[:2]) == norms(learned[:2])
+    assert norms(bundle.batches[:2]) != norms(whole)

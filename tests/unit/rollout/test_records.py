@@ -13,8 +13,9 @@ from groupwise.files import json_line
 from groupwise.inputs import ImagePiece, ImageSource, ModelInput, SampleKey, TokenPiece
 from groupwise.rollout.batch import BatchShape, build_batch
 from groupwise.rollout.records import ledger_rows, trajectory_rows
+from groupwise.sides import NO_SIDES, Kept, Routes, Sides
 from groupwise.trajectories import ImageRow, SegmentRow, TrajectoryRow, from_json, to_json
-from groupwise.types import Completion, Prompt, Rollout, RolloutGroup, Routes, Segment
+from groupwise.types import Completion, Prompt, Rollout, RolloutGroup, Segment
 
 
 def digest(group: RolloutGroup) -> str:
@@ -48,16 +49,29 @@ def test_one_trajectory_row_per_rollout(make_group: Any) -> None:
 
 
 PROMPT = Prompt("000017-3fa9", (), "2+2=", ModelInput.of((4, 5)), data_source="sums")
-ROUTES = Routes(b"experts" * 9, "uint8", layers=3, k=3)
+ROUTES = Routes(b"experts" * 9, "uint8", layers=3, k=3)  # 7 rows
+FIRST, SECOND = replace(ROUTES, data=ROUTES.data[:27]), replace(ROUTES, data=ROUTES.data[27:63], first=3)
 
 
 def episode(**changes: Any) -> Rollout:
     """Two turns with an answer between them: 2 + 1 + 3 tokens."""
     key = SampleKey(PROMPT.uid, 4, 1)
-    turn = Segment.turn(Completion(key, (7, 2), (-0.1, -0.3), (2, 2), "(2+2=", "stop", routes=ROUTES))
+    turn = Segment.turn(
+        Completion(key, (7, 2), (-0.1, -0.3), (2, 2), "(2+2=", "stop", sides=Sides(FIRST, Kept.of([(7,), ()])))
+    )
     said = ({"role": "tool", "content": "4"},)
     answer = Segment.answer(ModelInput.of((9,)), "4", said, version=2)
-    last = Segment.turn(Completion(key, (8, 8, 1), (-1.0, -2.0, -3.0), (2, 3, 3), ") 4", "length", routes=ROUTES))
+    last = Segment.turn(
+        Completion(
+            key,
+            (8, 8, 1),
+            (-1.0, -2.0, -3.0),
+            (2, 3, 3),
+            ") 4",
+            "length",
+            sides=Sides(SECOND, Kept.of([(8, 9), (8,), (1,)])),
+        )
+    )
     return Rollout(key, (replace(turn, reward=0.5), answer, last), "length", **changes)
 
 
@@ -83,10 +97,29 @@ def test_a_row_has_turns_and_answers() -> None:
     assert row.loss_mask == (1, 1, 0, 1, 1, 1)
 
 
+def test_what_turns_told_is_that_of_the_whole_rollout() -> None:
+    """2 prompt tokens and 6 that follow: the last one was not run, and the second was with the second turn."""
+    sides = episode().sides
+    assert sides.routes is not None
+    assert sides.kept is not None
+    assert (sides.routes.rows, sides.routes.first) == (7, 0)
+    assert sides.routes.data == ROUTES.data[:63]
+    assert list(sides.kept) == [(7,), (), (), (8, 9), (8,), (1,)]
+    assert episode() == replace(episode(), segments=tuple(replace(s, sides=NO_SIDES) for s in episode().segments))
+
+
+def test_a_turn_that_told_nothing_leaves_nothing_known() -> None:
+    whole = episode()
+    silent = replace(whole, segments=(*whole.segments[:2], replace(whole.segments[2], sides=NO_SIDES)))
+    assert not silent.sides
+
+
 def test_routes_are_in_no_row() -> None:
     text = json_line(to_json(row_of(episode())))
     assert "routes" not in text
     assert "experts" not in text
+    assert "kept" not in text
+    assert "sides" not in text
 
 
 def test_credit_is_its_mean_and_where_it_varies_the_list() -> None:

@@ -30,8 +30,8 @@ from groupwise.model.exact.experts import (
     even_experts,
     experts_of,
     make_experts_even,
-    routers_of,
 )
+from groupwise.model.forward.routing import routers_of
 from groupwise.model.loading import wrap_model
 
 MakeMixture = Callable[..., PreTrainedModel]
