@@ -70,7 +70,7 @@ class Side:
 
 
 def main(arguments: list[str] | None = None) -> float:
-    """Print what was measured; returns the share of a step that watching costs."""
+    """Print what was measured; returns the share of a step inside the doctor and the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="of each run")
@@ -122,7 +122,7 @@ def _report(sides: Sequence[Side]) -> float:
     for name, inside in (("the doctor", doctor), ("rows", rows)):
         print(f"inside {name}: {inside * 1_000:.2f} ms, {inside / usual:.2%} of a step")
     print(f"with both: {share:+.2%} ± {error:.2%} of a step")
-    return share
+    return (doctor + rows) / usual
 
 
 if __name__ == "__main__":

@@ -125,9 +125,9 @@ def _keeps_bits(width: int, whole: int) -> bool:
                 weights = torch.randn(batch, 16 * TILE, whole, generator=draw).to(dtype)
                 value = torch.randn(batch, whole, size, generator=draw).to(dtype)
                 weights[..., width:] = 0
-                wanted = torch.bmm(weights, value)
+                wanted = wide_bmm(weights, value)
                 for rows in (full_rows(TILE, value, batch), weights.shape[1]):
-                    some = torch.bmm(weights[:, :rows, :width].contiguous(), value[:, :width])
+                    some = wide_bmm(weights[:, :rows, :width].contiguous(), value[:, :width])
                     if not torch.equal(some, wanted[:, :rows]):
                         return False
     return True
@@ -198,9 +198,12 @@ def wide(x: Tensor) -> Tensor:
 
 @lru_cache
 def widens(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a batched product of `dtype` can leave its sums in float32, as a GPU's can."""
-    if device.type == "cpu" or dtype in (torch.float32, torch.float64):
+    """Whether a batched product of `dtype` can leave its sums in float32: a GPU's can, and that of a CPU which has none
+    for `dtype` of its own, and so multiplies in float32."""
+    if dtype in (torch.float32, torch.float64):
         return False
+    if device.type == "cpu":
+        return not _multiplies(dtype)
     probe = torch.ones(1, 16, 16, dtype=dtype, device=device)
     try:
         torch.bmm(probe, probe, out_dtype=torch.float32)
@@ -209,11 +212,23 @@ def widens(dtype: torch.dtype, device: torch.device) -> bool:
     return True
 
 
+@lru_cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products of `dtype` for this processor. Without (AVX2), torch takes a loop whose sums depend
+    on how keys lie in memory, and which is some 16 times slower than a product in float32 (measured)."""
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def wide_bmm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """`torch.bmm` in the type that sums are kept in, with no rounding on the way where the device can spare it."""
     if out is not None and out.dtype == a.dtype:
         return torch.bmm(a, b, out=out)
-    found = torch.bmm(a, b, out_dtype=torch.float32) if widens(a.dtype, a.device) else wide(torch.bmm(a, b))
+    if not widens(a.dtype, a.device):
+        found = wide(torch.bmm(a, b))
+    elif a.device.type == "cpu":
+        found = torch.bmm(a.float(), b.float())
+    else:
+        found = torch.bmm(a, b, out_dtype=torch.float32)
     return found if out is None else out.copy_(found)
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 
@@ -94,11 +97,7 @@ class ServedModel:
         Raises:
             LoadFailed: before anything is touched, or half-way where a trap says so.
         """
-        tensors = read_folder(Path(folder), version=version)
-        if any(".experts." in name for name in tensors):  # saved one by one, and held together
-            fused = _module(Path(folder), self._dtype)
-            tensors = dict(fused.named_parameters()) | dict(fused.named_buffers())
-        return self.load(tensors)
+        return self.load(read_folder(Path(folder), version=version))
 
     def load(self, tensors: Mapping[str, Tensor], *, packs: bool = True) -> Loaded:
         """Copy tensors, by their Hugging Face names, into the model; see `load_folder`.
@@ -107,6 +106,7 @@ class ServedModel:
             packs: whether a tied head gets its copy of the new embeddings.
         """
         targets = dict(self._live.named_parameters()) | dict(self._live.named_buffers())
+        tensors = self._together(tensors)
         if unknown := sorted(set(tensors) - set(targets)):
             raise LoadFailed(f"the model has no {unknown[0]}")
         for name, tensor in tensors.items():
@@ -129,6 +129,18 @@ class ServedModel:
         if self._tied and packs and "stale_head" not in self.traps:
             _unpack_head(self._live)
         return done
+
+    def _together(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Experts are saved one by one, and held together: as transformers puts them."""
+        if not any(re.search(r"\.experts\.\d+\.", name) for name in tensors):
+            return tensors
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(self.folder / "config.json", folder)
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder, "model.safetensors")
+            )
+            fused = _module(Path(folder), self._dtype)
+        return dict(fused.named_parameters()) | dict(fused.named_buffers())
 
     def _left_out(self, names: list[str]) -> str | None:
         if "missing_tensor" not in self.traps:
