@@ -9,6 +9,8 @@ VENV_VERIFIERS ?= .venv-verifiers
 # More arguments for pip, e.g. PIP_ARGS="--extra-index-url URL" for a CPU-only build of torch.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# Processes that share the fast tests.
+PYTEST_JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
@@ -60,7 +62,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/groupwise quickstart --overwrite
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -q -m "$(FAST)" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n $(PYTEST_JOBS) -m "$(FAST)" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -q -m "not gpu" $(PYTEST_ARGS)
@@ -121,10 +123,10 @@ test-newest:
 	@$(MAKE) --no-print-directory $(VENV_NEWEST)/.python
 	@echo "== installing the newest releases"
 	@$(BIN_NEWEST)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) torch
-	@$(BIN_NEWEST)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[serve]' pytest pytest-timeout hypothesis gguf matplotlib
+	@$(BIN_NEWEST)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[serve]' pytest pytest-timeout pytest-xdist hypothesis gguf matplotlib
 	@$(BIN_NEWEST)/python -m pip check --disable-pip-version-check
 	@$(BIN_NEWEST)/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|peft|tokenizers|datasets|numpy|pydantic) '
-	@$(BIN_NEWEST)/python -m pytest -q -m "$(FAST)" $(PYTEST_ARGS)
+	@$(BIN_NEWEST)/python -m pytest -q -n $(PYTEST_JOBS) -m "$(FAST)" $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	@echo "== ruff check"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 
 import pytest
 from hypothesis import settings
+
+from groupwise.texts import encodable
 
 # Before transformers or datasets are imported: a test that reaches for the Hub must fail, not wait.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,6 +32,14 @@ settings.load_profile("groupwise")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--extras", action="store_true", help="refuse to skip tests whose package is not installed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What hostile texts print goes from process to process, where tests are shared out: as UTF-8."""
+    report = yield
+    report.sections = [(name, encodable(text)) for name, text in report.sections]
+    return report
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

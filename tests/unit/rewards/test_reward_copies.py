@@ -60,7 +60,7 @@ MANY = [{"id": i, "tags": ["a", None, 1.5, True]} for i in range(40)]
         torch.arange(4),
         [torch.ones(2), np.ones(2)],
         bytearray(b"abc"),
-        {"a", "b"},
+        {1, 2},
         OrderedDict(a=[1]),
         defaultdict(list, a=[1]),
         {1: [2], None: {"x": [3]}},
