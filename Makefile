@@ -62,7 +62,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/groupwise quickstart --overwrite
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -q -n $(PYTEST_JOBS) -m "$(FAST)" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n $(PYTEST_JOBS) --dist worksteal -m "$(FAST)" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -q -m "not gpu" $(PYTEST_ARGS)
@@ -126,7 +126,7 @@ test-newest:
 	@$(BIN_NEWEST)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[serve]' pytest pytest-timeout pytest-xdist hypothesis gguf matplotlib
 	@$(BIN_NEWEST)/python -m pip check --disable-pip-version-check
 	@$(BIN_NEWEST)/python -m pip list --disable-pip-version-check | grep -E '^(torch|transformers|peft|tokenizers|datasets|numpy|pydantic) '
-	@$(BIN_NEWEST)/python -m pytest -q -n $(PYTEST_JOBS) -m "$(FAST)" $(PYTEST_ARGS)
+	@$(BIN_NEWEST)/python -m pytest -q -n $(PYTEST_JOBS) --dist worksteal -m "$(FAST)" $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	@echo "== ruff check"
