@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Literal, TypeAlias
@@ -20,6 +20,7 @@ ExpertType: TypeAlias = Literal["uint8", "int16"]
 """Of the number of an expert, little-endian: the first for up to 256 of them."""
 
 MOST_EXPERTS = 1 << 15
+NUMPY_TYPES: Mapping[ExpertType, str] = {"uint8": "<u1", "int16": "<i2"}
 _BYTES: dict[ExpertType, int] = {"uint8": 1, "int16": 2}
 
 

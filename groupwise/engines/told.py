@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from groupwise.sides import Kept, Mixture, Routes, expert_type
+from groupwise.sides import NUMPY_TYPES, Kept, Mixture, Routes, expert_type
 
 Integers: TypeAlias = NDArray[np.integer[Any]]
 
@@ -69,7 +69,7 @@ def usable_routes(raw: RawRoutes | None, mixture: Mixture, *, first: int, end: i
     if rows > 1 and mixture.k < mixture.experts and bool((ordered == ordered[:1]).all()):
         raise Unusable(f"it told of the same experts for all of {rows} tokens")
     dtype = expert_type(mixture.experts)
-    data = told.astype("<u1" if dtype == "uint8" else "<i2").tobytes()
+    data = told.astype(NUMPY_TYPES[dtype]).tobytes()
     return Routes(data, dtype, len(mixture.sparse), mixture.k, first)
 
 

@@ -136,7 +136,7 @@ class LocalPolicy:
         return self._learner.source()
 
     async def weights(self) -> list[tuple[str, Tensor]]:
-        """The whole model as `export` writes it; see `groupwise.model.saving.saved_weights`."""
+        """The whole model as `export` writes it; see `groupwise.model.saved_weights`."""
         return await self._worker.run(partial(saved_weights, self._learner.loaded.model))
 
     async def export(self, folder: Path, *, merged: bool = False) -> None:

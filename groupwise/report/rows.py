@@ -14,7 +14,7 @@ from typing import Any
 from groupwise.runs.reading import finite
 from groupwise.trajectories import FOLDER, STEP_FILE, numbered_files
 
-_TOKENS = b', "token_ids": ['
+_TOKENS = (b',"token_ids":[', b', "token_ids": [')  # the second in rows of earlier releases
 """From here on a row is as long as its answer; a quote inside a text is escaped, so no text holds this."""
 
 
@@ -169,7 +169,7 @@ _NEEDED = {
 
 def light(line: bytes) -> dict[str, Any] | None:
     """A row without its tokens; None for a line that is no row."""
-    cut = line.find(_TOKENS)
+    cut = max(map(line.find, _TOKENS))
     row = _object(line[:cut] + b"}" if cut > 0 else line)
     if row is None and cut > 0:
         row = _object(line)

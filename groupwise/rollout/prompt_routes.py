@@ -19,6 +19,8 @@ from groupwise.types import Rollout, RolloutGroup
 def with_one_choice(groups: Sequence[RolloutGroup]) -> tuple[tuple[RolloutGroup, ...], dict[str, Metric]]:
     """The groups, in which rollouts with equal prompts have equal choices there; and `moe/prompt_differs`, the share of
     prompts' tokens that had others than the first sample's. Nothing where no routes were told."""
+    if all(rollout.sides.routes is None for group in groups for rollout in group.rollouts):
+        return tuple(groups), {}
     compared = differing = 0
     settled: list[RolloutGroup] = []
     for group in groups:

@@ -20,7 +20,7 @@ from groupwise.errors import DataError
 from groupwise.inputs import ModelInput, SampleKey
 from groupwise.serve.front import Front, Refusal, unless_gone
 from groupwise.serve.served import Served
-from groupwise.sides import Routes
+from groupwise.sides import NUMPY_TYPES, Routes
 from groupwise.types import Completion, SampleRequest
 from groupwise.weight_sync.folder import check_fits, read_weights
 
@@ -133,5 +133,5 @@ def _routed(routes: Routes | None) -> str | None:
     """For the wire, `[rows, layers, k]`."""
     if routes is None:
         return None
-    dtype = "<u1" if routes.dtype == "uint8" else "<i2"
-    return npy_text(np.frombuffer(routes.data, dtype).reshape(routes.rows, routes.layers, routes.k))
+    numbers = np.frombuffer(routes.data, NUMPY_TYPES[routes.dtype])
+    return npy_text(numbers.reshape(routes.rows, routes.layers, routes.k))

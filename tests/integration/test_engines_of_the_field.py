@@ -29,6 +29,7 @@ from groupwise.errors import ConfigError, EngineError
 from groupwise.launch import Given, run_training
 from groupwise.policy import Learner
 from tests.engines.contract import lmdeploy, openai, server, sglang, vllm
+from tests.made_environment import nods
 
 KINDS: dict[str, Any] = {"vllm": vllm, "sglang": sglang}
 SOME = ["vllm", pytest.param("sglang", marks=pytest.mark.slow)]
@@ -414,35 +415,11 @@ def test_samples_that_were_lost_are_neither_missing_nor_counted_twice(task: Any,
     assert not math.isnan(sum(row["step"] for row in rows_of(tmp_path / "run", "ledger.jsonl")))
 
 
-ENVIRONMENT = """
-from groupwise.types import Done, Reply
-
-
-class Nods:
-    def __init__(self, *_, **__):
-        self.turns = 0
-
-    def begin(self, prompt, key):
-        return None
-
-    def answer(self, turn):
-        self.turns += 1
-        return Reply(text=" ok ", reward=len(turn.token_ids) / 10) if self.turns < 3 else Done(reward=float(self.turns))
-
-    def close(self):
-        pass
-
-
-def make(*_, **__):
-    return Nods()
-"""
-
-
 @pytest.mark.parametrize("kind", SOME)
 def test_turns_of_an_environment_go_on_where_they_were(task: Any, tmp_path: Path, kind: str) -> None:
     """What follows the prompt is sent again, as tokens, and the next turn has another seed."""
     file = tmp_path / "nods.py"
-    file.write_text(ENVIRONMENT)
+    file.write_text(nods(turn="len(turn.token_ids) / 10", done="float(self.turns)"))
     with served(kind, task) as serving:
         config = task.config(
             tmp_path / "run",

@@ -22,6 +22,7 @@ from groupwise.cli import main
 from groupwise.errors import ConfigError
 from groupwise.launch import Given, run_training
 from groupwise.weight_sync.folder import MANIFEST, WEIGHTS, read_weights, write_weights
+from tests.made_environment import nods
 
 
 class Served:
@@ -104,7 +105,7 @@ def test_replaying_what_this_server_chose_changes_no_bit(task: Any, tmp_path: Pa
     again."""
     model = mixture_of(task, tmp_path / "model")
     file = tmp_path / "nods.py"
-    file.write_text(NODS)
+    file.write_text(nods())
     server = Served(model, "--model.dtype", dtype)
     stops = {"stop_token_ids": list(range(60, 160)), "max_completion_tokens": 32}
     settings: dict[str, Any] = {
@@ -127,30 +128,6 @@ def test_replaying_what_this_server_chose_changes_no_bit(task: Any, tmp_path: Pa
     assert [row["moe/prompt_differs"] for row in steps] == [0.0] * 4
     assert all(row["environment/answers_per_episode"] > 0 for row in steps)
     assert "moe/replaced" not in (tmp_path / "plain" / "metrics.jsonl").read_text()
-
-
-NODS = """
-from groupwise.types import Done, Reply
-
-
-class Nods:
-    def __init__(self, *_, **__):
-        self.turns = 0
-
-    def begin(self, prompt, key):
-        return None
-
-    def answer(self, turn):
-        self.turns += 1
-        return Reply(text=" ok ") if self.turns < 3 else Done()
-
-    def close(self):
-        pass
-
-
-def make(*_, **__):
-    return Nods()
-"""
 
 
 def mixture_of(task: Any, folder: Path) -> Path:

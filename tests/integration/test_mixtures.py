@@ -20,19 +20,9 @@ from transformers import (
 from groupwise.config import Config
 from groupwise.errors import ConfigError
 from groupwise.launch import run_sft, run_training
+from tests.made_model import SHAPE
 
 ReadRows = Callable[[Path], list[dict[str, Any]]]
-SHAPE: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "intermediate_size": 48,
-    "initializer_range": 0.1,
-}
 
 
 def mixture(task: Any, folder: Path, kind: str) -> str:

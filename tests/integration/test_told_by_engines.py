@@ -25,22 +25,13 @@ from groupwise.launch import Given, run_training
 from groupwise.model.forward.as_sampled import KeptTokens
 from groupwise.sides import Mixture
 from groupwise.types import Completion, SampleRequest, SamplingParams
+from tests import made_model
 from tests.engines.contract import server, sglang, vllm
+from tests.made_environment import nods
 
 KINDS: dict[str, Any] = {"vllm": vllm, "sglang": sglang}
 CUT = {"top_p": 0.9, "top_k": 20}
-SHAPE: dict[str, Any] = {
-    "vocab_size": 384,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "intermediate_size": 48,
-    "initializer_range": 0.1,
-}
+SHAPE = {"vocab_size": 384, **made_model.SHAPE}
 GLM = Mixture(depth=2, sparse=(1,), experts=8, k=2)
 
 
@@ -240,34 +231,10 @@ def test_a_dense_model_has_nothing_to_replay(task: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-ENVIRONMENT = """
-from groupwise.types import Done, Reply
-
-
-class Nods:
-    def __init__(self, *_, **__):
-        self.turns = 0
-
-    def begin(self, prompt, key):
-        return None
-
-    def answer(self, turn):
-        self.turns += 1
-        return Reply(text=" ok ") if self.turns < 3 else Done(reward=float(len(turn.token_ids)))
-
-    def close(self):
-        pass
-
-
-def make(*_, **__):
-    return Nods()
-"""
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_turn_tells_what_the_ones_before_did_not(mixtures: Any, task: Any, tmp_path: Path, kind: str) -> None:
     file = tmp_path / "nods.py"
-    file.write_text(ENVIRONMENT)
+    file.write_text(nods(done="float(len(turn.token_ids))"))
     flags = {"return_sampling_mask": True, "enable_return_routed_experts": True}
     with served(kind, mixtures["qwen3_moe"], **flags) as serving:
         stops = {"stop_token_ids": list(range(60, 160)), "max_completion_tokens": 48}

@@ -25,7 +25,6 @@ _SETTINGS = (
     "rollout.engine_sleeps",
     "rollout.weights_by",
     "rollout.weights_dir",
-    "rollout.weights_by",
     "rollout.sync_tolerance",
     "rollout.quantized_engine",
     "rollout.kv_cache_gib",

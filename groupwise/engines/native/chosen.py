@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from groupwise.engines.native.scheduler import PromptLane, Sample
 from groupwise.model.forward.routing import Choices
-from groupwise.sides import NO_SIDES, Routes, Sides, expert_type
+from groupwise.sides import NO_SIDES, NUMPY_TYPES, Routes, Sides, expert_type
 
 Rows = NDArray[np.integer[Any]]
 """`[N, L, k]`."""
@@ -34,8 +34,7 @@ def choices_for(samples: Sequence[Sample]) -> Choices | None:
 
 def rows_of(choices: Choices) -> Rows:
     """Of a pass that has been recorded."""
-    dtype = "<u1" if expert_type(choices.experts) == "uint8" else "<i2"
-    return torch.stack(choices.chosen, 1).numpy().astype(dtype)
+    return torch.stack(choices.chosen, 1).numpy().astype(NUMPY_TYPES[expert_type(choices.experts)])
 
 
 def lacks_routes(prompt: PromptLane, samples: Sequence[Sample]) -> bool:

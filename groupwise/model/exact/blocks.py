@@ -216,7 +216,9 @@ def widens(dtype: torch.dtype, device: torch.device) -> bool:
 def _multiplies(dtype: torch.dtype) -> bool:
     """Whether oneDNN has products of `dtype` for this processor. Without (AVX2), torch takes a loop whose sums depend
     on how keys lie in memory, and which is some 16 times slower than a product in float32 (measured)."""
-    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype != torch.bfloat16:
+        return True
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def wide_bmm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: N packed tokens, of which those with a loss count; E experts of a layer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
@@ -61,11 +61,8 @@ class Routing:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Passes of this thread inside are recorded. What a backward pass computes again is not, as it comes after."""
-        token = _RECORD.set(self)
-        try:
+        with _recorded_by(self):
             yield
-        finally:
-            _RECORD.reset(token)
         if (replay := replay_of_pass()) is not None:
             self.replaced = [noted for one in replay.forced.values() for noted in one.replaced]
             self.choices = sum(one.ids.shape[1] for one in replay.forced.values())
@@ -147,14 +144,9 @@ class Choices:
     chosen: list[Tensor] = field(default_factory=list[Tensor])
     experts: int = 0
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self) -> AbstractContextManager[None]:
         """Passes of this thread inside are recorded."""
-        token = _RECORD.set(self)
-        try:
-            yield
-        finally:
-            _RECORD.reset(token)
+        return _recorded_by(self)
 
     def note(self, experts: nn.Module, chosen: Tensor) -> None:
         self.chosen.append(chosen)
@@ -165,6 +157,15 @@ class Choices:
 
 
 _RECORD: ContextVar[Record | None] = ContextVar("routing", default=None)
+
+
+@contextmanager
+def _recorded_by(record: Record) -> Iterator[None]:
+    token = _RECORD.set(record)
+    try:
+        yield
+    finally:
+        _RECORD.reset(token)
 
 
 def sum_counts(parts: Sequence[ExpertCounts]) -> ExpertCounts:

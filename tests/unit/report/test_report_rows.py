@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from groupwise.files import json_line
 from groupwise.report.choice import choose_groups, spread_order
 from groupwise.report.detail import group_detail
 from groupwise.report.pieces import Pieces
@@ -50,8 +51,8 @@ def test_a_group_whole_is_what_its_rows_are(tmp_path: Path) -> None:
     assert detail["prompt"] == rows[0].prompt
 
 
-def test_what_a_text_says_is_not_taken_for_a_field(tmp_path: Path) -> None:
-    trap = 'x", "token_ids": [1, 2], "logprobs": ['
+@pytest.mark.parametrize("trap", ['x", "token_ids": [1, 2], "logprobs": [', 'x","token_ids":[1,2],"logprobs":['])
+def test_what_a_text_says_is_not_taken_for_a_field(tmp_path: Path, trap: str) -> None:
     run = make_run(tmp_path / "run", steps=1)
     row = rollout(2, 99, 0, prompt=trap, cause=trap)
     lines(run / "trajectories/step_000002.jsonl", [to_json(row)])
@@ -206,3 +207,13 @@ def test_names_tell_runs_apart() -> None:
     assert names_of([Path("/a/one"), Path("/a/two")]) == ["one", "two"]
     assert names_of([Path("/a/one/grpo"), Path("/a/two/grpo")]) == ["one/grpo", "two/grpo"]
     assert names_of([Path("/a/one")]) == ["one"]
+
+
+@pytest.mark.parametrize("compact", [True, False], ids=["as written", "with spaces"])
+def test_a_row_is_read_without_its_tokens(compact: bool) -> None:
+    written = json_line(to_json(rollout(1, 0, 0)))
+    line = (written if compact else json.dumps(json.loads(written))).encode()
+    torn = line[: line.index(b"token_ids") + 15] + b"what follows is not read"
+    assert (found := light(torn)) is not None
+    assert "token_ids" not in found
+    assert found == {name: value for name, value in json.loads(line).items() if name in found}
