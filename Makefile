@@ -9,7 +9,7 @@ VENV_VERIFIERS ?= .venv-verifiers
 # More arguments for pip, e.g. PIP_ARGS="--extra-index-url URL" for a CPU-only build of torch.
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-# Processes that share the fast tests.
+# Processes that share the tests, but for those that measure.
 PYTEST_JOBS ?= 2
 
 BIN := $(VENV)/bin
@@ -68,7 +68,8 @@ test-all: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -q -m "not gpu" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	@$(BIN)/python -m pytest -q -n $(PYTEST_JOBS) --dist worksteal -m "slow and not gpu and not alone" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	@$(BIN)/python -m pytest -q -m "slow and not gpu and alone" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 # A second environment: the trackers need older versions of some packages than the first one has. llama.cpp is built for any
 # x86-64 with AVX2: made for this very processor, where that is one with AMX, it ended in a segmentation fault.

@@ -249,10 +249,15 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 def json_line(row: Mapping[str, Any]) -> str:
     """One JSON Lines row, with its newline (NaN becomes null)."""
+    return _json_bytes(row).decode()
+
+
+def _json_bytes(row: Mapping[str, Any]) -> bytes:
     try:
-        return to_json(row, inf_nan_mode="null").decode() + "\n"
+        return to_json(row, inf_nan_mode="null") + b"\n"
     except PydanticSerializationError:  # half a surrogate pair, or a kind that JSON does not have
-        return json.dumps(json_safe(row), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+        text = json.dumps(json_safe(row), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode() + b"\n"
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -261,8 +266,8 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         FileError: they could not be written; some may be in the file.
     """
-    with writing(path), open(open_to_append(path), "a", encoding="utf-8") as file:
-        file.writelines(json_line(row) for row in rows)
+    with writing(path), open(open_to_append(path), "ab") as file:
+        file.writelines(map(_json_bytes, rows))
         file.flush()
         os.fsync(file.fileno())
 

@@ -115,7 +115,7 @@ class ModelInput:
 
     @property
     def images(self) -> tuple[ImagePiece, ...]:
-        return tuple(piece for piece in self.pieces if isinstance(piece, ImagePiece))
+        return tuple([piece for piece in self.pieces if isinstance(piece, ImagePiece)])
 
     @cached_property
     def digest(self) -> str:

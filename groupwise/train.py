@@ -29,7 +29,6 @@ from groupwise.protocols import Policy, WeightSync
 from groupwise.rollout.records import ledger_rows, trajectory_rows
 from groupwise.rundir import RunDirectory
 from groupwise.tracking import Trackers
-from groupwise.trajectories import to_json
 from groupwise.watching import Watcher, Wish
 from groupwise.wishes import take_wishes
 
@@ -153,7 +152,7 @@ def _record(parts: TrainParts, batch: TrainingBatch, step: int) -> None:
     if not (batch.groups or batch.dropped):
         return
     if parts.config.train.trajectories:
-        append_rows(parts.run.trajectory_file(step), map(to_json, trajectory_rows(batch, step=step)))
+        append_rows(parts.run.trajectory_file(step), trajectory_rows(batch, step=step))
     parts.run.append_ledger(ledger_rows(batch.groups, step=step, dropped=batch.dropped))
     parts.trackers.samples(step, batch)
 

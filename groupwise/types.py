@@ -320,7 +320,7 @@ class Rollout:
     @property
     def num_written(self) -> int:
         """Tokens that the model wrote."""
-        return sum(len(segment.token_ids) for segment in self.segments if segment.by == "model")
+        return sum([len(segment.token_ids) for segment in self.segments if segment.by == "model"])
 
     @property
     def num_turns(self) -> int:
@@ -334,7 +334,7 @@ class Rollout:
     @property
     def text(self) -> str:
         """All that follows the prompt, answers of the environment included."""
-        return "".join(segment.text for segment in self.segments)
+        return "".join([segment.text for segment in self.segments])
 
 
 def _joined(parts: Sequence[tuple[T, ...]]) -> tuple[T, ...]:

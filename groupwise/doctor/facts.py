@@ -24,7 +24,7 @@ def sample_facts(groups: Sequence[RolloutGroup]) -> Facts:
     sampled = [rollout for rollout in rollouts if rollout.finish_reason in ("stop", "length", "turns")]
     if not sampled:
         return {}
-    facts = {"share_empty": sum(not rollout.text.strip() for rollout in sampled) / len(sampled)}
+    facts = {"share_empty": sum([not rollout.text.strip() for rollout in sampled]) / len(sampled)}
     several = [group for group in groups if len(group.rollouts) > 1]
     if several:
         alike = sum(len({rollout.text for rollout in group.rollouts}) == 1 for group in several)
@@ -34,8 +34,8 @@ def sample_facts(groups: Sequence[RolloutGroup]) -> Facts:
 
 def _surprise(rollouts: Sequence[Rollout]) -> Facts:
     """An environment's tokens have the log-prob 0 and are not counted."""
-    tokens = sum(rollout.num_written for rollout in rollouts)
-    total = sum(sum(segment.logprobs) for rollout in rollouts for segment in rollout.segments)
+    tokens = sum([rollout.num_written for rollout in rollouts])
+    total = sum([sum(segment.logprobs) for rollout in rollouts for segment in rollout.segments])
     return {"surprise": -total / tokens} if tokens else {}
 
 

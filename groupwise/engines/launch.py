@@ -132,7 +132,7 @@ def ports(rollout: RolloutConfig) -> list[int]:
     """
     launch = rollout.launch
     if not launch.port:
-        return _free_ports(launch.replicas)
+        return free_ports(launch.replicas)
     wanted = list(range(launch.port, launch.port + launch.replicas))
     for port in wanted:
         with socket.socket() as taken:
@@ -147,7 +147,7 @@ def ports(rollout: RolloutConfig) -> list[int]:
     return wanted
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     found: list[int] = [each.getsockname()[1] for each in held]
     for each in held:

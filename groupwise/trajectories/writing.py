@@ -1,13 +1,15 @@
-"""Rows as objects of JSON, in the newest format."""
+"""Rows as objects of JSON, in the newest format. A run makes its own of these parts, in `groupwise.rollout.records`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from types import NoneType
 from typing import Any
 
 from groupwise.texts import encodable
-from groupwise.trajectories.rows import EvalTrajectoryRow, ImageRow, SegmentRow, TrajectoryRow
+from groupwise.trajectories.rows import EvalTrajectoryRow, SegmentRow, TrajectoryRow
+from groupwise.types import Segment
 
 FORMAT = 2
 
@@ -24,7 +26,7 @@ def to_json(row: TrajectoryRow) -> dict[str, Any]:
         "data_source": row.data_source,
         "prompt": row.prompt,
         "completion": row.completion,
-        "segments": [_segment_json(segment) for segment in row.segments],
+        "segments": [segment_json(each, each.num_tokens) for each in row.segments],
         "reward": row.reward,
         "rewards": dict(row.rewards),
         "advantage": row.advantage,
@@ -35,14 +37,14 @@ def to_json(row: TrajectoryRow) -> dict[str, Any]:
         "status": row.status,
         "boundary": row.boundary,
         "cause": row.cause,
-        "images": [_image_json(image) for image in row.images],
+        "images": [asdict(image) for image in row.images],
         "token_ids": list(row.token_ids),
         "logprobs": list(row.logprobs),
     }
     if row.prompt_ids is not None:
         values["prompt_ids"] = list(row.prompt_ids)
-    if row.policy_versions.count(row.policy_version) < len(row.policy_versions):
-        values["policy_versions"] = _runs(row.policy_versions)
+    if len(set(row.policy_versions)) > 1:
+        values["policy_versions"] = runs(row.policy_versions)
     if row.credit is not None:
         values["credit"] = list(row.credit)
     if row.scores:
@@ -50,8 +52,9 @@ def to_json(row: TrajectoryRow) -> dict[str, Any]:
     return values
 
 
-def _segment_json(segment: SegmentRow) -> dict[str, Any]:
-    values: dict[str, Any] = {"by": segment.by, "tokens": segment.num_tokens, "chars": len(encodable(segment.text))}
+def segment_json(segment: Segment | SegmentRow, num_tokens: int) -> dict[str, Any]:
+    """A part of a row's `segments`; its text and its tokens are in the row."""
+    values: dict[str, Any] = {"by": segment.by, "tokens": num_tokens, "chars": len(encodable(segment.text))}
     if segment.finish_reason is not None:
         values["finish_reason"] = segment.finish_reason
     if segment.reward is not None:
@@ -59,16 +62,6 @@ def _segment_json(segment: SegmentRow) -> dict[str, Any]:
     if segment.messages:
         values["messages"] = [_plain(message) for message in segment.messages]
     return values
-
-
-def _image_json(image: ImageRow) -> dict[str, Any]:
-    return {
-        "digest": image.digest,
-        "width": image.width,
-        "height": image.height,
-        "tokens": image.tokens,
-        "thumbnail": image.thumbnail,
-    }
 
 
 def _plain(value: Any) -> Any:
@@ -80,15 +73,15 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | NoneType) else f"<{type(value).__name__}>"
 
 
-def _runs(values: Sequence[int]) -> list[list[int]]:
+def runs(values: Sequence[int]) -> list[list[int]]:
     """`[value, count]` of each stretch of equal ones."""
-    runs: list[list[int]] = []
+    found: list[list[int]] = []
     for value in values:
-        if runs and runs[-1][0] == value:
-            runs[-1][1] += 1
+        if found and found[-1][0] == value:
+            found[-1][1] += 1
         else:
-            runs.append([value, 1])
-    return runs
+            found.append([value, 1])
+    return found
 
 
 def eval_to_json(row: EvalTrajectoryRow) -> dict[str, Any]:

@@ -432,6 +432,7 @@ def test_the_live_page_asks_the_run(server: LiveServer, run: Path, open_page: Op
         assert (run / FILES[name]).exists()
 
 
+@pytest.mark.alone
 def test_a_page_of_500_steps_opens_at_once(tmp_path: Path, tokenizer: Path, browser: Any, open_page: Open) -> None:
     run = make_run(tmp_path / "run", steps=500, groups=32, samples=8, tokens=100, rows=1319)
     (run / "final").mkdir()

@@ -25,7 +25,7 @@ from groupwise.engines.commands import Command
 from groupwise.engines.connection import Connection
 from groupwise.engines.dialects.base import KeptOld
 from groupwise.engines.dialects.vllm import Vllm
-from groupwise.engines.launch import EngineProcess
+from groupwise.engines.launch import EngineProcess, free_ports
 from groupwise.engines.vllm_worker.groupwise_vllm_worker.group import Group
 from groupwise.engines.weights import WeightRef
 from groupwise.errors import ConfigError, EngineError, EngineLost
@@ -262,7 +262,7 @@ def test_a_server_that_is_killed_comes_back_to_the_newest_weights(
     task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """Once while it draws, and once in the middle of a load: it is started from a folder, and gets what is newer."""
-    port = 18461
+    (port,) = free_ports(1)
     process, calls, loads = Process(port), [0], [0]
 
     def started(config: Any, launched: Any) -> list[Any]:

@@ -179,7 +179,7 @@ def test_dropped_groups_are_measured_and_not_learned(make_group: Any) -> None:
     assert found["frac_reward_zero_std"] == 0.5
     ledger = list(ledger_rows(batch.groups, step=1, dropped=batch.dropped))
     assert [(row["group"], row["learned"]) for row in ledger] == [(0, True), (1, False)]
-    assert [row.group for row in trajectory_rows(batch, step=1)] == [0, 0, 1, 1]
+    assert [row["group"] for row in trajectory_rows(batch, step=1)] == [0, 0, 1, 1]
 
 
 def test_nothing_usable_gives_an_empty_mini_batch(make_group: Any) -> None:

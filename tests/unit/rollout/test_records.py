@@ -28,7 +28,7 @@ def test_one_trajectory_row_per_rollout(make_group: Any) -> None:
     batch = build_batch(
         groups, build_algorithm(AlgorithmConfig.model_validate({})), shape=shape, reward_weights={"r": 1.0}
     )
-    rows = [json.loads(json_line(to_json(row))) for row in trajectory_rows(batch, step=3)]
+    rows = [json.loads(json_line(row)) for row in trajectory_rows(batch, step=3)]
     assert [(row["group"], row["sample_index"]) for row in rows] == [(4, 0), (4, 1), (5, 0), (5, 1)]
     assert {row["step"] for row in rows} == {3}
     assert rows[0]["advantage"] > 0 > rows[1]["advantage"]
@@ -77,8 +77,9 @@ def episode(**changes: Any) -> Rollout:
 
 def row_of(rollout: Rollout, credit: Credit = 0.25) -> TrajectoryRow:
     batch = TrainingBatch((RolloutGroup(17, PROMPT, (rollout,)),), ((credit,),), (), {})
-    [row] = trajectory_rows(batch, step=9)
-    assert from_json(json.loads(json_line(to_json(row)))) == row
+    [written] = map(json_line, trajectory_rows(batch, step=9))
+    row = from_json(json.loads(written))
+    assert json_line(to_json(row)) == written
     return row
 
 
