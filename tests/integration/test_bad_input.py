@@ -136,6 +136,7 @@ def test_a_strangers_folder_is_never_overwritten(task: Any, tmp_path: Path, caps
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_the_same_in_a_process_of_its_own(task: Any, tmp_path: Path, start_cli: Start) -> None:
     """Exit codes as a shell sees them, and a standard error without a library's chatter."""
     run = tmp_path / "run"

@@ -110,6 +110,7 @@ def test_generate_and_eval_take_a_checkpoint(runs: Path, task: Any, capsys: pyte
     assert "are of the steps 1, 2, 3" in said(capsys, "generate", f"{runs}/whole@9", "--prompt", "x", code=2)
 
 
+@pytest.mark.slow
 def test_exports_come_out_of_a_checkpoint(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said(capsys, "export", "hf", f"{runs}/whole@2", "--out", tmp_path / "whole")
     same(loaded(tmp_path / "whole"), loaded(runs / "short" / "final"))

@@ -165,6 +165,7 @@ def test_a_server_that_is_killed_within_a_step_comes_back_with_the_same_bits(tas
     assert differences(tmp_path / "there") == [0.0] * 4
 
 
+@pytest.mark.slow
 def test_what_changed_alone_travels_and_the_bits_are_the_same(task: Any, tmp_path: Path) -> None:
     """Also where the server is killed, and begins with the last whole version."""
     server, calls = Served(task.model, "--model.dtype", "bfloat16"), 0

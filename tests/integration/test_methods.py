@@ -149,6 +149,7 @@ def test_a_run_with_a_broken_weight_stops_with_a_bundle_that_replays(task: Any, 
     assert [name for name, gradient in replayed.items() if gradient.num_bad] == content["bad_parameters"] != []
 
 
+@pytest.mark.slow
 def test_distillation_needs_no_reward_and_one_sample(task: Any, tmp_path: Path) -> None:
     """A teacher trained on worked answers, into the model that it began as: its KL falls."""
     teacher, run = tmp_path / "teacher", tmp_path / "run"

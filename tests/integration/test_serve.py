@@ -311,6 +311,7 @@ class Part:
         raise AssertionError("it is only saved")
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_a_followed_run_leaves_the_server_as_it_was(task: Any, tmp_path: Path) -> None:
     """Checkpoints whose weights nobody expects: each is passed over, no weight of it is taken, and the next is looked
     at."""

@@ -179,6 +179,7 @@ def test_a_run_over_a_mixture_replays_its_experts(mixtures: Any, task: Any, tmp_
     assert "routes" not in text + (tmp_path / "run" / "ledger.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_replay_brings_a_sampler_of_less_precision_nearer(mixtures: Any, task: Any, tmp_path: Path) -> None:
     """An engine in bfloat16, a trainer in float32: some choices differ, and the largest differences come from them."""
     found: dict[bool, list[dict[str, Any]]] = {}

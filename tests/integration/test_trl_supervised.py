@@ -100,6 +100,7 @@ def example() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_the_example_runs(tmp_path: Path) -> None:
     rewards = example().main(["--tiny", "--steps", "1", "--warm-up-steps", "2", "--output", str(tmp_path)])
     assert [len(stage) for stage in rewards] == [1, 1]

@@ -322,13 +322,20 @@ def test_exactness_benchmark_samples_the_same_on_all_sides(load, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("way", ["full", "lora"])
-@pytest.mark.parametrize("size", ["10m", "50m", "150m"])
+@pytest.mark.parametrize(
+    ("size", "way", "dtype"),
+    [
+        *(("10m", way, dtype) for way in ("full", "lora") for dtype in ("float32", "bfloat16")),
+        ("50m", "full", "float32"),
+        ("50m", "lora", "bfloat16"),
+    ],
+)
 def test_a_plans_memory_is_the_runs(load, tmp_path: Path, size: str, way: str, dtype: str) -> None:
-    """The peak of the resident set in two steps, less what is resident once everything is imported: within 15 %."""
+    """The peak of the resident set in six steps, less what is resident once everything is imported: within 15 %. The
+    benchmark has three sizes, each in four ways."""
     out = tmp_path / "plan.jsonl"
-    load("plan").main(["--sizes", size, "--ways", way, "--dtypes", dtype, "--no-seconds", "--json", str(out)])
+    what = ["--sizes", size, "--ways", way, "--dtypes", dtype, "--steps", "6"]
+    load("plan").main([*what, "--no-seconds", "--json", str(out)])
     (found,) = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     assert 0.85 < found["planned_bytes"] / found["measured_bytes"] < 1.15, found
 

@@ -90,5 +90,6 @@ def test_a_wide_model_gives_back_what_is_free(width: int, least: int, most: int)
 
 
 @pytest.mark.skipif(not has_mallinfo2(), reason="asks glibc 2.33 or newer")
+@pytest.mark.slow
 def test_of_a_wide_model_blocks_of_8_mib_go_at_once() -> None:
     assert all(free < 40 * MIB for _, free in heap("assert keep_freed_memory(512)", "take"))
