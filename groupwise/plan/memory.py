@@ -31,10 +31,16 @@ LIBRARIES = {False: 80 * MIB, True: 768 * MIB}
 ADAPTERS = 28 * MIB
 """What peft takes, which is imported where there is an adapter (measured)."""
 
-HOLES = {"gpu": 0.10, "full": 0.35, "full, several passes": 0.45, "LoRA": 0.65, "LoRA, several passes": 0.85}
-"""Of what comes and goes in a pass, memory that is free and of no use, because blocks of other sizes lie around it. On
-a CPU as measured after six steps, when it has about levelled off: an adapter's products come and go between what stays,
-and passes that follow each other in an update differ in size. On a GPU an estimate."""
+HOLES = {("full", 4): (0.33, 0.25), ("full", 2): (0.60, 0.30), ("LoRA", 4): (0.65, 0.48), ("LoRA", 2): (0.78, 0.58)}
+"""Of what comes and goes in two passes, memory that is free and of no use, because blocks of other sizes lie around it;
+of narrow models, and of wide ones, whose freed memory is given back (`model/fast_cpu/host_memory.py`). By bytes of a
+weight. Measured on a CPU after six steps, when it has about levelled off; two passes leave the same, one after the
+other or side by side."""
+
+GPU_HOLES = 0.10
+"""The same of one pass on a GPU, an estimate."""
+
+WIDE = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +182,7 @@ def _learning(facts: ModelFacts, setup: Setup, work: Pass) -> dict[str, int]:
     added = 4 * facts.trained if work.count > setup.passes else 0
     acts = setup.passes * activations(facts, setup, work.tokens)
     head = setup.passes * head_bytes(facts, setup, work.scored)
-    holes = int(HOLES[_kind(facts, setup, work)] * (acts + head))
+    holes = _holes(facts, setup, work, acts + head)
     begins = {"gradients": added, "activations": acts, "logits": head, "holes": holes}
     if setup.passes > 1:
         grads = setup.passes * own + max(added, 4 * facts.trained if setup.has_masters else 0)
@@ -188,7 +194,13 @@ def _learning(facts: ModelFacts, setup: Setup, work: Pass) -> dict[str, int]:
     return max(begins, ends, key=lambda parts: sum(parts.values()))
 
 
-def _kind(facts: ModelFacts, setup: Setup, work: Pass) -> str:
+def _holes(facts: ModelFacts, setup: Setup, work: Pass, moving: int) -> int:
+    """
+    Args:
+        moving: bytes of activations and logits of the passes that go side by side.
+    """
     if setup.on_gpu:
-        return "gpu"
-    return ("LoRA" if facts.adapter else "full") + (", several passes" if work.count > setup.passes else "")
+        return int(GPU_HOLES * moving)
+    narrow, wide = HOLES["LoRA" if facts.adapter else "full", setup.each]
+    two = max(1.0, min(2, work.count) / setup.passes)
+    return int((wide if facts.width >= WIDE else narrow) * two * moving)
