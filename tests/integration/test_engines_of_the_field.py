@@ -165,6 +165,7 @@ def test_it_is_caught_where_a_step_is_smaller_than_the_tolerance(
     assert re.search("earlier version|bound to nothing", caplog.text), caplog.text
 
 
+@pytest.mark.slow
 def test_a_quantised_engine_may_answer_as_before_and_be_off_by_a_nat(
     task: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -99,7 +99,8 @@ def test_it_holds_in_bfloat16_and_with_an_adapter(task: Any, tmp_path: Path, fla
     assert differences(tmp_path / "there") == [0.0] * 4
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_replaying_what_this_server_chose_changes_no_bit(task: Any, tmp_path: Path, dtype: str) -> None:
     """Its router is the trainer's: none of its choices is another, in several turns and where layers are computed
     again."""

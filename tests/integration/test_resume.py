@@ -169,7 +169,9 @@ class Echo:
 '''
 
 
-@pytest.mark.parametrize("rewarded", [True, False], ids=["with a reward", "by the environment alone"])
+@pytest.mark.parametrize(
+    "rewarded", [pytest.param(True, marks=pytest.mark.slow), False], ids=["with a reward", "by the environment alone"]
+)
 def test_a_killed_run_with_an_environment_goes_on_to_the_same_bits(
     task: Any, tmp_path: Path, start_cli: Start, read_jsonl: ReadRows, rewarded: bool
 ) -> None:

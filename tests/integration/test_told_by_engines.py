@@ -30,6 +30,7 @@ from tests.engines.contract import server, sglang, vllm
 from tests.made_environment import nods
 
 KINDS: dict[str, Any] = {"vllm": vllm, "sglang": sglang}
+SOME = ["vllm", pytest.param("sglang", marks=pytest.mark.slow)]
 CUT = {"top_p": 0.9, "top_k": 20}
 SHAPE = {"vocab_size": 384, **made_model.SHAPE}
 GLM = Mixture(depth=2, sparse=(1,), experts=8, k=2)
@@ -82,7 +83,7 @@ def trajectories(run: Path) -> list[dict[str, Any]]:
 # Filters
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME)
 def test_a_run_over_cut_distributions_knows_them(task: Any, tmp_path: Path, kind: str) -> None:
     """The trainer's numbers are the engine's; the KL to the reference is 0 where both are one; weights are about 1."""
     with served(kind, task.model, return_sampling_mask=True) as serving:
@@ -160,7 +161,7 @@ def test_a_vllm_that_tells_nothing_of_filters_is_refused_before_training(task: A
 # Experts
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SOME)
 def test_a_run_over_a_mixture_replays_its_experts(mixtures: Any, task: Any, tmp_path: Path, kind: str) -> None:
     """The reference has none to replay: it is the policy, and chooses alike in float32, so the KL begins at about 0."""
     with served(kind, mixtures["glm4_moe"], enable_return_routed_experts=True) as serving:

@@ -79,7 +79,8 @@ def test_a_run_learns_over_two_servers(task: Any, tmp_path: Path, kind: str, way
     assert not list(Path("/dev/shm").glob("weights-*/version_*"))
 
 
-@pytest.mark.parametrize("way", ["ipc", *(pytest.param(way, marks=pytest.mark.slow) for way in ("nccl", "delta"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["ipc", "nccl", "delta"])
 def test_every_check_of_the_contract_passes(task: Any, way: str) -> None:
     with served("vllm", task) as serving:
         model = {"path": str(task.model), "dtype": "float32", "device": "cpu"}
@@ -179,7 +180,11 @@ def test_lmdeploy_need_not_be_started_for_each_version(task: Any, tmp_path: Path
             run_training(refused)
 
 
-@pytest.mark.parametrize(("kind", "way"), [("vllm", "ipc"), ("vllm", "nccl"), ("sglang", "nccl")], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [("vllm", "ipc"), pytest.param("vllm", "nccl", marks=pytest.mark.slow), ("sglang", "nccl")],
+    ids=str,
+)
 def test_an_engine_that_shares_the_gpu_sleeps_meanwhile(task: Any, tmp_path: Path, kind: str, way: str) -> None:
     with served(kind, task) as serving:
         run_training(task.config(tmp_path / "run", rollout=over(kind, way, serving.url, engine_sleeps=True)))

@@ -53,7 +53,7 @@ def has_mallinfo2() -> bool:
 
 
 @pytest.mark.skipif(not has_mallinfo2(), reason="asks glibc 2.33 or newer")
-@pytest.mark.parametrize("where", ["take", "in_thread"])
+@pytest.mark.parametrize("where", [pytest.param("take", marks=pytest.mark.slow), "in_thread"])
 def test_freed_memory_stays_and_is_used_again(where: str) -> None:
     assert all(free < 40 * MIB for _, free in heap("", where))
     kept = heap("assert keep_freed_memory()", where)
