@@ -148,6 +148,7 @@ def ports(rollout: RolloutConfig) -> list[int]:
 
 
 def free_ports(count: int) -> list[int]:
+    """Of the loopback address, free at this moment, all different."""
     held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     found: list[int] = [each.getsockname()[1] for each in held]
     for each in held:

@@ -41,6 +41,7 @@ GPU_HOLES = 0.10
 """The same of one pass on a GPU, an estimate."""
 
 WIDE = 512
+"""Hidden size from which freed memory is given back (`model/fast_cpu/host_memory.py`)."""
 
 
 @dataclass(frozen=True, slots=True)

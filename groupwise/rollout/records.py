@@ -30,7 +30,8 @@ def trajectory_rows(batch: TrainingBatch, *, step: int) -> Iterator[dict[str, An
 def _trajectory_row(group: RolloutGroup, rollout: Rollout, given: Credit, *, step: int) -> dict[str, Any]:
     prompt, versions, segments = rollout.prompt or group.prompt.input, rollout.policy_versions, rollout.segments
     mean, credit = split_credit(given)
-    answers = [segment.input for segment in segments if segment.by == "environment"]
+    if credit is not None and len(credit) != len(rollout.token_ids):
+        raise ValueError(f"credit for {len(credit)} tokens; expected one value for each of {len(rollout.token_ids)}")
     values: dict[str, Any] = {
         "format": FORMAT,
         "step": step,
@@ -52,7 +53,7 @@ def _trajectory_row(group: RolloutGroup, rollout: Rollout, given: Credit, *, ste
         "status": rollout.status,
         "boundary": rollout.boundary,
         "cause": rollout.cause,
-        "images": [_image(image) for given in (prompt, *answers) for image in given.images],
+        "images": [_image(image) for shown in (prompt, rollout.input) for image in shown.images],
         "token_ids": rollout.token_ids,
         "logprobs": rollout.logprobs,
     }

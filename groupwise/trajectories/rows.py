@@ -114,19 +114,7 @@ class TrajectoryRow:
     images: tuple[ImageRow, ...] = ()
 
     def __post_init__(self) -> None:
-        count = len(self.token_ids)
-        agrees = len(self.logprobs) == len(self.policy_versions) == sum([s.num_tokens for s in self.segments]) == count
-        if self.credit is not None:
-            agrees = agrees and len(self.credit) == count
-        if self.scores:
-            agrees = agrees and set(map(len, self.scores.values())) == {count}
-        if not agrees:
-            raise ValueError(f"its per-token values differ in length: {self._lengths()}")
-        if self.prompt_ids is not None and len(self.prompt_ids) != self.prompt_tokens:
-            raise ValueError(f"it has {len(self.prompt_ids)} prompt_ids and prompt_tokens = {self.prompt_tokens}")
-
-    def _lengths(self) -> dict[str, int]:
-        return {
+        lengths = {
             "token_ids": len(self.token_ids),
             "segments": sum(segment.num_tokens for segment in self.segments),
             "logprobs": len(self.logprobs),
@@ -134,16 +122,20 @@ class TrajectoryRow:
             **({} if self.credit is None else {"credit": len(self.credit)}),
             **{f"scores.{name}": len(values) for name, values in self.scores.items()},
         }
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"its per-token values differ in length: {lengths}")
+        if self.prompt_ids is not None and len(self.prompt_ids) != self.prompt_tokens:
+            raise ValueError(f"it has {len(self.prompt_ids)} prompt_ids and prompt_tokens = {self.prompt_tokens}")
 
     @property
     def completion(self) -> str:
         """All that follows the prompt, answers of the environment included."""
-        return "".join([segment.text for segment in self.segments])
+        return "".join(segment.text for segment in self.segments)
 
     @property
     def completion_tokens(self) -> int:
         """Those that the model wrote."""
-        return sum([segment.num_tokens for segment in self.segments if segment.by == "model"])
+        return sum(segment.num_tokens for segment in self.segments if segment.by == "model")
 
     @property
     def policy_version(self) -> int | None:

@@ -16,6 +16,7 @@ from groupwise.engines.native import steps
 from groupwise.engines.native.engine import CPU_CACHES, _cache_bytes, _cache_shape
 from groupwise.errors import ConfigError
 from groupwise.inputs import ModelInput
+from groupwise.model.fast_cpu import host_memory
 from groupwise.model.forward import head
 from groupwise.model.forward.hidden_states import packed_hidden_states
 from groupwise.model.forward.packing import pack
@@ -146,6 +147,7 @@ def test_a_config_without_the_shape_of_a_decoder_is_refused() -> None:
 
 def test_constants_are_the_codes_own() -> None:
     assert head._KEPT_BYTES == memory.KEPT_BYTES
+    assert host_memory._WIDE == memory.WIDE
     assert head._NARROW == memory.NARROW
     assert steps.PREFILL_TOKENS == memory.PREFILL_TOKENS
     assert streams._SMALL_BYTES == SMALL_BYTES

@@ -6,6 +6,8 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from groupwise.algorithms import build_algorithm
 from groupwise.batches import Credit, TrainingBatch
 from groupwise.config import AlgorithmConfig
@@ -131,6 +133,12 @@ def test_credit_is_its_mean_and_where_it_varies_the_list() -> None:
     assert (varied.advantage, varied.credit) == (0.25, (3.0, 0.0, 0.0, 0.0, -0.5, -1.0))
     assert to_json(varied)["credit"] == [3.0, 0.0, 0.0, 0.0, -0.5, -1.0]
     assert "credit" not in to_json(equal)
+
+
+def test_credit_of_another_length_is_never_written() -> None:
+    """A reader would refuse the whole file for it."""
+    with pytest.raises(ValueError, match="credit for 5 tokens; expected one value for each of 6"):
+        row_of(episode(), (3.0, 0.0, 0.0, 0.0, -0.5))
 
 
 def test_scores_are_by_name_where_there_are_any() -> None:
