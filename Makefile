@@ -47,7 +47,7 @@ $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "== installing torch (the largest part)"
 	@$(PIP) torch
 	@echo "== installing groupwise"
-	@$(PIP) -e .
+	@$(PIP) -e '.[plot]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
